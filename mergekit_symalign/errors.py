@@ -1,0 +1,53 @@
+"""One family of errors: what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class SymalignError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Args:
+        where: the tensor, parameter, model or file that is at fault.
+        reason: what is wrong with it.
+        remedy: what the user can do.
+    """
+
+    def __init__(self, where: str, reason: str, remedy: str) -> None:
+        self.where, self.reason, self.remedy = where, reason, remedy
+        super().__init__(f"{where}: {reason}. {remedy}.")
+
+
+class ConfigError(SymalignError):
+    """The merge configuration asks for something that cannot be done."""
+
+
+class ParameterError(ConfigError):
+    """A parameter is unknown, has a bad value, or disagrees within one block."""
+
+
+class ArchitectureError(SymalignError):
+    """No family describes this architecture, or not this variant of it."""
+
+
+class GeometryError(SymalignError):
+    """Two models differ in width, heads, layers or neurons."""
+
+
+class CheckpointError(SymalignError):
+    """A checkpoint lacks a tensor, has one too many, or one of a wrong shape or dtype."""
+
+
+class ValueInTensorError(SymalignError):
+    """A weight holds NaN or infinity."""
+
+
+class ShapeError(SymalignError):
+    """A kernel was called with tensors whose shapes do not belong together."""
+
+
+class UnalignedCallError(SymalignError):
+    """An aligned method was asked to merge a single tensor of a block, without its siblings."""
+
+
+class HostError(SymalignError):
+    """The installed MergeKit is not one whose internals this package knows."""

@@ -1,0 +1,207 @@
+"""From a transformers config and its family to the blocks of one model, by tensor name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from functools import cache, cached_property
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from mergekit_symalign.errors import ArchitectureError
+from mergekit_symalign.families.schema import BlockKind, Family, QueryKeyNorm, TensorSpec
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that two models must share to be aligned (all counts)."""
+
+    hidden: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    neurons: int
+
+    @property
+    def queries_per_kv(self) -> int:
+        return self.query_heads // self.kv_heads
+
+    def length(self, axis: str) -> int | None:
+        """Length of an axis, or None where any is right (vocabulary, labels)."""
+        return {
+            "query": self.query_heads * self.head_dim,
+            "attended": self.query_heads * self.head_dim,
+            "key": self.kv_heads * self.head_dim,
+            "value": self.kv_heads * self.head_dim,
+            "query_gain": self.head_dim,
+            "key_gain": self.head_dim,
+            "gate": self.neurons,
+            "up": self.neurons,
+            "down": self.neurons,
+            "residual": self.hidden,
+        }.get(axis)
+
+    def differences(self, other: Geometry) -> list[str]:
+        """Each size in which the two differ, as ``name 8 != 4``."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return [f"{name} {mine} != {theirs}" for name, mine, theirs in pairs if mine != theirs]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a family says about one tensor of a model.
+
+    Attributes:
+        layer: index of the layer, None outside the layers.
+        part: the name inside the layer (the full name outside).
+        spec: its axes.
+    """
+
+    layer: int | None
+    part: str
+    spec: TensorSpec
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """A family applied to one config: every tensor of the model, with its axes and sizes."""
+
+    family: Family
+    geometry: Geometry
+    layers: int
+    outside: Mapping[str, TensorSpec]
+    inside: Mapping[str, TensorSpec]
+
+    @cached_property
+    def _layer_name(self) -> re.Pattern[str]:
+        prefix = re.escape(self.family.layer_prefix).replace(re.escape("{layer}"), r"(\d+)")
+        return re.compile(prefix + "(.+)")
+
+    def claim(self, name: str) -> Claim | None:
+        """The one rule that claims this tensor, or None if the family does not know it."""
+        if name in self.outside:
+            return Claim(None, name, self.outside[name])
+        match = self._layer_name.fullmatch(name)
+        if match and match[2] in self.inside:
+            return Claim(int(match[1]), match[2], self.inside[match[2]])
+        return None
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether old checkpoints carry this beside the weights."""
+        return any(fnmatchcase(name, pattern) for pattern in self.family.buffers)
+
+    def name(self, layer: int, part: str) -> str:
+        """Full name of a tensor inside a layer."""
+        return self.family.layer_prefix.format(layer=layer) + part
+
+    def block(self, kind: BlockKind) -> dict[str, TensorSpec]:
+        """The tensors of a block, by their name inside the layer."""
+        return {part: spec for part, spec in self.inside.items() if spec.block is kind}
+
+    def shape(self, spec: TensorSpec) -> tuple[int | None, ...]:
+        """The shape a tensor must have; None where any length is right."""
+        return tuple(self.geometry.length(axis) for axis in spec.axes)
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return self.family.attention.norm is not QueryKeyNorm.none
+
+
+@cache
+def families() -> dict[str, Family]:
+    """All family files that ship with the package, by name."""
+    folder = files(__package__)
+    raw = {f.name[:-5]: yaml.safe_load(f.read_text()) for f in folder.iterdir() if f.name.endswith(".yaml")}
+    return {name: Family.model_validate(_inherit(raw, name)) for name in sorted(raw)}
+
+
+@cache
+def _by_architecture() -> dict[str, Family]:
+    return {arch: family for family in families().values() for arch in family.architectures}
+
+
+def supported_architectures() -> tuple[str, ...]:
+    """transformers class names that some family describes."""
+    return tuple(sorted(_by_architecture()))
+
+
+def is_block_tensor(name: str) -> bool:
+    """Whether any family takes a tensor of this name for part of an attention block or MLP."""
+    return any(
+        spec.block is not None and re.search(rf"(^|\.)\d+\.{re.escape(part)}$", name)
+        for family in families().values()
+        for part, spec in family.layer.items()
+    )
+
+
+def resolve(config: Any, *, model: str) -> ModelLayout:
+    """The layout of the model that this transformers config describes.
+
+    Args:
+        config: a transformers config (attributes, and dicts inside).
+        model: the model's name, for errors.
+
+    Raises:
+        ArchitectureError: no family has this architecture, or the family was not checked for this variant of it.
+    """
+    family = _family_of(config, model)
+    for key, allowed in family.variants.items():
+        value = lookup(config, key)
+        if value not in allowed:
+            raise ArchitectureError(
+                f"model {model}",
+                f"config.{key} is {value!r}; family {family.name} ({family.title}) is known only for "
+                f"{', '.join(map(repr, allowed))}",
+                "Set align: false for this model if you trust a plain merge",
+            )
+    sizes = {key: lookup(config, where) for key, where in family.sizes.model_dump().items()}
+    layers = sizes.pop("layers")
+    sizes["kv_heads"] = sizes["kv_heads"] or sizes["query_heads"]
+    sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["query_heads"]
+
+    def present(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        return {
+            name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)
+        }
+
+    return ModelLayout(family, Geometry(**sizes), layers, present(family.tensors), present(family.layer))
+
+
+def lookup(config: Any, key: str) -> Any:
+    """``a.b`` in a config whose parts may be attributes or dict items; None where it is absent."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else getattr(config, part, None)
+        if config is None:
+            return None
+    return config
+
+
+def _family_of(config: Any, model: str) -> Family:
+    names = list(getattr(config, "architectures", None) or ["(none named in its config)"])
+    known = _by_architecture()
+    if len(names) != 1 or names[0] not in known:
+        raise ArchitectureError(
+            f"model {model}",
+            f"architecture {', '.join(names)} is not supported by the aligned methods",
+            f"Supported: {', '.join(supported_architectures())}; use MergeKit's own method for others",
+        )
+    return known[names[0]]
+
+
+def _inherit(raw: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """A family file over the one it extends: mappings are merged, null removes an entry, all else is replaced."""
+    own = dict(raw[name])
+    parent = own.pop("extends", None)
+    return own if parent is None else _overlaid(_inherit(raw, parent), own)
+
+
+def _overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "axes" not in value
+        merged[key] = _overlaid(merged[key], value) if both else value
+    return {key: value for key, value in merged.items() if value is not None}

@@ -1,0 +1,35 @@
+"""The task that brings one tensor of a model into the anchor's coordinates."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from mergekit.graph import Task
+
+from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.graph.solve import SolveBlock
+from mergekit_symalign.symmetry.groups import BlockElement
+
+
+class ApplyBlock(Task[torch.Tensor]):
+    """Transforms one tensor by the element that was solved for its block.
+
+    Aligned tensors leave in float32 (float64 for float64); a tensor the element does not move leaves as it came.
+    """
+
+    load: LoadFinite
+    axes: Tuple[str, ...]
+    solution: SolveBlock
+
+    def arguments(self) -> Dict[str, Task]:
+        return {"tensor": self.load, "solution": self.solution}
+
+    def group_label(self) -> Optional[str]:
+        return self.load.group_label()
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, tensor: torch.Tensor, solution: Dict[str, Any]) -> torch.Tensor:
+        return BlockElement.unpack(solution)(tensor, self.axes)

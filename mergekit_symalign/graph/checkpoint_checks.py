@@ -1,0 +1,115 @@
+"""What the files' headers can tell: missing, surplus, misshapen and quantised tensors, before any is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+
+from mergekit_symalign.errors import CheckpointError
+from mergekit_symalign.families.resolve import Claim, ModelLayout
+from mergekit_symalign.graph.headers import Header, read_headers
+
+MERGE_PLAINLY = "Use MergeKit's own method for this merge, or a checkpoint of the expected layout"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of one model, and what its architecture says should be in them."""
+
+    model: ModelReference
+    layout: ModelLayout
+    headers: Mapping[str, Header]
+
+    @staticmethod
+    def open(model: ModelReference, layout: ModelLayout) -> Checkpoint:
+        return Checkpoint(model, layout, read_headers(LoaderCache().get(model).index))
+
+    def stored(self, info: WeightInfo) -> Header | None:
+        """Header of a planned tensor, under its name, an alias or the tensor it is tied to; None if absent."""
+        names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+        return next((self.headers[name] for name in names if name in self.headers), None)
+
+    def check(self, planned: Iterable[WeightInfo]) -> None:
+        """Check every planned tensor of this model, and that none of its layers loses one.
+
+        Raises:
+            CheckpointError: naming the tensor, the model and the remedy.
+        """
+        planned = list(planned)
+        claims = {info.name: self._claim(info.name) for info in planned}
+        for info in planned:
+            self._check_tensor(info, claims[info.name])
+        layers = {claim.layer for claim in claims.values() if claim.layer is not None}
+        self._check_complete({info.name for info in planned}, layers)
+
+    def _claim(self, name: str) -> Claim:
+        claim = self.layout.claim(name)
+        if claim is None:
+            raise CheckpointError(
+                f"tensor {name} of model {self.model}",
+                f"MergeKit merges it, but family {self.layout.family.name} does not know it",
+                MERGE_PLAINLY,
+            )
+        return claim
+
+    def _check_tensor(self, info: WeightInfo, claim: Claim) -> None:
+        header, where = self.stored(info), f"tensor {info.name} of model {self.model}"
+        if header is None:
+            if info.optional:
+                return
+            raise CheckpointError(
+                where, "the checkpoint does not have it", "Download or export the checkpoint again"
+            )
+        if header.dtype is None:
+            raise CheckpointError(
+                where,
+                f"it is stored as {header.stored}, not in a floating-point type: the checkpoint is quantised",
+                "Use the model's unquantised checkpoint",
+            )
+        expected = self.layout.shape(claim.spec)
+        fits = len(expected) == len(header.shape) and all(
+            want in (None, got) for want, got in zip(expected, header.shape, strict=True)
+        )
+        if not fits:
+            wanted = " x ".join("any" if n is None else str(n) for n in expected)
+            raise CheckpointError(
+                where,
+                f"its shape is {' x '.join(map(str, header.shape))}; the model's config asks for {wanted}",
+                "Check that config.json belongs to these weights",
+            )
+
+    def _check_complete(self, planned: set[str], layers: set[int]) -> None:
+        """No tensor of a merged layer may be left out: neither by the checkpoint nor by MergeKit."""
+        for layer in sorted(layers):
+            prefix = self.layout.name(layer, "")
+            expected = {self.layout.name(layer, part) for part in self.layout.inside}
+            for name in sorted(expected - planned - set(self.headers)):
+                raise CheckpointError(
+                    f"tensor {name} of model {self.model}",
+                    "the model's config promises it, but the checkpoint does not have it",
+                    "Check that config.json belongs to these weights",
+                )
+            there = {name for name in self.headers if name.startswith(prefix)}
+            for name in sorted(there - planned):
+                if not self.layout.is_buffer(name):
+                    raise CheckpointError(
+                        f"tensor {name} of model {self.model}",
+                        "it is part of a layer that is merged, but MergeKit's architecture file does not list it and "
+                        "would silently drop it",
+                        "The merged model would not compute what these models compute: merge other checkpoints, or "
+                        "teach MergeKit this architecture",
+                    )
+
+
+def merged_dtype(headers: Iterable[Header | None]) -> torch.dtype | None:
+    """The dtype that MergeKit promotes these stored tensors to."""
+    result: torch.dtype | None = None
+    for header in headers:
+        if header is not None and header.dtype is not None:
+            result = header.dtype if result is None else torch.promote_types(result, header.dtype)
+    return result

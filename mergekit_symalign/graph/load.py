@@ -1,0 +1,52 @@
+"""Loading tensors for an aligned merge: MergeKit's own tasks, with every value checked where it is read."""
+
+from __future__ import annotations
+
+from typing import Dict, Optional, Tuple
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors, LoadTensor
+
+from mergekit_symalign.errors import ValueInTensorError
+from mergekit_symalign.graph.report import readable_errors
+
+
+class LoadFinite(LoadTensor):
+    """MergeKit's `LoadTensor`, which refuses NaN and infinity. Equal loads are one task: nothing is read twice."""
+
+    def execute(self) -> Optional[torch.Tensor]:
+        x = super().execute()
+        if x is not None and x.is_floating_point() and x.numel():
+            low, high = torch.aminmax(x)
+            with readable_errors():
+                self._require_finite(bool(torch.isfinite(low) & torch.isfinite(high)))
+        return x
+
+    def _require_finite(self, finite: bool) -> None:
+        if not finite:
+            raise ValueInTensorError(
+                f"tensor {self.tensor} of model {self.model}",
+                "it holds NaN or infinity",
+                "Download or export this checkpoint again; a merge would spread the bad value",
+            )
+
+
+class GatherAligned(GatherTensors):
+    """MergeKit's `GatherTensors` with finite loads, some of them replaced by aligned tensors.
+
+    Attributes:
+        aligned: the task that gives a model's tensor, for each model that is aligned.
+    """
+
+    aligned: Tuple[Tuple[ModelReference, Task], ...] = ()
+
+    def loads(self) -> Dict[ModelReference, LoadFinite]:
+        """The plain load of each model's tensor."""
+        loads = zip(self.weight_info.keys(), super().arguments().values(), strict=True)
+        return {model: LoadFinite(**dict(load)) for model, load in loads}
+
+    def arguments(self) -> Dict[str, Task]:
+        tasks: Dict[ModelReference, Task] = {**self.loads(), **dict(self.aligned)}
+        return {f"{model}:{info.name}": tasks[model] for model, info in self.weight_info.items()}

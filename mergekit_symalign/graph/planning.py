@@ -1,0 +1,271 @@
+"""From MergeKit's plan to the aligned one: the same tasks, the same inner method, on aligned inputs."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from mergekit.architecture import WeightInfo
+from mergekit.common import ImmutableMap, ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors
+from mergekit.merge_methods.base import ParameterScope
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import PermutedVocabulary
+from mergekit.tokenizer.truncate import TruncatedVocabulary
+
+from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError, ParameterError
+from mergekit_symalign.families.resolve import ModelLayout, resolve
+from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.graph.apply import ApplyBlock
+from mergekit_symalign.graph.checkpoint_checks import Checkpoint, merged_dtype
+from mergekit_symalign.graph.load import GatherAligned
+from mergekit_symalign.graph.solve import SolveBlock
+from mergekit_symalign.methods import ALIGNMENT_NAMES, AlignedMethod
+from mergekit_symalign.symmetry.blocks import Heads, Rotation, Symmetries
+
+LOG = logging.getLogger(__name__)
+
+Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
+BlockKey = tuple[int, BlockKind]  # output layer and block
+
+
+@dataclass
+class AlignedPlan:
+    """Rewrites the tensors that MergeKit planned for one of our methods.
+
+    Attributes:
+        config: the merge configuration.
+        options: MergeKit's options.
+        method: the aligned method.
+        listed: models that the user listed (the anchor takes part in a method without base only if it is one).
+    """
+
+    config: MergeConfiguration
+    options: MergeOptions
+    method: AlignedMethod
+    listed: frozenset[ModelReference]
+    _checkpoints: dict[ModelReference, Checkpoint] = field(default_factory=dict)
+
+    def rewrite(self, planned: list[Planned]) -> list[tuple[WeightInfo, Task]]:
+        """Check everything that headers can tell, then give every block's tensors to their aligned tasks."""
+        self._open_checkpoints(planned)
+        blocks: dict[BlockKey, list[Planned]] = defaultdict(list)
+        for weight, task in planned:
+            claim = self._checkpoints[_anchor(task)].layout.claim(weight.name)
+            if claim is not None and claim.layer is not None and claim.spec.block is not None:
+                blocks[claim.layer, claim.spec.block].append((weight, task))
+        aligned = {}
+        for key, members in blocks.items():
+            aligned.update(self._aligned_block(key, members))
+        self._warn_if_inexact(planned)
+        return [
+            (weight, self._merge_task(weight, task, aligned.get(weight.name, {}))) for weight, task in planned
+        ]
+
+    # Checks
+
+    def _open_checkpoints(self, planned: list[Planned]) -> None:
+        used: dict[ModelReference, dict[str, WeightInfo]] = defaultdict(dict)
+        for _, task in planned:
+            for model, info in _gather(task).weight_info.items():
+                used[model][info.name] = info
+        for model in used:
+            layout = self._layout(model)
+            self._checkpoints[model] = Checkpoint.open(model, layout)
+        for _, task in planned:
+            self._check_geometry(task)
+        for model, infos in used.items():
+            self._checkpoints[model].check(infos.values())
+        for weight, task in planned:
+            self._check_vocabulary(weight, task)
+
+    def _layout(self, model: ModelReference) -> ModelLayout:
+        config = model.config(trust_remote_code=self.options.trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise CheckpointError(
+                f"model {model}",
+                "its config has a quantization_config: the checkpoint is quantised",
+                "Use the model's unquantised checkpoint",
+            )
+        return resolve(config, model=str(model))
+
+    def _check_geometry(self, task: ExecuteMergeMethodTask) -> None:
+        anchor = self._checkpoints[_anchor(task)]
+        for model in task.model_order:
+            layout = self._checkpoints[model].layout
+            if layout.family.name != anchor.layout.family.name:
+                raise GeometryError(
+                    f"model {model}",
+                    f"it is of family {layout.family.name}, the anchor {anchor.model} of {anchor.layout.family.name}",
+                    "Merge models of one architecture",
+                )
+            if differences := layout.geometry.differences(anchor.layout.geometry):
+                raise GeometryError(
+                    f"model {model}",
+                    f"its sizes differ from those of the anchor {anchor.model}: {', '.join(differences)}",
+                    "Merge models of the same shape",
+                )
+
+    def _check_vocabulary(self, weight: WeightInfo, task: ExecuteMergeMethodTask) -> None:
+        if not isinstance(task.gather_tensors, GatherTensors) or weight.vocabulary_axis is None:
+            return
+        headers = {m: self._checkpoints[m].stored(info) for m, info in _gather(task).weight_info.items()}
+        shapes = {header.shape: model for model, header in headers.items() if header is not None}
+        if len(shapes) > 1:
+            (shape_a, a), (shape_b, b) = list(shapes.items())[:2]
+            raise GeometryError(
+                f"tensor {weight.name}",
+                f"its vocabulary differs: {shape_a} in {a}, {shape_b} in {b}",
+                "Let MergeKit match the tokenizers: tokenizer: {source: base}",
+            )
+
+    def _warn_if_inexact(self, planned: list[Planned]) -> None:
+        if any(task.parameters["rotation"] == "full" for _, task in planned):
+            LOG.warning(
+                "rotation: full turns queries and keys by a matrix that does not commute with RoPE: the aligned models "
+                "no longer compute what the originals computed. rotation: exact keeps their function."
+            )
+
+    # Tasks
+
+    def _aligned_block(
+        self, key: BlockKey, members: list[Planned]
+    ) -> dict[str, dict[ModelReference, ApplyBlock]]:
+        """For each tensor of a block (by output name) the aligned task of each model that is aligned."""
+        layer, kind = key
+        anchor_ref = _anchor(members[0][1])
+        layout = self._checkpoints[anchor_ref].layout
+        use = self._settings(members)
+        if use.rotation is Rotation.full and layout.has_qk_norm and kind is BlockKind.attention:
+            raise ConfigError(
+                "parameter rotation",
+                f"full is not possible for {layout.family.title}: its queries and keys are normalised (QK-norm), and "
+                "a rotation before the norm's gains breaks the model",
+                "Use rotation: exact",
+            )
+        axes = tuple(layout.claim(weight.name).spec.axes for weight, _ in members)  # type: ignore[union-attr]
+        geometry = layout.geometry
+        heads = Heads(geometry.query_heads, geometry.kv_heads, layout.has_qk_norm)
+        loads = [GatherAligned(**dict(_gather(task))).loads() for _, task in members]
+        result: dict[str, dict[ModelReference, ApplyBlock]] = {weight.name: {} for weight, _ in members}
+        for model in members[0][1].model_order:
+            if model == anchor_ref or not self._wants_alignment(model, members):
+                continue
+            anchor_loads, model_loads = (tuple(load[m] for load in loads) for m in (anchor_ref, model))
+            solution = SolveBlock(
+                kind=kind, axes=axes, anchor=anchor_loads, model=model_loads, heads=heads, use=use
+            )
+            for (weight, _), load, tensor_axes in zip(members, model_loads, axes, strict=True):
+                result[weight.name][model] = ApplyBlock(load=load, axes=tensor_axes, solution=solution)
+        return result
+
+    def _settings(self, members: list[Planned]) -> Symmetries:
+        def of(task: ExecuteMergeMethodTask) -> Symmetries:
+            p = task.parameters
+            return Symmetries(p["permutation"], Rotation(p["rotation"]), p["scaling"], p["neuron_scaling"])
+
+        first_weight, first = members[0]
+        for weight, task in members[1:]:
+            for name in ("permutation", "rotation", "scaling", "neuron_scaling"):
+                if task.parameters[name] != first.parameters[name]:
+                    raise _disagreement(
+                        name, (first_weight, first.parameters[name]), (weight, task.parameters[name])
+                    )
+        return of(first)
+
+    def _wants_alignment(self, model: ModelReference, members: list[Planned]) -> bool:
+        first_weight, first = members[0]
+        wanted: bool = first.input_parameters[model]["align"]
+        for weight, task in members[1:]:
+            if task.input_parameters[model]["align"] != wanted:
+                raise _disagreement("align", (first_weight, wanted), (weight, not wanted), model)
+        return wanted
+
+    def _merge_task(
+        self, weight: WeightInfo, task: ExecuteMergeMethodTask, aligned: dict[ModelReference, ApplyBlock]
+    ) -> ExecuteMergeMethodTask:
+        """The inner method on the aligned inputs of one tensor."""
+        gather = _gather(task)
+        order = tuple(m for m in task.model_order if self._takes_part(m, task))
+        out_dtype = None
+        if aligned:
+            stored = merged_dtype(self._checkpoints[m].stored(gather.weight_info[m]) for m in order)
+            out_dtype = self.config.out_dtype or self.config.dtype or str(stored).removeprefix("torch.")
+        shared = {name: value for name, value in task.parameters.items() if name not in ALIGNMENT_NAMES}
+        return ExecuteMergeMethodTask(
+            method_name=self.method.inner.spec.name,
+            gather_tensors=_regathered(task, order, aligned),
+            model_order=order,
+            base_model=task.base_model if self.method.anchor_is_base or task.base_model in order else None,
+            output_weight=weight,
+            parameters=shared,
+            input_parameters={m: self._inner_parameters(m, task) for m in order},
+            dtype=task.dtype,
+            out_dtype=out_dtype,
+        )
+
+    def _inner_parameters(self, model: ModelReference, task: ExecuteMergeMethodTask) -> dict[str, object]:
+        return {
+            p.name: task.input_parameters[model][p.name]
+            for p in self.method.inner.spec.input_parameters
+            if model != task.base_model or p.scope is ParameterScope.INPUT
+        }
+
+    def _takes_part(self, model: ModelReference, task: ExecuteMergeMethodTask) -> bool:
+        return self.method.anchor_is_base or model != task.base_model or model in self.listed
+
+
+def _anchor(task: ExecuteMergeMethodTask) -> ModelReference:
+    assert task.base_model is not None  # graph/config_checks.py
+    return task.base_model
+
+
+def _gather(task: ExecuteMergeMethodTask) -> GatherTensors:
+    """The loads behind a planned tensor, whatever MergeKit does to its vocabulary afterwards."""
+    inputs = task.gather_tensors
+    return inputs if isinstance(inputs, GatherTensors) else inputs.gather_tensors
+
+
+def _regathered(
+    task: ExecuteMergeMethodTask, order: tuple[ModelReference, ...], aligned: dict[ModelReference, ApplyBlock]
+) -> Task:
+    """The same inputs with finite loads, aligned where they are; vocabulary steps keep all models they know."""
+    gather, inputs = _gather(task), task.gather_tensors
+    if isinstance(inputs, (PermutedVocabulary, TruncatedVocabulary)):
+        return inputs.model_copy(update={"gather_tensors": GatherAligned(**dict(gather))})
+    infos = {m: info for m, info in gather.weight_info.items() if m in order}
+    replaced = tuple((m, apply) for m, apply in aligned.items() if m in order)
+    fields = dict(gather) | {"weight_info": ImmutableMap(data=infos), "aligned": replaced}
+    return GatherAligned(**fields)
+
+
+def _disagreement(
+    name: str,
+    one: tuple[WeightInfo, object],
+    other: tuple[WeightInfo, object],
+    model: ModelReference | None = None,
+) -> ParameterError:
+    (weight_a, value_a), (weight_b, value_b) = one, other
+    of = f" of model {model}" if model is not None else ""
+    return ParameterError(
+        f"parameter {name}{of}",
+        f"it is {value_a} for {weight_a.name} and {value_b} for {weight_b.name}, but these belong to one block and are "
+        "aligned together",
+        "Choose filters that give all tensors of a block the same value",
+    )
+
+
+def aligned_models(tasks: list[tuple[WeightInfo, Task]]) -> Iterator[ModelReference]:
+    """Models that have at least one aligned tensor in the plan."""
+    seen = set()
+    for _, task in tasks:
+        gather = getattr(task, "gather_tensors", None)
+        for model, _ in getattr(gather, "aligned", ()):
+            if model not in seen:
+                seen.add(model)
+                yield model

@@ -1,0 +1,87 @@
+"""The task that finds the alignment of one block of one model."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from mergekit.graph import Task
+from pydantic import model_validator
+
+from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.graph.report import readable_errors
+from mergekit_symalign.symmetry.blocks import Heads, Sides, Symmetries, align_attention, align_mlp
+from mergekit_symalign.symmetry.groups import BlockElement
+
+Axes = Tuple[str, ...]
+
+
+class SolveBlock(Task[Dict[str, Any]]):
+    """Aligns one attention block or MLP of a model to the anchor's.
+
+    It depends on the loads of the merge itself, so that every tensor is read once. The result holds only tensors in
+    dicts and tuples (`BlockElement.pack`); an axis whose optimum is the identity is left out.
+
+    Attributes:
+        kind: attention or MLP.
+        axes: of each tensor of the block.
+        anchor: the anchor's loads, in the same order.
+        model: the model's loads, in the same order.
+        heads: shape of the attention.
+        use: symmetries that are admitted.
+    """
+
+    kind: BlockKind
+    axes: Tuple[Axes, ...]
+    anchor: Tuple[LoadFinite, ...]
+    model: Tuple[LoadFinite, ...]
+    heads: Heads
+    use: Symmetries
+
+    @model_validator(mode="after")
+    def _same_length(self) -> "SolveBlock":
+        if not len(self.axes) == len(self.anchor) == len(self.model):
+            raise ValueError("axes, anchor and model must list the same tensors")
+        return self
+
+    def arguments(self) -> Dict[str, Task]:
+        sides = (("anchor", self.anchor), ("model", self.model))
+        return {f"{side}{i}": load for side, loads in sides for i, load in enumerate(loads)}
+
+    def group_label(self) -> Optional[str]:
+        return max(task.group_label() or "" for task in self.arguments().values())
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
+        sides = self._sides(tensors)
+        with readable_errors():
+            if self.kind is BlockKind.mlp:
+                element = align_mlp(sides, self.use)
+            else:
+                element = align_attention(sides, self.heads, self.use)
+        return without_identities(element).pack()
+
+    def _sides(self, tensors: Dict[str, torch.Tensor]) -> Sides:
+        """For each axis the tensors that have it, as rows [axis, columns], anchor and model."""
+        sides: Dict[str, Any] = {}
+        for i, axes in enumerate(self.axes):
+            for dim, axis in enumerate(axes):
+                if axis in self.kind.axes:
+                    pair = tuple(_rows(tensors[f"{side}{i}"], dim) for side in ("anchor", "model"))
+                    sides.setdefault(axis, []).append(pair)
+        return sides
+
+
+def without_identities(element: BlockElement) -> BlockElement:
+    """Leave out actions that change nothing, so that their tensors pass through untouched, bit for bit.
+
+    The only place of a solve, apart from the assignment, that asks the device for a value.
+    """
+    return BlockElement({axis: g for axis, g in element.actions.items() if not bool(g.is_identity())})
+
+
+def _rows(x: torch.Tensor, dim: int) -> torch.Tensor:
+    return x.movedim(dim, 0).reshape(x.shape[dim], -1)

@@ -1,0 +1,171 @@
+"""The only place that touches MergeKit's internals: what is expected of them, and what is put into them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+from mergekit_symalign import __version__
+from mergekit_symalign.errors import HostError
+
+NAMES = ("aligned_task_arithmetic", "rotation_match")
+_SUPPORTED = "0.1.5"
+_MARK = "_mergekit_symalign"
+
+
+def install() -> None:
+    """Register the methods and hook the planner, once (what the autoload does when MergeKit is imported).
+
+    A MergeKit whose internals are not recognised is left as it is, except that asking for one of our methods
+    raises `HostError`.
+    """
+    import mergekit.merge_methods
+    import mergekit.plan
+
+    on_import(mergekit.merge_methods)
+    on_import(mergekit.plan)
+
+
+def on_import(module: ModuleType) -> None:
+    """Hook one of MergeKit's modules, right after it was executed. Doing so twice does nothing."""
+    if getattr(module, _MARK, False):
+        return
+    setattr(module, _MARK, True)
+    action = {
+        "mergekit.merge_methods": _register,
+        "mergekit.plan": _hook_planner,
+        "mergekit.scripts.merge_raw_pytorch": _hook_raw_pytorch,
+    }[module.__name__]
+    problem = _problem(module)
+    if problem is None:
+        action(module)
+    else:
+        _refuse(problem)
+
+
+def _problem(module: ModuleType) -> str | None:
+    """What about this module is not as expected, or None."""
+    for path, parameters in _EXPECTED[module.__name__].items():
+        target: Any = module
+        for part in path.split("."):
+            target = getattr(target, part, None)
+        if target is None:
+            return f"{module.__name__}.{path} is missing"
+        if parameters is not None and (missing := set(parameters) - _names(target)):
+            return f"{module.__name__}.{path} has no {', '.join(sorted(missing))}"
+    return None
+
+
+_EXPECTED: dict[str, dict[str, tuple[str, ...] | None]] = {
+    "mergekit.merge_methods": {
+        "register": ("method",),
+        "get": ("name",),
+        "registered_methods": None,
+        "MergeMethod._execute": ("groups", "parameters", "options", "input_dtypes", "out_dtype"),
+        "MergeMethodSpec": ("name", "parameters", "contract", "pretty_name", "reference_url"),
+    },
+    "mergekit.plan": {
+        "MergePlanner._plan": ("self",),
+        "MergePlanner": ("config", "arch_info", "options", "out_model_config"),
+        "ExecuteMergeMethodTask": (
+            "method_name",
+            "gather_tensors",
+            "model_order",
+            "base_model",
+            "output_weight",
+            "parameters",
+            "input_parameters",
+            "out_dtype",
+        ),
+        "GatherTensors": ("weight_info", "dtype", "device"),
+    },
+    "mergekit.scripts.merge_raw_pytorch": {"plan_flat_merge": ("config",)},
+}
+
+
+def _names(target: Any) -> set[str]:
+    fields = getattr(target, "model_fields", None)
+    return set(fields) if fields is not None else set(inspect.signature(target).parameters)
+
+
+def _register(merge_methods: Any) -> None:
+    from mergekit_symalign.methods import aligned_task_arithmetic, rotation_match
+
+    for method in (
+        aligned_task_arithmetic(merge_methods.get("task_arithmetic")),
+        rotation_match(merge_methods.get("linear")),
+    ):
+        if method.spec.name not in {m.spec.name for m in merge_methods.registered_methods()}:
+            merge_methods.register(method)
+
+
+def _hook_planner(plan: Any) -> None:
+    original = plan.MergePlanner._plan
+
+    @functools.wraps(original)
+    def _plan(self: Any) -> None:
+        from mergekit_symalign.methods import AlignedMethod
+
+        if not isinstance(self._method, AlignedMethod):
+            return original(self)
+        from mergekit_symalign.graph.report import readable_errors
+
+        with readable_errors():
+            _plan_aligned(self, original)
+        return None
+
+    plan.MergePlanner._plan = _plan
+
+
+def _plan_aligned(planner: Any, original: Any) -> None:
+    """MergeKit's own plan between our checks of the configuration and our rewriting of its tasks."""
+    from mergekit_symalign.graph.config_checks import check_config, check_layers, listed_models
+    from mergekit_symalign.graph.planning import AlignedPlan
+
+    check_config(planner.config, planner._method)
+    check_layers(planner.config, planner.arch_info, planner.options.trust_remote_code)
+    plan = AlignedPlan(planner.config, planner.options, planner._method, listed_models(planner.config))
+    original(planner)
+    planner._tensors = plan.rewrite(planner._tensors)
+
+
+def _hook_raw_pytorch(script: Any) -> None:
+    original = script.plan_flat_merge
+
+    @functools.wraps(original)
+    def plan_flat_merge(config: Any, *args: Any, **kwargs: Any) -> Any:
+        from mergekit_symalign.graph.report import readable_errors
+        from mergekit_symalign.methods import AlignedMethod
+
+        method = script.merge_methods.get(config.merge_method)
+        tasks = original(config, *args, **kwargs)
+        if isinstance(method, AlignedMethod):
+            with readable_errors():
+                for task in tasks:
+                    method.require_unblocked(getattr(task, "tensor_name", None))
+        return tasks
+
+    script.plan_flat_merge = plan_flat_merge
+
+
+def _refuse(problem: str) -> None:
+    """Make asking for one of our methods an error that names both versions; leave everything else alone."""
+    import mergekit.merge_methods as merge_methods
+
+    original = merge_methods.get
+
+    @functools.wraps(original)
+    def get(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name in NAMES:
+            raise HostError(
+                f"merge method {name}",
+                f"mergekit-symalign {__version__} does not know the internals of the installed mergekit "
+                f"{metadata.version('mergekit')} ({problem})",
+                f"Install mergekit {_SUPPORTED}, or a newer mergekit-symalign",
+            )
+        return original(name, *args, **kwargs)
+
+    merge_methods.get = get

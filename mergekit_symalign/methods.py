@@ -1,0 +1,136 @@
+"""The registered merge methods: an inner method of MergeKit's, on aligned inputs.
+
+A planned merge never runs these objects: planning replaces them by the inner method and gives it aligned tensors
+(graph/planning.py). Called directly, on one tensor at a time, they cannot align, and refuse the tensors of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    BatchOptions,
+    MergeMethod,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+
+from mergekit_symalign.errors import UnalignedCallError
+from mergekit_symalign.families.resolve import is_block_tensor
+
+TASK_VECTORS_PAPER = (
+    "https://arxiv.org/abs/2511.10850"  # Horoi et al., parameter space symmetries for task arithmetic
+)
+ROTATION_PAPER = "https://arxiv.org/abs/2502.00264"  # Zhang et al., rotation symmetry for model fusion
+
+ALIGNMENT_PARAMETERS = (
+    ParameterSpec(
+        "align", bool, ParameterScope.NON_BASE, default=True, description="false: take this model as it is"
+    ),
+    ParameterSpec(
+        "permutation", bool, ParameterScope.SHARED, default=True, description="match the neurons of the MLPs"
+    ),
+    ParameterSpec(
+        "rotation",
+        Literal["exact", "full", "none"],
+        ParameterScope.SHARED,
+        default="exact",
+        description="exact: the largest rotation group that keeps the function; full: the papers' orthogonal matrix "
+        "for query and key also under RoPE, which changes the function; none",
+    ),
+    ParameterSpec(
+        "scaling",
+        bool,
+        ParameterScope.SHARED,
+        default=True,
+        description="the scale between query and key, value and output",
+    ),
+    ParameterSpec(
+        "neuron_scaling",
+        bool,
+        ParameterScope.SHARED,
+        default=False,
+        description="the signed scale between up and down projection of each neuron",
+    ),
+)
+ALIGNMENT_NAMES = frozenset(p.name for p in ALIGNMENT_PARAMETERS)
+
+
+class AlignedMethod(MergeMethod):
+    """A merge method that aligns every model to ``base_model`` before ``inner`` merges them.
+
+    Attributes:
+        inner: MergeKit's method that does the merging.
+        anchor_is_base: whether the anchor is the inner method's base; otherwise it takes part in the merge only if
+            it is listed as a model.
+    """
+
+    def __init__(self, inner: MergeMethod, spec: MergeMethodSpec, *, anchor_is_base: bool) -> None:
+        self.inner = inner
+        self.anchor_is_base = anchor_is_base
+        self.spec = replace(
+            spec,
+            parameters=(*spec.parameters, *ALIGNMENT_PARAMETERS),
+            contract=replace(inner.spec.contract, base=BasePolicy.REQUIRED),
+        )
+
+    @property
+    def supports_batching(self) -> bool:  # type: ignore[override]
+        return self.inner.supports_batching
+
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        options: BatchOptions,
+        *,
+        input_dtypes: Sequence[torch.dtype | None],
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        for group in groups:
+            self.require_unblocked(group.metadata.name)
+        inner = [{k: v for k, v in bound.items() if k not in ALIGNMENT_NAMES} for bound in parameters]
+        return self.inner._execute(groups, inner, options, input_dtypes=input_dtypes, out_dtype=out_dtype)
+
+    def require_unblocked(self, name: str | None) -> None:
+        """Refuse a tensor that cannot be merged without the rest of its attention block or MLP.
+
+        Raises:
+            UnalignedCallError: if a family takes ``name`` for part of a block, or there is no name to tell.
+        """
+        if name is None or is_block_tensor(name):
+            raise UnalignedCallError(
+                f"tensor {name}" if name is not None else "a tensor without a name",
+                f"{self.spec.name} was called on it alone, and would merge it unaligned: it needs the whole block",
+                f"Merge whole models with mergekit-yaml, or use {self.inner.spec.name} for a plain merge",
+            )
+
+
+def aligned_task_arithmetic(inner: MergeMethod) -> AlignedMethod:
+    """MergeKit's ``task_arithmetic`` on aligned inputs (Horoi et al., section 3)."""
+    spec = replace(
+        inner.spec,
+        name="aligned_task_arithmetic",
+        pretty_name="Aligned Task Arithmetic (Leveraging Parameter Space Symmetries for Reasoning Skill Transfer in LLMs)",
+        reference_url=TASK_VECTORS_PAPER,
+    )
+    return AlignedMethod(inner, spec, anchor_is_base=True)
+
+
+def rotation_match(inner: MergeMethod) -> AlignedMethod:
+    """Every model in the anchor's coordinates, averaged like MergeKit's ``linear`` (Zhang et al., section 4)."""
+    weight_of_one = tuple(replace(p, default=1.0) if p.name == "weight" else p for p in inner.spec.parameters)
+    spec = replace(
+        inner.spec,
+        name="rotation_match",
+        pretty_name="Rotation Match (Beyond the Permutation Symmetry of Transformers: The Role of Rotation for Model Fusion)",
+        reference_url=ROTATION_PAPER,
+        parameters=weight_of_one,
+    )
+    return AlignedMethod(inner, spec, anchor_is_base=False)

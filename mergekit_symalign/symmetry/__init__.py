@@ -1,0 +1,1 @@
+"""The mathematics of parameter space symmetries: torch and scipy only, no MergeKit."""

@@ -1,0 +1,310 @@
+"""Group elements: linear maps along one axis of a weight tensor.
+
+Every element obeys, up to rounding, the laws that the tests check for each class::
+
+    g.inverse()(g(x, dim), dim) == x
+    g.dual().dual() == g                  # dual: the inverse transpose
+    (g(W, rows)) contracted with (g.dual()(U, columns)) == W contracted with U
+
+The last line is the reason why a model computes the same: whatever writes a coordinate carries ``g``, whatever
+reads it carries ``g.dual()``. Elements act by differentiable torch operations, never in place, and on the device of
+the tensor they are given.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mergekit_symalign.errors import ShapeError
+
+Packed = dict[str, tuple[Tensor, ...]]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which weights of ``dtype`` are transformed: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class AxisAction(ABC):
+    """An invertible linear map along one axis of length ``size``."""
+
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Length of the axis this acts on."""
+
+    @abstractmethod
+    def transform(self, x: Tensor) -> Tensor:
+        """The map along the first axis of ``x`` [size, columns]."""
+
+    @abstractmethod
+    def inverse(self) -> AxisAction:
+        """The element that undoes this one."""
+
+    @abstractmethod
+    def dual(self) -> AxisAction:
+        """The inverse transpose: what the axis carries that reads this one."""
+
+    @abstractmethod
+    def is_identity(self) -> Tensor:
+        """Boolean scalar tensor: whether this leaves every tensor exactly as it is."""
+
+    @abstractmethod
+    def snapped(self, tolerance: float) -> AxisAction:
+        """The same element with every part that is within ``tolerance`` of the identity replaced by it."""
+
+    def __call__(self, x: Tensor, dim: int) -> Tensor:
+        """Apply to axis ``dim`` of ``x``; returns the compute dtype (float32 at least).
+
+        Raises:
+            ShapeError: if that axis does not have length ``size``.
+        """
+        if x.shape[dim] != self.size:
+            raise ShapeError(
+                f"{self.kind} of size {self.size}",
+                f"axis {dim} of a tensor of shape {tuple(x.shape)} has length {x.shape[dim]}",
+                "Use an element that was solved for a model of this shape",
+            )
+        rows = x.to(compute_dtype(x.dtype)).movedim(dim, 0)
+        return self.transform(rows.reshape(self.size, -1)).reshape(rows.shape).movedim(0, dim)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The element's own numbers, in the order of its fields."""
+        return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+    def pack(self) -> Packed:
+        """As plain tensors: ``{kind: numbers}``, which MergeKit's executors move between devices."""
+        return {self.kind: self.tensors()}
+
+
+@dataclass(frozen=True, eq=False)
+class Permutation(AxisAction):
+    """Slot ``i`` takes what stood at ``index[i]``. Orthogonal, so its own dual.
+
+    Attributes:
+        index: int64 [size], a permutation of ``range(size)``.
+    """
+
+    kind: ClassVar[str] = "permutation"
+    index: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.index.shape[0]
+
+    def transform(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.index.to(x.device))
+
+    def inverse(self) -> Permutation:
+        return Permutation(torch.argsort(self.index))
+
+    def dual(self) -> Permutation:
+        return self
+
+    def is_identity(self) -> Tensor:
+        return (self.index == torch.arange(self.size, device=self.index.device)).all()
+
+    def snapped(self, tolerance: float) -> Permutation:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling(AxisAction):
+    """Coordinate ``i`` is multiplied by ``factor[i]``, any real number but 0 (signs included).
+
+    Attributes:
+        factor: [size].
+    """
+
+    kind: ClassVar[str] = "scaling"
+    factor: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.factor.shape[0]
+
+    def transform(self, x: Tensor) -> Tensor:
+        return x * self.factor.to(x).unsqueeze(-1)
+
+    def inverse(self) -> Scaling:
+        return Scaling(1 / self.factor)
+
+    def dual(self) -> Scaling:
+        return self.inverse()
+
+    def is_identity(self) -> Tensor:
+        return (self.factor == 1).all()
+
+    def snapped(self, tolerance: float) -> Scaling:
+        return Scaling(_snap(self.factor, 1.0, tolerance))
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRotation(AxisAction):
+    """One orthogonal matrix (reflections included) and one scale for every head.
+
+    Attributes:
+        matrix: [heads, d, d], orthogonal.
+        scale: [heads], positive.
+    """
+
+    kind: ClassVar[str] = "head_rotation"
+    matrix: Tensor
+    scale: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.matrix.shape[0] * self.matrix.shape[1]
+
+    def transform(self, x: Tensor) -> Tensor:
+        scaled = (self.matrix * self.scale[:, None, None]).to(x)
+        return (scaled @ x.unflatten(0, self.matrix.shape[:2])).flatten(0, 1)
+
+    def inverse(self) -> HeadRotation:
+        return HeadRotation(self.matrix.mT, 1 / self.scale)
+
+    def dual(self) -> HeadRotation:
+        return HeadRotation(self.matrix, 1 / self.scale)
+
+    def is_identity(self) -> Tensor:
+        eye = torch.eye(self.matrix.shape[1], dtype=self.matrix.dtype, device=self.matrix.device)
+        return (self.matrix == eye).all() & (self.scale == 1).all()
+
+    def snapped(self, tolerance: float) -> HeadRotation:
+        eye = torch.eye(self.matrix.shape[1], dtype=self.matrix.dtype, device=self.matrix.device)
+        near = ((self.matrix - eye).abs().amax((-2, -1)) <= tolerance)[:, None, None]
+        return HeadRotation(torch.where(near, eye, self.matrix), _snap(self.scale, 1.0, tolerance))
+
+    def per_query_head(self, queries_per_kv: int) -> HeadRotation:
+        """The same element for each query head of a KV head's group."""
+        return HeadRotation(*(t.repeat_interleave(queries_per_kv, dim=0) for t in self.tensors()))
+
+
+@dataclass(frozen=True, eq=False)
+class PlaneRotation(AxisAction):
+    """One angle and one scale for every rotary plane of every head: what commutes with RoPE.
+
+    The planes are the coordinate pairs ``(i, i + d/2)``, the half-split layout.
+
+    Attributes:
+        angle: [heads, d/2], radians.
+        scale: [heads, d/2], positive.
+    """
+
+    kind: ClassVar[str] = "plane_rotation"
+    angle: Tensor
+    scale: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.angle.numel() * 2
+
+    def transform(self, x: Tensor) -> Tensor:
+        heads, planes = self.angle.shape
+        first, second = x.reshape(heads, 2, planes, -1).unbind(1)
+        cos = (self.scale * torch.cos(self.angle)).to(x).unsqueeze(-1)
+        sin = (self.scale * torch.sin(self.angle)).to(x).unsqueeze(-1)
+        turned = torch.stack((cos * first - sin * second, sin * first + cos * second), dim=1)
+        return turned.reshape(x.shape)
+
+    def inverse(self) -> PlaneRotation:
+        return PlaneRotation(-self.angle, 1 / self.scale)
+
+    def dual(self) -> PlaneRotation:
+        return PlaneRotation(self.angle, 1 / self.scale)
+
+    def is_identity(self) -> Tensor:
+        return (self.angle == 0).all() & (self.scale == 1).all()
+
+    def snapped(self, tolerance: float) -> PlaneRotation:
+        return PlaneRotation(_snap(self.angle, 0.0, tolerance), _snap(self.scale, 1.0, tolerance))
+
+    def per_query_head(self, queries_per_kv: int) -> PlaneRotation:
+        """The same element for each query head of a KV head's group."""
+        return PlaneRotation(*(t.repeat_interleave(queries_per_kv, dim=0) for t in self.tensors()))
+
+
+@dataclass(frozen=True, eq=False)
+class Chain(AxisAction):
+    """Several elements, applied in order."""
+
+    kind: ClassVar[str] = "chain"
+    steps: tuple[AxisAction, ...]
+
+    @property
+    def size(self) -> int:
+        return self.steps[0].size
+
+    def transform(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step.transform(x)
+        return x
+
+    def inverse(self) -> Chain:
+        return Chain(tuple(step.inverse() for step in reversed(self.steps)))
+
+    def dual(self) -> Chain:
+        return Chain(tuple(step.dual() for step in self.steps))
+
+    def is_identity(self) -> Tensor:
+        return torch.stack([step.is_identity() for step in self.steps]).all()
+
+    def snapped(self, tolerance: float) -> Chain:
+        return Chain(tuple(step.snapped(tolerance) for step in self.steps))
+
+    def pack(self) -> Packed:
+        return {kind: numbers for step in self.steps for kind, numbers in step.pack().items()}
+
+
+def _snap(x: Tensor, target: float, tolerance: float) -> Tensor:
+    return torch.where((x - target).abs() <= tolerance, target, x)
+
+
+_KINDS: dict[str, Any] = {cls.kind: cls for cls in (Permutation, Scaling, HeadRotation, PlaneRotation)}
+
+
+def unpack(packed: Mapping[str, Sequence[Tensor]]) -> AxisAction:
+    """The element that ``pack`` wrote."""
+    steps = tuple(_KINDS[kind](*numbers) for kind, numbers in packed.items())
+    return steps[0] if len(steps) == 1 else Chain(steps)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockElement:
+    """A symmetry of one attention block or MLP: an action for each axis that it moves.
+
+    Attributes:
+        actions: by the name of the axis (``query``, ``key``, ``value``, ``attended``, ``gate``, …; families/schema.py).
+    """
+
+    actions: Mapping[str, AxisAction]
+
+    def touches(self, axes: Sequence[str]) -> bool:
+        """Whether a tensor with these axes changes at all."""
+        return any(axis in self.actions for axis in axes)
+
+    def __call__(self, x: Tensor, axes: Sequence[str]) -> Tensor:
+        """Transform a tensor whose axes have these names; untouched tensors come back as they are."""
+        for dim, axis in enumerate(axes):
+            if axis in self.actions:
+                x = self.actions[axis](x, dim)
+        return x
+
+    def inverse(self) -> BlockElement:
+        return BlockElement({axis: action.inverse() for axis, action in self.actions.items()})
+
+    def pack(self) -> dict[str, Packed]:
+        """As dicts and tuples of tensors only (what a graph task may return)."""
+        return {axis: action.pack() for axis, action in self.actions.items()}
+
+    @staticmethod
+    def unpack(packed: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> BlockElement:
+        return BlockElement({axis: unpack(action) for axis, action in packed.items()})

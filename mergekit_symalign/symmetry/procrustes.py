@@ -1,0 +1,209 @@
+"""Rotations, plane angles and signs that bring a model's attention heads onto an anchor's.
+
+All of them minimise ``‖s R V_B − V_A‖² + ‖O_B Rᵀ / s − O_A‖²`` (value/output; query/key alike), each over its own group.
+They need no weights, only `Moments` of the two sides, so that the same solvers serve weights and activations.
+Sources: Horoi et al., arXiv 2511.10850 (GQA); Zhang et al., arXiv 2502.00264 (rotation, then scale). Rotation and
+scale are found jointly here (symmetry/scale.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_symalign.symmetry.groups import HeadRotation, PlaneRotation, Scaling
+from mergekit_symalign.symmetry.scale import joint_log_scale, quartic_scale
+
+_POLISH = 4  # alternating steps after the global search; none of them can be worse than the one before
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the solvers need to know of one side (query, key, value or attended) of anchor A and model B.
+
+    Attributes:
+        cross: [heads, d, d], ``A Bᵀ`` over everything but the head's coordinates.
+        model: [heads, d], squared norm of each of the model's coordinates.
+    """
+
+    cross: Tensor
+    model: Tensor
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.cross + other.cross, self.model + other.model)
+
+    def per_kv_head(self, kv_heads: int) -> Moments:
+        """Sum over the query heads of each KV head's group."""
+        return Moments(*(x.unflatten(0, (kv_heads, -1)).sum(1) for x in (self.cross, self.model)))
+
+
+def moments(anchor: Tensor, model: Tensor, heads: int) -> Moments:
+    """Moments of two matrices [heads · d, columns], in float64."""
+    a, b = (x.unflatten(0, (heads, -1)).double() for x in (anchor, model))
+    return Moments(a @ b.mT, b.square().sum(-1))
+
+
+def align_heads(first: Moments, second: Moments, *, rotate: bool, scale: bool) -> HeadRotation:
+    """One orthogonal matrix and one scale for each KV head: jointly optimal, to the global optimum.
+
+    Args:
+        first: the side that is multiplied by ``s`` (value; query without positions).
+        second: the side that is divided by it (attended; key).
+        rotate: if false, the matrix is the identity.
+        scale: if false, ``s = 1``.
+
+    Returns:
+        The action on ``first``; ``second`` carries its dual.
+    """
+    b, o = first.model.sum(-1), second.model.sum(-1)
+    eye = torch.eye(first.cross.shape[-1], dtype=b.dtype, device=b.device).expand_as(first.cross)
+
+    def rotation(s: Tensor) -> Tensor:
+        return _polar(_mixed(first.cross, second.cross, s)) if rotate else eye
+
+    def inner(r: Tensor) -> tuple[Tensor, Tensor]:
+        return (r * first.cross).sum((-2, -1)), (r * second.cross).sum((-2, -1))
+
+    s = torch.ones_like(b)
+    if scale and rotate:
+        s = joint_log_scale(
+            b, o, (_nuclear(first.cross), _nuclear(second.cross)), _nuclear_path(first, second)
+        )
+        s = _alternate(torch.exp(s.log_scale), lambda s: quartic_scale(b, o, *inner(rotation(s))))
+    elif scale:
+        s = quartic_scale(b, o, *inner(eye))
+    return HeadRotation(rotation(s), s)
+
+
+def align_heads_in_turn(first: Moments, second: Moments, *, scale: bool) -> HeadRotation:
+    """The papers' two steps: orthogonal Procrustes, then the quartic for the scale (``rotation: full``).
+
+    Under RoPE, applied to query and key, this is not a symmetry: the function changes.
+    """
+    r = _polar(first.cross + second.cross)
+    s = torch.ones_like(r[:, 0, 0])
+    if scale:
+        p, q = ((r * side.cross).sum((-2, -1)) for side in (first, second))
+        s = quartic_scale(first.model.sum(-1), second.model.sum(-1), p, q)
+    return HeadRotation(r, s)
+
+
+def align_planes(first: Moments, second: Moments, *, rotate: bool, scale: bool) -> PlaneRotation:
+    """One angle and one scale for each rotary plane ``(i, i + d/2)`` of each KV head: jointly optimal.
+
+    With the planes as complex numbers ``c = Σ q_A conj(q_B)``, minimises
+    ``s²‖Q_B‖² + ‖K_B‖²/s² − 2 |s c_Q + c_K / s|`` and takes ``θ = arg(s c_Q + c_K / s)``.
+
+    Returns:
+        The action on the query side; the key side carries its dual. Commutes with RoPE at every position.
+    """
+    c_q, c_k = _plane_correlation(first.cross), _plane_correlation(second.cross)
+    b, o = _plane_norm(first.model), _plane_norm(second.model)
+    s = torch.ones_like(b)
+    if scale and rotate:
+        s = torch.exp(_joint_planes(b, o, c_q, c_k))
+        s = _alternate(s, lambda s: quartic_scale(b, o, *_along(_mixed(c_q, c_k, s), c_q, c_k)))
+    elif scale:
+        s = quartic_scale(b, o, c_q.real, c_k.real)
+    angle = torch.angle(_mixed(c_q, c_k, s)) if rotate else torch.zeros_like(b)
+    return PlaneRotation(angle, s)
+
+
+def align_signs(first: Moments, second: Moments) -> Scaling:
+    """One sign for each rotary plane of each KV head: all that QK-norm leaves exact.
+
+    Returns:
+        ±1 for every coordinate of every KV head, flattened; its own dual.
+    """
+    sign = _sign(_plane_correlation(first.cross + second.cross).real)
+    return Scaling(torch.cat((sign, sign), dim=-1).flatten())
+
+
+def align_gains(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], *, signed: bool) -> Scaling:
+    """The factor that query and key gains of a QK-norm may trade in each plane, jointly optimal.
+
+    Args:
+        query: the anchor's and the model's query gain, [d] each.
+        key: the same for the key gain.
+        signed: whether the factor may be negative.
+
+    Returns:
+        One factor per coordinate [d] for the query gain; the key gain carries its dual.
+    """
+    (q_a, q_b), (k_a, k_b) = ((a.double(), b.double()) for a, b in (query, key))
+    b, o = _plane_norm(q_b.square()), _plane_norm(k_b.square())
+    p, q = _plane_norm(q_a * q_b), _plane_norm(k_a * k_b)
+    if not signed:
+        s = quartic_scale(b, o, p, q)
+    else:
+        s = torch.exp(_joint_planes(b, o, p, q))
+        s = _alternate(s, lambda s: quartic_scale(b, o, *_along(_mixed(p, q, s), p, q)))
+        s = s * _sign(_mixed(p, q, s))
+    return Scaling(torch.cat((s, s), dim=-1))
+
+
+def _alternate(s: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
+    for _ in range(_POLISH):
+        s = step(s)
+    return s
+
+
+def _mixed(m: Tensor, n: Tensor, s: Tensor) -> Tensor:
+    """``s M + N / s``, with ``s`` broadcast over the matrix axes if there are any."""
+    s = s.reshape(s.shape + (1,) * (m.ndim - s.ndim))
+    return s * m + n / s
+
+
+def _polar(m: Tensor) -> Tensor:
+    """The orthogonal matrix nearest to ``m`` [*, d, d]; where ``m`` says nothing, the one nearest to the identity."""
+    d = m.shape[-1]
+    norm = torch.linalg.matrix_norm(m)[..., None, None]
+    eye = torch.eye(d, dtype=m.dtype, device=m.device)
+    tie_break = 4 * d * torch.finfo(m.dtype).eps * torch.where(norm > 0, norm, 1.0)
+    u, _, vh = torch.linalg.svd(m + tie_break * eye)
+    return u @ vh
+
+
+def _nuclear(m: Tensor) -> Tensor:
+    return torch.linalg.svdvals(m).sum(-1)
+
+
+def _nuclear_path(first: Moments, second: Moments) -> Callable[[Tensor], Tensor]:
+    def g(t: Tensor) -> Tensor:
+        return _nuclear(_mixed(first.cross.unsqueeze(1), second.cross.unsqueeze(1), torch.exp(t)))
+
+    return g
+
+
+def _joint_planes(b: Tensor, o: Tensor, c_q: Tensor, c_k: Tensor) -> Tensor:
+    def g(t: Tensor) -> Tensor:
+        return _mixed(c_q.unsqueeze(-1), c_k.unsqueeze(-1), torch.exp(t)).abs()
+
+    return joint_log_scale(b, o, (c_q.abs(), c_k.abs()), g).log_scale
+
+
+def _along(direction: Tensor, c_q: Tensor, c_k: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of both correlations along the direction of their mixture (inner products after turning)."""
+    unit = torch.where(direction.abs() > 0, direction / direction.abs(), torch.ones_like(direction))
+    return (c_q * unit.conj()).real, (c_k * unit.conj()).real
+
+
+def _plane_correlation(cross: Tensor) -> Tensor:
+    """``Σ q_A conj(q_B)`` of each plane [*, d/2], complex, from ``A Bᵀ`` [*, d, d]."""
+    half = cross.shape[-1] // 2
+    ii, ij = (cross[..., :half, cols].diagonal(dim1=-2, dim2=-1) for cols in (slice(half), slice(half, None)))
+    ji, jj = (cross[..., half:, cols].diagonal(dim1=-2, dim2=-1) for cols in (slice(half), slice(half, None)))
+    return torch.complex(ii + jj, ji - ij)
+
+
+def _plane_norm(coordinates: Tensor) -> Tensor:
+    """Sum over the two coordinates of each plane: [*, d] to [*, d/2]."""
+    first, second = coordinates.chunk(2, dim=-1)
+    return first + second
+
+
+def _sign(x: Tensor) -> Tensor:
+    return torch.where(x < 0, -1.0, 1.0).to(x.dtype)

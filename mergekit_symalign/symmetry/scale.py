@@ -1,0 +1,177 @@
+"""The one-dimensional problem behind every joint optimum of rotation and scale.
+
+A rotation and a scale ``s = e^t`` are shared by two matrices, one multiplied by ``s``, the other divided by it. With
+the best rotation for each ``t`` already inserted, what is left to minimise is
+
+    f(t) = e^{2t} b + e^{-2t} o − 2 g(t),        g(t) = max_R <R, e^t M + e^{-t} N>,
+
+where ``b`` and ``o`` are the squared norms of the model's two matrices and ``g`` is a nuclear norm (heads), an absolute
+value (planes) or the like. ``g`` is convex in ``t``: it is a maximum of functions ``e^t α + e^{-t} β``, each of which has
+itself as second derivative and is not negative where it is the maximum. So between two points ``g`` lies below its
+chord, which bounds ``f`` from below on every interval, and intervals that cannot hold the optimum are thrown away
+for good. SYMMETRIES: sections 1 and 3 of docs/symmetries.md; the papers take rotation first and scale second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_DENSE = 128  # intervals of the first sweep, which needs no decomposition
+_SECTIONS = 8  # intervals of each later sweep
+_SWEEPS = 6
+
+
+@dataclass(frozen=True)
+class ScaleOptimum:
+    """Where ``f`` is smallest, and how much smaller it could still be elsewhere.
+
+    Attributes:
+        log_scale: [*batch], ``t``.
+        gap: [*batch], ``f(t)`` minus a proven lower bound of ``f`` everywhere; not negative.
+    """
+
+    log_scale: Tensor
+    gap: Tensor
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """Grid ``t`` [*batch, k + 1] over the bracket; ``g`` at its points (or an upper bound of it)."""
+
+    t: Tensor
+    g: Tensor
+    b: Tensor
+    o: Tensor
+
+    def objective(self) -> Tensor:
+        return _convex(self.t, self.b, self.o) - 2 * self.g
+
+    def lower_bounds(self) -> Tensor:
+        """A lower bound of ``f`` on each interval [*batch, k]: tangents of the convex part minus chord of ``g``."""
+        t, f = self.t, self.objective()
+        width = (t[..., 1:] - t[..., :-1]).clamp_min(torch.finfo(t.dtype).tiny)
+        chord = (self.g[..., 1:] - self.g[..., :-1]) / width
+        rise = 2 * (self.b * torch.exp(2 * t) - self.o * torch.exp(-2 * t))
+        left, right = rise[..., :-1] - 2 * chord, rise[..., 1:] - 2 * chord
+        f_left, f_right = f[..., :-1], f[..., 1:]
+        bend = (right - left).clamp_min(torch.finfo(t.dtype).tiny)
+        meet = f_left + left * (f_right - f_left - right * width) / -bend
+        inside = torch.minimum(meet, torch.minimum(f_left, f_right))
+        return torch.where(left >= 0, f_left, torch.where(right <= 0, f_right, inside))
+
+    def bracket(self, best: Tensor) -> tuple[Tensor, Tensor]:
+        """Hull of the intervals whose lower bound does not exceed ``best`` [*batch, 1]."""
+        slack = 1e-15 * (self.b + self.o)
+        alive = self.lower_bounds() <= best + slack
+        low = torch.where(alive, self.t[..., :-1], torch.inf).amin(-1, keepdim=True)
+        high = torch.where(alive, self.t[..., 1:], -torch.inf).amax(-1, keepdim=True)
+        return low, high
+
+
+def joint_log_scale(
+    b: Tensor, o: Tensor, peaks: tuple[Tensor, Tensor], correlation: Callable[[Tensor], Tensor]
+) -> ScaleOptimum:
+    """Minimise ``f`` over ``t`` globally, for a batch of problems at once.
+
+    A first sweep needs only ``g(t) ≤ e^t α + e^{-t} β`` and leaves a small bracket; sweeps with ``g`` itself close it.
+
+    Args:
+        b: [*batch] squared norms of what is multiplied by ``e^t``.
+        o: [*batch] squared norms of what is divided by it. Where either is 0, the scale stays 1.
+        peaks: ``α`` and ``β``, [*batch] each.
+        correlation: ``g``, from ``t`` [*batch, k] to [*batch, k].
+    """
+    usable = ((b > 0) & (o > 0)).unsqueeze(-1)
+    b, o = (torch.where(usable, x.unsqueeze(-1), 1.0) for x in (b, o))
+    alpha, beta = (torch.where(usable, x.unsqueeze(-1), 0.0) for x in peaks)
+
+    def masked(t: Tensor) -> Tensor:
+        return torch.where(usable, correlation(t), 0.0)
+
+    low, high = _first_bracket(b, o, alpha, beta)
+    t = _grid(low, high, _DENSE)
+    sweep = _Sweep(t, torch.exp(t) * alpha + torch.exp(-t) * beta, b, o)
+    promising = t.gather(-1, sweep.objective().argmin(-1, keepdim=True))
+    candidates = torch.cat((promising, torch.zeros_like(promising)), dim=-1)
+    values = _convex(candidates, b, o) - 2 * masked(candidates)
+    best, where = values.min(-1, keepdim=True)
+    at = candidates.gather(-1, where)
+    for _ in range(_SWEEPS):
+        t = _grid(*sweep.bracket(best), _SECTIONS)
+        sweep = _Sweep(t, masked(t), b, o)
+        value, where = sweep.objective().min(-1, keepdim=True)
+        at = torch.where(value < best, t.gather(-1, where), at)
+        best = torch.minimum(value, best)
+    gap = (best.squeeze(-1) - sweep.lower_bounds().amin(-1)).clamp_min(0)
+    return ScaleOptimum(at.squeeze(-1), gap)
+
+
+def quartic_scale(b: Tensor, o: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """The best scale for a rotation that is already chosen: ``s > 0`` minimising ``s²b + o/s² − 2(s p + q/s)``.
+
+    Its stationary points are the positive real roots of ``b s⁴ − p s³ + q s − o`` (Horoi et al., appendix; the
+    objective is compared at the roots).
+
+    Args:
+        b, o: [*batch] squared norms; where either is 0, the scale stays 1.
+        p, q: [*batch] inner products of anchor and rotated model.
+
+    Returns:
+        ``s`` [*batch].
+    """
+    usable = (b > 0) & (o > 0)
+    b, o = (torch.where(usable, x, 1.0) for x in (b, o))
+    p, q = (torch.where(usable, x, 0.0) for x in (p, q))
+    # In the unit (o/b)^¼ of s the quartic is monic with constant term −1: no overflow, well conditioned.
+    unit = (o / b) ** 0.25
+    cubic, linear = p / (b * unit), q / (b * unit**3)
+    zero, one = torch.zeros_like(b), torch.ones_like(b)
+    companion = torch.stack(
+        (
+            torch.stack((cubic, zero, -linear, one), -1),
+            torch.stack((one, zero, zero, zero), -1),
+            torch.stack((zero, one, zero, zero), -1),
+            torch.stack((zero, zero, one, zero), -1),
+        ),
+        -2,
+    )
+    roots = torch.linalg.eigvals(companion).real
+    t = torch.cat((torch.where(roots > 0, roots, 1.0).log(), zero.unsqueeze(-1)), -1) + unit.log().unsqueeze(
+        -1
+    )
+    t = torch.cat((t, zero.unsqueeze(-1)), -1)
+    b, o, p, q = (x.unsqueeze(-1) for x in (b, o, p, q))
+    for _ in range(3):
+        t = newton_step(t, b, o, p, q)
+    objective = _convex(t, b, o) - 2 * (torch.exp(t) * p + torch.exp(-t) * q)
+    best = t.gather(-1, objective.argmin(-1, keepdim=True)).squeeze(-1)
+    return torch.where(usable, torch.exp(best), 1.0)
+
+
+def newton_step(t: Tensor, b: Tensor, o: Tensor, p: Tensor, q: Tensor, *, longest: float = 0.1) -> Tensor:
+    """One step towards a minimum of ``e^{2t}b + e^{-2t}o − 2(e^t p + e^{-t} q)``, no longer than ``longest``."""
+    up, down = torch.exp(t), torch.exp(-t)
+    slope = 2 * (up**2 * b - down**2 * o) - 2 * (up * p - down * q)
+    bend = 4 * (up**2 * b + down**2 * o) - 2 * (up * p + down * q)
+    step = torch.where(bend > 0, -slope / bend, -longest * torch.sign(slope))
+    return t + step.clamp(-longest, longest)
+
+
+def _convex(t: Tensor, b: Tensor, o: Tensor) -> Tensor:
+    return torch.exp(2 * t) * b + torch.exp(-2 * t) * o
+
+
+def _grid(low: Tensor, high: Tensor, intervals: int) -> Tensor:
+    """``intervals + 1`` equally spaced points from ``low`` to ``high`` [*batch, 1]."""
+    return low + (high - low) * torch.linspace(0, 1, intervals + 1, dtype=low.dtype, device=low.device)
+
+
+def _first_bracket(b: Tensor, o: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Every stationary point lies inside: there ``s² b − o/s²`` is at most ``s α + β/s`` in absolute value."""
+    high = torch.log(((alpha + torch.sqrt(alpha**2 + 4 * b * (o + beta))) / (2 * b)).clamp_min(1))
+    low = -torch.log(((beta + torch.sqrt(beta**2 + 4 * o * (b + alpha))) / (2 * o)).clamp_min(1))
+    return low, high
