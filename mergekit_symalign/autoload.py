@@ -1,7 +1,7 @@
 """Loads the hook when, and only when, MergeKit is imported. Imports nothing heavy.
 
-`mergekit_symalign.pth` (and `mergekit_symalign.start` from Python 3.15 on, PEP 829) put a finder on ``sys.meta_path`` when
-the interpreter starts; the first import of one of MergeKit's modules below then comes here.
+`mergekit_symalign.pth` (and `mergekit_symalign.start` from Python 3.15 on, PEP 829) put a finder on ``sys.meta_path``
+when the interpreter starts; the first import of one of MergeKit's modules below then comes here.
 """
 
 from __future__ import annotations

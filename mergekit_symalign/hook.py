@@ -110,12 +110,12 @@ def _hook_planner(plan: Any) -> None:
         from mergekit_symalign.methods import AlignedMethod
 
         if not isinstance(self._method, AlignedMethod):
-            return original(self)
+            original(self)
+            return
         from mergekit_symalign.graph.report import readable_errors
 
         with readable_errors():
             _plan_aligned(self, original)
-        return None
 
     plan.MergePlanner._plan = _plan
 

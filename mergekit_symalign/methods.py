@@ -24,15 +24,11 @@ from mergekit.merge_methods.base import (
 from mergekit_symalign.errors import UnalignedCallError
 from mergekit_symalign.families.resolve import is_block_tensor
 
-TASK_VECTORS_PAPER = (
-    "https://arxiv.org/abs/2511.10850"  # Horoi et al., parameter space symmetries for task arithmetic
-)
+TASK_VECTORS_PAPER = "https://arxiv.org/abs/2511.10850"  # Horoi et al., parameter space symmetries for task arithmetic
 ROTATION_PAPER = "https://arxiv.org/abs/2502.00264"  # Zhang et al., rotation symmetry for model fusion
 
 ALIGNMENT_PARAMETERS = (
-    ParameterSpec(
-        "align", bool, ParameterScope.NON_BASE, default=True, description="false: take this model as it is"
-    ),
+    ParameterSpec("align", bool, ParameterScope.NON_BASE, default=True, description="false: take this model as it is"),
     ParameterSpec(
         "permutation", bool, ParameterScope.SHARED, default=True, description="match the neurons of the MLPs"
     ),
@@ -117,7 +113,8 @@ def aligned_task_arithmetic(inner: MergeMethod) -> AlignedMethod:
     spec = replace(
         inner.spec,
         name="aligned_task_arithmetic",
-        pretty_name="Aligned Task Arithmetic (Leveraging Parameter Space Symmetries for Reasoning Skill Transfer in LLMs)",
+        pretty_name="Aligned Task Arithmetic (Leveraging Parameter Space Symmetries for Reasoning Skill Transfer "
+        "in LLMs)",
         reference_url=TASK_VECTORS_PAPER,
     )
     return AlignedMethod(inner, spec, anchor_is_base=True)
@@ -129,7 +126,8 @@ def rotation_match(inner: MergeMethod) -> AlignedMethod:
     spec = replace(
         inner.spec,
         name="rotation_match",
-        pretty_name="Rotation Match (Beyond the Permutation Symmetry of Transformers: The Role of Rotation for Model Fusion)",
+        pretty_name="Rotation Match (Beyond the Permutation Symmetry of Transformers: The Role of Rotation for Model "
+        "Fusion)",
         reference_url=ROTATION_PAPER,
         parameters=weight_of_one,
     )

@@ -158,17 +158,31 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
                 f"{', '.join(map(repr, allowed))}",
                 "Set align: false for this model if you trust a plain merge",
             )
-    sizes = {key: lookup(config, where) for key, where in family.sizes.model_dump().items()}
-    layers = sizes.pop("layers")
-    sizes["kv_heads"] = sizes["kv_heads"] or sizes["query_heads"]
-    sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["query_heads"]
+    layers = lookup(config, family.sizes.layers)
 
     def present(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-        return {
-            name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)
-        }
+        return {name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)}
 
-    return ModelLayout(family, Geometry(**sizes), layers, present(family.tensors), present(family.layer))
+    return ModelLayout(
+        family, _geometry(config, family, model), layers, present(family.tensors), present(family.layer)
+    )
+
+
+def _geometry(config: Any, family: Family, model: str) -> Geometry:
+    """Sizes from the config, with transformers' own rules for those it may leave out."""
+    keys = family.sizes.model_dump(exclude={"layers"})
+    sizes = {key: lookup(config, where) for key, where in keys.items()}
+    sizes["kv_heads"] = sizes["kv_heads"] or sizes["query_heads"]
+    sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["query_heads"]
+    geometry = Geometry(**sizes)
+    problem = None
+    if geometry.query_heads % geometry.kv_heads:
+        problem = f"{geometry.query_heads} query heads cannot share {geometry.kv_heads} KV heads evenly"
+    elif geometry.head_dim % 2:
+        problem = f"head dimension {geometry.head_dim} is odd, so it has no rotary planes"
+    if problem is not None:
+        raise ArchitectureError(f"model {model}", problem, "Check the model's config.json")
+    return geometry
 
 
 def lookup(config: Any, key: str) -> Any:

@@ -25,7 +25,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any, Literal, Optional
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Axis = Literal[
     "query",
@@ -70,8 +70,8 @@ class QueryKeyNorm(str, Enum):
     head = "head"  # RMSNorm over each head, one gain per coordinate shared by all heads
 
 
-class _Data(BaseModel, frozen=True, extra="forbid"):
-    pass
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class TensorSpec(_Data):
@@ -143,9 +143,7 @@ class Family(_Data):
         known = {*self.tensors, *self.layer}
         for name, spec in {**self.tensors, **self.layer}.items():
             if missing := set(spec.read_by) - known:
-                raise ValueError(
-                    f"family {self.name}: {name} is read by {sorted(missing)}, which it does not list"
-                )
+                raise ValueError(f"family {self.name}: {name} is read by {sorted(missing)}, which it does not list")
         if "{layer}" not in self.layer_prefix:
             raise ValueError(f"family {self.name}: layer_prefix has no {{layer}}")
         return self

@@ -62,9 +62,7 @@ class Checkpoint:
         if header is None:
             if info.optional:
                 return
-            raise CheckpointError(
-                where, "the checkpoint does not have it", "Download or export the checkpoint again"
-            )
+            raise CheckpointError(where, "the checkpoint does not have it", "Download or export the checkpoint again")
         if header.dtype is None:
             raise CheckpointError(
                 where,

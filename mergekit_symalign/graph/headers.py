@@ -41,9 +41,7 @@ def _shard_headers(path: Path) -> dict[str, Header]:
     try:
         return _safetensors(path) if path.suffix == ".safetensors" else _pickle(path)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            str(path), f"its header cannot be read ({error})", "Download the file again"
-        ) from error
+        raise CheckpointError(str(path), f"its header cannot be read ({error})", "Download the file again") from error
 
 
 def _safetensors(path: Path) -> dict[str, Header]:

@@ -63,9 +63,7 @@ class AlignedPlan:
         for key, members in blocks.items():
             aligned.update(self._aligned_block(key, members))
         self._warn_if_inexact(planned)
-        return [
-            (weight, self._merge_task(weight, task, aligned.get(weight.name, {}))) for weight, task in planned
-        ]
+        return [(weight, self._merge_task(weight, task, aligned.get(weight.name, {}))) for weight, task in planned]
 
     # Checks
 
@@ -133,11 +131,9 @@ class AlignedPlan:
 
     # Tasks
 
-    def _aligned_block(
-        self, key: BlockKey, members: list[Planned]
-    ) -> dict[str, dict[ModelReference, ApplyBlock]]:
+    def _aligned_block(self, key: BlockKey, members: list[Planned]) -> dict[str, dict[ModelReference, ApplyBlock]]:
         """For each tensor of a block (by output name) the aligned task of each model that is aligned."""
-        layer, kind = key
+        _, kind = key
         anchor_ref = _anchor(members[0][1])
         layout = self._checkpoints[anchor_ref].layout
         use = self._settings(members)
@@ -157,9 +153,7 @@ class AlignedPlan:
             if model == anchor_ref or not self._wants_alignment(model, members):
                 continue
             anchor_loads, model_loads = (tuple(load[m] for load in loads) for m in (anchor_ref, model))
-            solution = SolveBlock(
-                kind=kind, axes=axes, anchor=anchor_loads, model=model_loads, heads=heads, use=use
-            )
+            solution = SolveBlock(kind=kind, axes=axes, anchor=anchor_loads, model=model_loads, heads=heads, use=use)
             for (weight, _), load, tensor_axes in zip(members, model_loads, axes, strict=True):
                 result[weight.name][model] = ApplyBlock(load=load, axes=tensor_axes, solution=solution)
         return result
@@ -173,9 +167,7 @@ class AlignedPlan:
         for weight, task in members[1:]:
             for name in ("permutation", "rotation", "scaling", "neuron_scaling"):
                 if task.parameters[name] != first.parameters[name]:
-                    raise _disagreement(
-                        name, (first_weight, first.parameters[name]), (weight, task.parameters[name])
-                    )
+                    raise _disagreement(name, (first_weight, first.parameters[name]), (weight, task.parameters[name]))
         return of(first)
 
     def _wants_alignment(self, model: ModelReference, members: list[Planned]) -> bool:

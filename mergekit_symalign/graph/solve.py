@@ -40,7 +40,7 @@ class SolveBlock(Task[Dict[str, Any]]):
     use: Symmetries
 
     @model_validator(mode="after")
-    def _same_length(self) -> "SolveBlock":
+    def _same_length(self) -> SolveBlock:
         if not len(self.axes) == len(self.anchor) == len(self.model):
             raise ValueError("axes, anchor and model must list the same tensors")
         return self

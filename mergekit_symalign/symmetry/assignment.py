@@ -1,7 +1,7 @@
 """Which neuron of the model belongs to which of the anchor: a linear assignment problem, solved to its optimum.
 
-SYMMETRIES: section 6 of docs/symmetries.md. The Hungarian algorithm runs on the CPU (scipy); this module is the only one that moves a
-tensor there.
+The mathematics: docs/symmetries.md. The Hungarian algorithm runs on the CPU (scipy); this module is the only one that
+moves a tensor there.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class NeuronPairs:
 def align_neurons(pairs: NeuronPairs, *, permute: bool, scale: bool) -> tuple[AxisAction, AxisAction]:
     """The permutation of neurons, and with ``scale`` their signed scales, that come closest to the anchor.
 
-    Maximises ``Σ_i S[i, π(i)]``, ``S = G_A G_Bᵀ + U_A U_Bᵀ + D_Aᵀ D_B``. With ``scale`` the score of a pair is that of its
-    own best factor ``c ≠ 0`` for ``u → c u, d → d / c``, so that permutation and factors are optimal together.
+    Maximises ``Σ_i S[i, π(i)]``, ``S = G_A G_Bᵀ + U_A U_Bᵀ + D_Aᵀ D_B``. With ``scale`` the score of a pair is that of
+    its own best factor ``c ≠ 0`` for ``u → c u, d → d / c``, so that permutation and factors are optimal together.
 
     Returns:
         The actions that gate rows and up rows carry; down columns carry the dual of the latter.
@@ -71,7 +71,7 @@ def best_assignment(score: Tensor) -> Tensor:
         return rows.indices  # every row's own best column is a different one: no assignment can do better
     _, found = linear_sum_assignment(score.cpu().numpy(), maximize=True)
     index = torch.from_numpy(found).to(score.device)
-    gain = score.gather(1, index[:, None]).double().sum() - score.diagonal().double().sum()
+    gain = score.gather(1, index.unsqueeze(1)).double().sum() - score.diagonal().double().sum()
     noise = torch.finfo(score.dtype).eps * score.diagonal().double().abs().sum()
     return identity if bool(gain <= noise) else index
 
@@ -92,7 +92,8 @@ def signed_scale(scaled: tuple[Tensor, Tensor], divided: tuple[Tensor, Tensor]) 
     s = torch.exp(joint_log_scale(b, o, (p.abs(), q.abs()), g).log_scale)
     sign = torch.where(s * p + q / s < 0, -1.0, 1.0)
     s = quartic_scale(b, o, sign * p, sign * q)
-    return sign * s
+    factor: Tensor = sign * s
+    return factor
 
 
 def _scores(pairs: NeuronPairs, *, scale: bool) -> Tensor:

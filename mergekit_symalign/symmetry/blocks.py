@@ -26,9 +26,7 @@ from mergekit_symalign.symmetry.procrustes import (
 )
 
 Pair = tuple[Tensor, Tensor]
-Sides = Mapping[
-    str, Sequence[Pair]
-]  # axis -> (anchor, model) rows [axis, columns] of each tensor that has it
+Sides = Mapping[str, Sequence[Pair]]  # axis -> (anchor, model) rows [axis, columns] of each tensor that has it
 
 
 class Rotation(str, Enum):

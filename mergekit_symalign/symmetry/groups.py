@@ -165,7 +165,7 @@ class HeadRotation(AxisAction):
         return self.matrix.shape[0] * self.matrix.shape[1]
 
     def transform(self, x: Tensor) -> Tensor:
-        scaled = (self.matrix * self.scale[:, None, None]).to(x)
+        scaled = (self.matrix * self.scale.reshape(-1, 1, 1)).to(x)
         return (scaled @ x.unflatten(0, self.matrix.shape[:2])).flatten(0, 1)
 
     def inverse(self) -> HeadRotation:
@@ -180,7 +180,7 @@ class HeadRotation(AxisAction):
 
     def snapped(self, tolerance: float) -> HeadRotation:
         eye = torch.eye(self.matrix.shape[1], dtype=self.matrix.dtype, device=self.matrix.device)
-        near = ((self.matrix - eye).abs().amax((-2, -1)) <= tolerance)[:, None, None]
+        near = (self.matrix - eye).abs().amax((-2, -1), keepdim=True) <= tolerance
         return HeadRotation(torch.where(near, eye, self.matrix), _snap(self.scale, 1.0, tolerance))
 
     def per_query_head(self, queries_per_kv: int) -> HeadRotation:

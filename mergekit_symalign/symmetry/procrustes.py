@@ -1,6 +1,6 @@
 """Rotations, plane angles and signs that bring a model's attention heads onto an anchor's.
 
-All of them minimise ``‖s R V_B − V_A‖² + ‖O_B Rᵀ / s − O_A‖²`` (value/output; query/key alike), each over its own group.
+All of them minimise ``‖s R V_B − V_A‖² + ‖O_B Rᵀ / s − O_A‖²`` (value/output; query/key alike), each over its group.
 They need no weights, only `Moments` of the two sides, so that the same solvers serve weights and activations.
 Sources: Horoi et al., arXiv 2511.10850 (GQA); Zhang et al., arXiv 2502.00264 (rotation, then scale). Rotation and
 scale are found jointly here (symmetry/scale.py).
@@ -69,13 +69,12 @@ def align_heads(first: Moments, second: Moments, *, rotate: bool, scale: bool) -
 
     s = torch.ones_like(b)
     if scale and rotate:
-        s = joint_log_scale(
-            b, o, (_nuclear(first.cross), _nuclear(second.cross)), _nuclear_path(first, second)
-        )
-        s = _alternate(torch.exp(s.log_scale), lambda s: quartic_scale(b, o, *inner(rotation(s))))
+        peaks = (_nuclear(first.cross), _nuclear(second.cross))
+        start = joint_log_scale(b, o, peaks, _nuclear_path(first, second)).log_scale
+        s = _alternate(torch.exp(start), lambda s: quartic_scale(b, o, *inner(rotation(s))))
     elif scale:
         s = quartic_scale(b, o, *inner(eye))
-    return HeadRotation(rotation(s), s)
+    return _unless_noise(HeadRotation(rotation(s), s), first, second)
 
 
 def align_heads_in_turn(first: Moments, second: Moments, *, scale: bool) -> HeadRotation:
@@ -84,11 +83,11 @@ def align_heads_in_turn(first: Moments, second: Moments, *, scale: bool) -> Head
     Under RoPE, applied to query and key, this is not a symmetry: the function changes.
     """
     r = _polar(first.cross + second.cross)
-    s = torch.ones_like(r[:, 0, 0])
+    s = torch.ones_like(first.model.sum(-1))
     if scale:
         p, q = ((r * side.cross).sum((-2, -1)) for side in (first, second))
         s = quartic_scale(first.model.sum(-1), second.model.sum(-1), p, q)
-    return HeadRotation(r, s)
+    return _unless_noise(HeadRotation(r, s), first, second)
 
 
 def align_planes(first: Moments, second: Moments, *, rotate: bool, scale: bool) -> PlaneRotation:
@@ -160,11 +159,28 @@ def _mixed(m: Tensor, n: Tensor, s: Tensor) -> Tensor:
 def _polar(m: Tensor) -> Tensor:
     """The orthogonal matrix nearest to ``m`` [*, d, d]; where ``m`` says nothing, the one nearest to the identity."""
     d = m.shape[-1]
-    norm = torch.linalg.matrix_norm(m)[..., None, None]
+    norm = torch.linalg.matrix_norm(m, keepdim=True)
     eye = torch.eye(d, dtype=m.dtype, device=m.device)
     tie_break = 4 * d * torch.finfo(m.dtype).eps * torch.where(norm > 0, norm, 1.0)
     u, _, vh = torch.linalg.svd(m + tie_break * eye)
     return u @ vh
+
+
+def _unless_noise(g: HeadRotation, first: Moments, second: Moments) -> HeadRotation:
+    """``g``, but the identity for each head where it saves no more than weights in float32 could tell apart.
+
+    A turn by the angle ε saves ``ε²`` of the squared norm. Heads of low rank may turn freely in directions without any
+    weight: that saves nothing, and is left alone.
+    """
+    b, o = first.model.sum(-1), second.model.sum(-1)
+    p, q = ((g.matrix * side.cross).sum((-2, -1)) for side in (first, second))
+    at_identity = sum(side.cross.diagonal(dim1=-2, dim2=-1).sum(-1) for side in (first, second))
+    saved = 2 * (g.scale * p + q / g.scale - at_identity) - (g.scale**2 - 1) * b - (g.scale**-2 - 1) * o
+    noise = saved <= torch.finfo(torch.float32).eps ** 2 * (b + o)
+    eye = torch.eye(g.matrix.shape[-1], dtype=b.dtype, device=b.device)
+    return HeadRotation(
+        torch.where(noise.reshape(-1, 1, 1), eye, g.matrix), torch.where(noise, torch.ones_like(b), g.scale)
+    )
 
 
 def _nuclear(m: Tensor) -> Tensor:
@@ -194,8 +210,8 @@ def _along(direction: Tensor, c_q: Tensor, c_k: Tensor) -> tuple[Tensor, Tensor]
 def _plane_correlation(cross: Tensor) -> Tensor:
     """``Σ q_A conj(q_B)`` of each plane [*, d/2], complex, from ``A Bᵀ`` [*, d, d]."""
     half = cross.shape[-1] // 2
-    ii, ij = (cross[..., :half, cols].diagonal(dim1=-2, dim2=-1) for cols in (slice(half), slice(half, None)))
-    ji, jj = (cross[..., half:, cols].diagonal(dim1=-2, dim2=-1) for cols in (slice(half), slice(half, None)))
+    planes = cross.unflatten(-1, (2, half)).unflatten(-3, (2, half)).diagonal(dim1=-3, dim2=-1)  # [*, 2, 2, half]
+    (ii, ij), (ji, jj) = (row.unbind(-2) for row in planes.unbind(-3))
     return torch.complex(ii + jj, ji - ij)
 
 

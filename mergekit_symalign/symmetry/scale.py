@@ -5,11 +5,11 @@ the best rotation for each ``t`` already inserted, what is left to minimise is
 
     f(t) = e^{2t} b + e^{-2t} o − 2 g(t),        g(t) = max_R <R, e^t M + e^{-t} N>,
 
-where ``b`` and ``o`` are the squared norms of the model's two matrices and ``g`` is a nuclear norm (heads), an absolute
-value (planes) or the like. ``g`` is convex in ``t``: it is a maximum of functions ``e^t α + e^{-t} β``, each of which has
+where ``b`` and ``o`` are the squared norms of the model's two matrices and ``g`` is a nuclear norm (heads) or an
+absolute value (planes). ``g`` is convex in ``t``: it is a maximum of functions ``e^t α + e^{-t} β``, each of which has
 itself as second derivative and is not negative where it is the maximum. So between two points ``g`` lies below its
-chord, which bounds ``f`` from below on every interval, and intervals that cannot hold the optimum are thrown away
-for good. SYMMETRIES: sections 1 and 3 of docs/symmetries.md; the papers take rotation first and scale second.
+chord, which bounds ``f`` from below on every interval, and intervals that cannot hold the optimum are thrown away for
+good. The papers take rotation first and scale second, one coordinate step of this problem (docs/symmetries.md).
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class _Sweep:
 
     def lower_bounds(self) -> Tensor:
         """A lower bound of ``f`` on each interval [*batch, k]: tangents of the convex part minus chord of ``g``."""
-        t, f = self.t, self.objective()
-        width = (t[..., 1:] - t[..., :-1]).clamp_min(torch.finfo(t.dtype).tiny)
-        chord = (self.g[..., 1:] - self.g[..., :-1]) / width
+        t, tiny = self.t, torch.finfo(self.t.dtype).tiny
+        width = t.diff(dim=-1).clamp_min(tiny)
+        chord = self.g.diff(dim=-1) / width
         rise = 2 * (self.b * torch.exp(2 * t) - self.o * torch.exp(-2 * t))
-        left, right = rise[..., :-1] - 2 * chord, rise[..., 1:] - 2 * chord
-        f_left, f_right = f[..., :-1], f[..., 1:]
-        bend = (right - left).clamp_min(torch.finfo(t.dtype).tiny)
+        left, right = (end - 2 * chord for end in _ends(rise))
+        f_left, f_right = _ends(self.objective())
+        bend = (right - left).clamp_min(tiny)
         meet = f_left + left * (f_right - f_left - right * width) / -bend
         inside = torch.minimum(meet, torch.minimum(f_left, f_right))
         return torch.where(left >= 0, f_left, torch.where(right <= 0, f_right, inside))
@@ -67,8 +67,9 @@ class _Sweep:
         """Hull of the intervals whose lower bound does not exceed ``best`` [*batch, 1]."""
         slack = 1e-15 * (self.b + self.o)
         alive = self.lower_bounds() <= best + slack
-        low = torch.where(alive, self.t[..., :-1], torch.inf).amin(-1, keepdim=True)
-        high = torch.where(alive, self.t[..., 1:], -torch.inf).amax(-1, keepdim=True)
+        left, right = _ends(self.t)
+        low = torch.where(alive, left, torch.inf).amin(-1, keepdim=True)
+        high = torch.where(alive, right, -torch.inf).amax(-1, keepdim=True)
         return low, high
 
 
@@ -140,9 +141,7 @@ def quartic_scale(b: Tensor, o: Tensor, p: Tensor, q: Tensor) -> Tensor:
         -2,
     )
     roots = torch.linalg.eigvals(companion).real
-    t = torch.cat((torch.where(roots > 0, roots, 1.0).log(), zero.unsqueeze(-1)), -1) + unit.log().unsqueeze(
-        -1
-    )
+    t = torch.cat((torch.where(roots > 0, roots, 1.0).log(), zero.unsqueeze(-1)), -1) + unit.log().unsqueeze(-1)
     t = torch.cat((t, zero.unsqueeze(-1)), -1)
     b, o, p, q = (x.unsqueeze(-1) for x in (b, o, p, q))
     for _ in range(3):
@@ -159,6 +158,12 @@ def newton_step(t: Tensor, b: Tensor, o: Tensor, p: Tensor, q: Tensor, *, longes
     bend = 4 * (up**2 * b + down**2 * o) - 2 * (up * p + down * q)
     step = torch.where(bend > 0, -slope / bend, -longest * torch.sign(slope))
     return t + step.clamp(-longest, longest)
+
+
+def _ends(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values at the left and right end of each interval, from those at the grid points."""
+    k = x.shape[-1] - 1
+    return x.narrow(-1, 0, k), x.narrow(-1, 1, k)
 
 
 def _convex(t: Tensor, b: Tensor, o: Tensor) -> Tensor:

@@ -102,9 +102,7 @@ def run_and_check_merge(
             validate(directory)
 
 
-def _check_weights(
-    path: str, architecture: ModelArchitecture, config: PretrainedConfig, dtype: str | None
-) -> None:
+def _check_weights(path: str, architecture: ModelArchitecture, config: PretrainedConfig, dtype: str | None) -> None:
     loader = LazyTensorLoader.from_disk(path)
     written = set(loader.index.tensor_paths)
     weights = architecture.all_weights(config)

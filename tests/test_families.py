@@ -1,0 +1,145 @@
+"""Family files against the transformers models they describe."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from models import FAMILIES, logits, make_model, relative_deviation, with_weights
+from transformers import LlamaConfig, Qwen3Config
+
+import mergekit_symalign
+from mergekit_symalign.errors import ArchitectureError
+from mergekit_symalign.families.resolve import families, is_block_tensor, resolve, supported_architectures
+from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.planting import Planted, random_elements, transform
+
+BIASED = {"llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}), "qwen3-biased": ("qwen3", {"attention_bias": True})}
+CASES = {name: (name, {}) for name in FAMILIES} | BIASED
+
+
+@pytest.fixture(params=CASES)
+def model(request: pytest.FixtureRequest):  # noqa: ANN201
+    family, overrides = CASES[request.param]
+    return make_model(family, 0, **overrides)
+
+
+def test_every_weight_is_claimed_with_its_shape(model) -> None:  # noqa: ANN001
+    layout = resolve(model.config, model="m")
+    for name, x in model.state_dict().items():
+        claim = layout.claim(name)
+        assert claim is not None, name
+        expected = layout.shape(claim.spec)
+        assert len(expected) == x.ndim
+        assert all(want in (None, got) for want, got in zip(expected, x.shape, strict=True)), name
+    promised = {layout.name(layer, part) for layer in range(layout.layers) for part in layout.inside}
+    assert promised <= set(model.state_dict())
+
+
+@pytest.mark.parametrize("neuron_scaling", [False, True])
+def test_random_elements_of_every_block_keep_the_function(model, neuron_scaling: bool) -> None:  # noqa: ANN001
+    layout = resolve(model.config, model="m")
+    elements = random_elements(layout, 1, Planted(neuron_scaling=neuron_scaling))
+    twin = transform(model.state_dict(), layout, elements)
+    changed = [name for name, x in twin.items() if not torch.equal(x, model.state_dict()[name])]
+    in_blocks = [name for name in twin if (claim := layout.claim(name)) and claim.spec.block]
+    assert sorted(changed) == sorted(in_blocks)
+    assert relative_deviation(logits(model), logits(with_weights(model, twin))) < 1e-9
+
+
+@pytest.mark.parametrize("kind", list(BlockKind))
+def test_half_of_an_element_changes_the_function(model, kind: BlockKind) -> None:  # noqa: ANN001
+    """The check above can fail: one tensor of a block left behind shows at once."""
+    layout = resolve(model.config, model="m")
+    twin = transform(model.state_dict(), layout, random_elements(layout, 1))
+    for part in ("self_attn.o_proj.weight", "self_attn.k_proj.weight", "mlp.down_proj.weight"):
+        spec = layout.inside[part]
+        if spec.block is kind:
+            wrong = twin | {layout.name(0, part): model.state_dict()[layout.name(0, part)]}
+            assert relative_deviation(logits(model), logits(with_weights(model, wrong))) > 1e-3
+
+
+def test_inverse_elements_give_the_model_back(model) -> None:  # noqa: ANN001
+    layout = resolve(model.config, model="m")
+    elements = random_elements(layout, 2, Planted(neuron_scaling=True))
+    there = transform(model.state_dict(), layout, elements)
+    back = transform(there, layout, {key: g.inverse() for key, g in elements.items()})
+    for name, x in model.state_dict().items():
+        torch.testing.assert_close(back[name], x)
+
+
+def test_unsupported_architecture_lists_the_supported() -> None:
+    with pytest.raises(ArchitectureError, match="GPT9LMHeadModel is not supported.*LlamaForCausalLM") as error:
+        resolve(LlamaConfig(architectures=["GPT9LMHeadModel"]), model="org/gpt9")
+    assert "org/gpt9" in str(error.value)
+    assert all(name in str(error.value) for name in supported_architectures())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "relu"}, "config.hidden_act is 'relu'.*'silu'"),
+        ({"partial_rotary_factor": 0.5}, "config.partial_rotary_factor is 0.5"),
+        ({"num_attention_heads": 32, "num_key_value_heads": 5}, "32 query heads.*5 KV heads"),
+        ({"head_dim": 33}, "head dimension 33 is odd"),
+    ],
+)
+def test_unknown_variants_are_refused(change: dict, message: str) -> None:
+    config = LlamaConfig(architectures=["LlamaForCausalLM"])
+    for key, value in change.items():
+        setattr(config, key, value)
+    with pytest.raises(ArchitectureError, match=message):
+        resolve(config, model="m")
+
+
+def test_unknown_rope_type_is_refused() -> None:
+    config = Qwen3Config(architectures=["Qwen3ForCausalLM"])
+    config.rope_parameters = {"rope_type": "spiral", "rope_theta": 1e4}
+    with pytest.raises(ArchitectureError, match=r"rope_parameters.rope_type is 'spiral'.*'yarn'"):
+        resolve(config, model="m")
+
+
+def test_block_tensors_are_told_by_name() -> None:
+    assert is_block_tensor("model.layers.11.self_attn.q_proj.weight")
+    assert is_block_tensor("model.layers.0.mlp.down_proj.weight")
+    assert not any(map(is_block_tensor, ("w", "lm_head.weight", "model.layers.1.input_layernorm.weight")))
+
+
+def test_family_files_are_named_after_themselves() -> None:
+    assert all(name == family.name for name, family in families().items())
+    architectures = [a for family in families().values() for a in family.architectures]
+    assert len(architectures) == len(set(architectures))
+
+
+def test_mathematics_and_families_do_not_import_mergekit() -> None:
+    package = Path(mergekit_symalign.__file__).parent
+    for folder in ("symmetry", "families"):
+        for file in (package / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not any(n == "mergekit" or n.startswith(("mergekit.", "mergekit_symalign.graph")) for n in names), file
+
+
+def test_only_the_hook_assigns_to_mergekit() -> None:
+    """Patched names of MergeKit's appear as assignment targets in hook.py alone."""
+    package = Path(mergekit_symalign.__file__).parent
+    patched = {"_plan", "plan_flat_merge", "get", "tensor_task"}
+    for file in package.rglob("*.py"):
+        targets = {
+            target.attr
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Attribute)
+        }
+        assert file.name == "hook.py" or not targets & patched, file
+
+
+def test_importing_the_package_is_light() -> None:
+    source = Path(mergekit_symalign.__file__).read_text()
+    imported = {a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import) for a in n.names}
+    assert imported == {"importlib"}
+    assert mergekit_symalign.resolve is resolve
