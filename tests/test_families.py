@@ -16,7 +16,10 @@ from mergekit_symalign.families.resolve import families, is_block_tensor, resolv
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.planting import Planted, random_elements, transform
 
-BIASED = {"llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}), "qwen3-biased": ("qwen3", {"attention_bias": True})}
+BIASED = {
+    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen3-biased": ("qwen3", {"attention_bias": True}),
+}
 CASES = {name: (name, {}) for name in FAMILIES} | BIASED
 
 
@@ -120,7 +123,9 @@ def test_mathematics_and_families_do_not_import_mergekit() -> None:
             for node in ast.walk(ast.parse(file.read_text())):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                assert not any(n == "mergekit" or n.startswith(("mergekit.", "mergekit_symalign.graph")) for n in names), file
+                assert not any(
+                    n == "mergekit" or n.startswith(("mergekit.", "mergekit_symalign.graph")) for n in names
+                ), file
 
 
 def test_only_the_hook_assigns_to_mergekit() -> None:

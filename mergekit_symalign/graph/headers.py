@@ -50,10 +50,13 @@ def _safetensors(path: Path) -> dict[str, Header]:
         if not 0 < size < path.stat().st_size:
             raise ValueError("not a safetensors file, or cut short")
         entries = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if 8 + size + end != path.stat().st_size:
+        raise ValueError("the file is shorter or longer than its header says")
     return {
         name: Header(_FLOATS.get(entry["dtype"]), entry["dtype"], tuple(entry["shape"]))
         for name, entry in entries.items()
-        if name != "__metadata__"
     }
 
 

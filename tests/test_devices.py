@@ -1,0 +1,162 @@
+"""Device handling without a GPU: fake CUDA tensors through every task, and the plan of a two-GPU merge."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import merge_config
+from mergekit.architecture import get_architecture_info
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Task, TaskUniverse
+from mergekit.io.tasks import LoaderCache
+from mergekit.multigpu_executor import MultiGPUExecutor
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from models import FAMILIES, make_model, save
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+import mergekit_symalign
+from mergekit_symalign.graph import solve
+from mergekit_symalign.graph.apply import ApplyBlock
+from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.graph.solve import SolveBlock
+from mergekit_symalign.symmetry import assignment
+
+CUDA = torch.device("cuda:0")
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"scaling": False},
+    {"rotation": "none"},
+    {"rotation": "full"},
+    {"neuron_scaling": True},
+    {"permutation": False, "neuron_scaling": True},
+]
+
+
+def _plan(config: dict[str, Any], out: str, **options: Any) -> list[Task]:
+    """MergeKit's plan of a merge, with our hook."""
+    merge, settings = MergeConfiguration.model_validate(config), MergeOptions(**options)
+    LoaderCache().setup(settings)
+    arch = get_architecture_info(merge, settings)
+    assert merge.base_model is not None
+    planner = MergePlanner(merge, arch, settings, merge.base_model.config())
+    return planner.plan_to_disk(out)
+
+
+def _tasks(targets: list[Task]) -> Iterator[Task]:
+    yield from TaskUniverse(targets).tasks
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def paths(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    layers = {"num_hidden_layers": 6} if request.param == "llama" else {"num_hidden_layers": 1}
+    return [save(make_model(request.param, i, **layers), folder / str(i)) for i in range(3)]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("identities", [True, False])
+def test_solve_and_apply_stay_on_fake_cuda(
+    paths: list[Path], setting: dict[str, Any], identities: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Any tensor made on the CPU on the way would raise: FakeTensorMode refuses to mix devices."""
+    if "qwen3" in str(paths[0]) and setting.get("rotation") == "full":
+        pytest.skip("refused with QK-norm")
+    config = merge_config("rotation_match", paths[0], paths[1:], parameters=setting)
+    tasks = list(_tasks(_plan(config, str(tmp_path))))
+    monkeypatch.setattr(  # the assignment runs on the CPU, and whether an element is the identity is asked of the device
+        assignment, "best_assignment", lambda score: torch.arange(score.shape[0], device=score.device).flip(0)
+    )
+    if identities:
+        monkeypatch.setattr(solve, "without_identities", lambda element: element)
+    else:
+        monkeypatch.setattr(solve, "without_identities", lambda element: type(element)({}))
+    with FakeTensorMode():
+        values: dict[Task, Any] = {
+            t: torch.empty(_shape(t), device=CUDA, dtype=torch.bfloat16) for t in tasks if isinstance(t, LoadFinite)
+        }
+        for kind in (SolveBlock, ApplyBlock):
+            for task in (t for t in tasks if isinstance(t, kind)):
+                assert task.uses_accelerator()
+                values[task] = task.execute(**{k: values[v] for k, v in task.arguments().items()})
+                leaves = tree_leaves(values[task])
+                assert all(isinstance(x, torch.Tensor) and x.device == CUDA for x in leaves)
+                assert leaves or not identities or setting == {"permutation": False, "rotation": "none"}
+    applied = [t for t in tasks if isinstance(t, ApplyBlock)]
+    assert len(applied) == 2 * len({t.load.tensor for t in applied})
+
+
+def _shape(load: LoadFinite) -> tuple[int, ...]:
+    from mergekit_symalign.graph.headers import read_headers
+
+    return read_headers(LoaderCache().get(load.model).index)[load.tensor].shape
+
+
+def test_fake_cuda_would_catch_a_mixed_device() -> None:
+    with FakeTensorMode():
+        x = torch.empty(4, 4, device=CUDA)
+        with pytest.raises(RuntimeError, match="device"):
+            x @ torch.eye(4)
+
+
+def test_only_the_assignment_moves_to_the_cpu() -> None:
+    package = Path(mergekit_symalign.__file__).parent
+    for file in (*(package / "symmetry").glob("*.py"), *(package / "graph").glob("*.py")):
+        calls = [
+            n.func.attr
+            for n in ast.walk(ast.parse(file.read_text()))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+        ]
+        assert calls.count("cpu") + calls.count("numpy") == (2 if file.name == "assignment.py" else 0), file
+
+
+def test_two_gpus_share_the_work(paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mergekit import multigpu_executor
+
+    if "llama" not in str(paths[0]):
+        pytest.skip("one model with several layers is enough")
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_type", lambda: "cuda")
+    config = merge_config("aligned_task_arithmetic", paths[0], paths[1:], parameters={"weight": 1.0})
+    executor = MultiGPUExecutor(_plan(config, str(tmp_path)), num_gpus=2)
+    counts = [len(tasks) for tasks in executor.gpu_assignments.values()]
+    solved = [sum(isinstance(t.task(), SolveBlock) for t in tasks) for tasks in executor.gpu_assignments.values()]
+    assert len(counts) == 2
+    assert max(counts) <= 0.6 * sum(counts)
+    assert max(solved) <= 0.6 * sum(solved)
+    assert sum(solved) == 2 * 2 * 6  # two models, attention and MLP, six layers
+
+
+def test_every_tensor_is_loaded_once(paths: list[Path], tmp_path: Path) -> None:
+    config = merge_config("aligned_task_arithmetic", paths[0], paths[1:], parameters={"weight": 1.0})
+    loads = [(t.model, t.tensor) for t in _tasks(_plan(config, str(tmp_path))) if hasattr(t, "tied_names")]
+    assert len(loads) == len(set(loads))
+    assert {model for model, _ in loads} == {ModelReference.parse(str(p)) for p in paths}
+
+
+def test_at_most_one_layer_of_each_model_is_held(tmp_path: Path) -> None:
+    """Replay the executor's schedule and count the layers whose tensors are alive at any step."""
+    from mergekit.graph import Executor
+
+    models = [save(make_model("llama", i, num_hidden_layers=12), tmp_path / str(i)) for i in range(2)]
+    config = merge_config("aligned_task_arithmetic", models[0], models[1:], parameters={"weight": 1.0})
+    executor = Executor(_plan(config, str(tmp_path / "out")))
+    last_use, alive = executor.schedule.last_use_index, {}
+    for step, handle in enumerate(executor.schedule.tasks):
+        task = handle.task()
+        if isinstance(task, (LoadFinite, ApplyBlock)):
+            name = task.tensor if isinstance(task, LoadFinite) else task.load.tensor
+            alive[handle] = name.split(".")[2] if ".layers." in name else None
+        layers = {layer for layer in alive.values() if layer is not None}
+        assert len(layers) <= 1, (step, layers)
+        alive = {h: layer for h, layer in alive.items() if last_use[h] > step}
+
+
+def test_every_family_is_covered_here() -> None:
+    assert {name.split("-")[0] for name in FAMILIES} == {"llama", "mistral", "qwen2", "qwen3"}

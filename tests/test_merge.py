@@ -1,0 +1,305 @@
+"""Merges through MergeKit: planted symmetries are undone, and everything else MergeKit does keeps working."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import State, load, merge_config, merged, squared_distance
+from models import FAMILIES, logits, make_model, perturbed, relative_deviation, save, with_weights
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.planting import Planted, random_elements, transform
+
+
+class Trio:
+    """Anchor, sibling, skill sibling; and the sibling in foreign coordinates: its planted twin."""
+
+    def __init__(self, family: str, folder: Path, planted: Planted | None = None, **overrides: Any) -> None:
+        self.folder = folder
+        self.anchor = make_model(family, 0, **overrides)
+        self.sibling, self.skill = perturbed(self.anchor, 0.1, 1), perturbed(self.anchor, 0.1, 2)
+        layout = resolve(self.anchor.config, model=family)
+        elements = random_elements(layout, 3, planted)
+        self.twin = with_weights(self.sibling, transform(self.sibling.state_dict(), layout, elements))
+
+    def path(self, name: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Path:
+        """Where one of the models is saved."""
+        path = self.folder / f"{name}-{str(dtype)[6:]}"
+        if not path.exists():
+            save(getattr(self, name), path, dtype, **kwargs)
+        return path
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def trio(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    return Trio(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    return Trio("llama", tmp_path_factory.mktemp("llama"))
+
+
+def _float32(model: PreTrainedModel) -> State:
+    return {name: x.float() for name, x in model.state_dict().items()}
+
+
+def _model_of(state: State, like: PreTrainedModel) -> PreTrainedModel:
+    full = {k: state.get(k, state["model.embed_tokens.weight"]) for k in like.state_dict()}
+    return with_weights(like, full)
+
+
+def test_planted_model_computes_the_same(trio: Trio) -> None:
+    assert relative_deviation(logits(trio.sibling), logits(trio.twin)) < 1e-9
+
+
+def test_rotation_match_brings_a_twin_back(trio: Trio, tmp_path: Path) -> None:
+    out = merged(merge_config("rotation_match", trio.path("anchor"), [trio.path("twin")]), tmp_path)
+    distance = squared_distance(out, _float32(trio.anchor))
+    before = squared_distance({k: _float32(trio.sibling)[k] for k in out}, _float32(trio.anchor))
+    planted = squared_distance({k: _float32(trio.twin)[k] for k in out}, _float32(trio.anchor))
+    assert distance**0.5 <= 1.005 * before**0.5
+    assert planted > 10 * before  # the planting moved it far away
+    function = logits(_model_of(out, trio.anchor))
+    assert relative_deviation(logits(trio.sibling), function) < 1e-3
+
+
+def test_aligned_merge_of_a_twin_is_the_merge_of_the_original(trio: Trio, tmp_path: Path) -> None:
+    def merge(method: str, model: str) -> State:
+        models = [
+            {"model": trio.path(model), "parameters": {"weight": 1.0}},
+            {"model": trio.path("skill"), "parameters": {"weight": 1.0} | _unaligned(method)},
+        ]
+        return merged(merge_config(method, trio.path("anchor"), models), tmp_path / f"{method}-{model}")
+
+    wanted = merge("task_arithmetic", "sibling")
+    plain_error = squared_distance(merge("task_arithmetic", "twin"), wanted) ** 0.5
+    aligned_error = squared_distance(merge("aligned_task_arithmetic", "twin"), wanted) ** 0.5
+    assert aligned_error < 0.1 * plain_error
+
+
+def _unaligned(method: str) -> dict[str, bool]:
+    return {"align": False} if method.startswith("aligned") else {}
+
+
+def test_a_twin_aligns_to_the_same_weights_as_the_original(trio: Trio, tmp_path: Path) -> None:
+    """Both are brought to the one optimum, so they meet there up to float32 rounding."""
+    out = [
+        merged(merge_config("rotation_match", trio.path("anchor"), [trio.path(name)]), tmp_path / name)
+        for name in ("sibling", "twin")
+    ]
+    for name, x in out[0].items():
+        torch.testing.assert_close(out[1][name], x, rtol=1e-4, atol=2e-5 * float(x.abs().max()))
+
+
+def test_signed_neuron_scales_are_undone(tmp_path: Path) -> None:
+    trio = Trio("llama", tmp_path, Planted(neuron_scaling=True))
+    config = merge_config("rotation_match", trio.path("anchor"), [trio.path("twin")])
+    with_scales = merged(config | {"parameters": {"neuron_scaling": True}}, tmp_path / "with")
+    without = merged(config, tmp_path / "without")
+    anchor = _float32(trio.anchor)
+    before = squared_distance({k: _float32(trio.sibling)[k] for k in anchor}, anchor)
+    assert squared_distance(with_scales, anchor) <= 1.01 * before
+    assert squared_distance(without, anchor) > 2 * before
+    assert relative_deviation(logits(trio.sibling), logits(_model_of(with_scales, trio.anchor))) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_to_align_is_the_plain_merge_bit_for_bit(llama: Trio, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The same blocks, other norms and embeddings: MergeKit's own arithmetic in its own dtype."""
+    other = with_weights(llama.anchor, llama.anchor.state_dict())
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "norm" in name or "embed" in name:
+                parameter.mul_(1.1)
+    save(other, tmp_path / "other", dtype)
+    base, name = llama.path("anchor", dtype), str(dtype)[6:]
+    models = [{"model": tmp_path / "other", "parameters": {"weight": 0.7}}]
+    for extra in ({"dtype": name}, {"dtype": None}, {"dtype": "float32", "out_dtype": name}):
+        plain, aligned = (
+            merged(merge_config(method, base, models, **extra), tmp_path / method)
+            for method in ("task_arithmetic", "aligned_task_arithmetic")
+        )
+        assert all(torch.equal(x, aligned[k]) and x.dtype == aligned[k].dtype for k, x in plain.items())
+
+
+def test_merge_is_rounded_once(llama: Trio, tmp_path: Path) -> None:
+    """bf16 in and out: the aligned merge equals the float32 merge of the same bf16 checkpoints, rounded at the end."""
+    paths = [llama.path(name, torch.bfloat16) for name in ("anchor", "twin")]
+    models = [{"model": paths[1], "parameters": {"weight": 0.5}}]
+    config = merge_config("aligned_task_arithmetic", paths[0], models)
+    once = merged(config | {"dtype": "bfloat16"}, tmp_path / "once")
+    exact = merged(config | {"dtype": "float32"}, tmp_path / "exact")
+    for name, x in exact.items():
+        if ".mlp." in name or ".self_attn." in name:
+            assert torch.equal(once[name], x.bfloat16()), name
+    assert all(x.dtype is torch.bfloat16 for x in once.values())
+    unset = merged(config | {"dtype": None}, tmp_path / "unset")
+    assert all(x.dtype is torch.bfloat16 and torch.equal(x, once[k]) for k, x in unset.items())
+
+
+def test_anchor_takes_part_only_if_listed(llama: Trio, tmp_path: Path) -> None:
+    anchor, sibling = llama.path("anchor"), llama.path("sibling")
+    alone = merged(merge_config("rotation_match", anchor, [sibling]), tmp_path / "alone")
+    both = merged(merge_config("rotation_match", anchor, [anchor, sibling]), tmp_path / "both")
+    weighted = [{"model": anchor, "parameters": {"weight": 3.0}}, {"model": sibling, "parameters": {"weight": 1.0}}]
+    quarter = merged(merge_config("rotation_match", anchor, weighted), tmp_path / "quarter")
+    summed = merged(
+        merge_config("rotation_match", anchor, weighted, parameters={"normalize": False}), tmp_path / "summed"
+    )
+    for name, x in _float32(llama.anchor).items():
+        torch.testing.assert_close(both[name], (x + alone[name]) / 2)
+        torch.testing.assert_close(quarter[name], (3 * x + alone[name]) / 4)
+        torch.testing.assert_close(summed[name], 3 * x + alone[name])
+    torch.testing.assert_close(alone["lm_head.weight"], _float32(llama.sibling)["lm_head.weight"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "moved"),
+    [
+        ({"rotation": "none", "scaling": False}, {"mlp"}),
+        ({"permutation": False, "scaling": False}, {"self_attn"}),
+        ({"permutation": False, "rotation": "none"}, {"self_attn"}),
+        ({"permutation": False, "rotation": "none", "scaling": False}, set()),
+        ({"align": False}, set()),
+    ],
+)
+def test_each_symmetry_alone(llama: Trio, parameters: dict[str, Any], moved: set[str], tmp_path: Path) -> None:
+    config = merge_config("rotation_match", llama.path("anchor"), [llama.path("twin")], parameters=parameters)
+    out, twin = merged(config, tmp_path), _float32(llama.twin)
+    changed = {
+        part
+        for name, x in out.items()
+        if not torch.equal(x, twin[name])
+        for part in name.split(".")
+        if part in ("mlp", "self_attn")
+    }
+    assert changed == moved
+    assert relative_deviation(logits(llama.sibling), logits(_model_of(out, llama.anchor))) < 1e-3
+    anchor = _float32(llama.anchor)
+    assert squared_distance(out, anchor) <= squared_distance(twin, anchor)
+
+
+def test_rotation_full_warns_and_changes_the_function(
+    llama: Trio, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = merge_config("rotation_match", llama.path("anchor"), [llama.path("sibling")])
+    with caplog.at_level(logging.WARNING):
+        exact = merged(config, tmp_path / "exact")
+        assert "does not commute with RoPE" not in caplog.text
+        full = merged(config | {"parameters": {"rotation": "full"}}, tmp_path / "full")
+    assert "does not commute with RoPE" in caplog.text
+    anchor = _float32(llama.anchor)
+    assert squared_distance(full, anchor) < squared_distance(exact, anchor)  # it fits better, and
+    assert relative_deviation(logits(llama.sibling), logits(_model_of(exact, llama.anchor))) < 1e-3
+    assert relative_deviation(logits(llama.sibling), logits(_model_of(full, llama.anchor))) > 1e-2  # breaks the model
+
+
+def test_parameters_at_every_level(llama: Trio, tmp_path: Path) -> None:
+    """Per model beats global; a gradient picks layers; a filter picks blocks."""
+    anchor, twin = llama.path("anchor"), llama.path("twin")
+
+    def aligned_layers(config: dict[str, Any], block: str) -> list[int]:
+        out, before = merged(config, tmp_path), _float32(llama.twin)
+        name = "model.layers.{}." + {"mlp": "mlp.up_proj.weight", "attention": "self_attn.q_proj.weight"}[block]
+        return [i for i in range(3) if not torch.equal(out[name.format(i)], before[name.format(i)])]
+
+    base = merge_config("rotation_match", anchor, [twin])
+    off = base | {"parameters": {"align": False}}
+    on_again = merge_config("rotation_match", anchor, [{"model": twin, "parameters": {"align": True}}])
+    assert aligned_layers(off, "mlp") == []
+    assert aligned_layers(on_again | {"parameters": {"align": False}}, "mlp") == [0, 1, 2]
+    assert aligned_layers(base | {"parameters": {"align": [True, False, False]}}, "attention") == [0]
+    mlp_only = [{"filter": "mlp", "value": True}, {"value": False}]
+    assert aligned_layers(base | {"parameters": {"align": mlp_only}}, "mlp") == [0, 1, 2]
+    assert aligned_layers(base | {"parameters": {"align": mlp_only}}, "attention") == []
+
+
+def test_slices_align_the_layers_that_are_merged(llama: Trio, tmp_path: Path) -> None:
+    """Layers 1 and 2 of a model against layers 0 and 1 of the anchor, planted twin and original alike."""
+
+    def merge(method: str, model: str, **align: Any) -> State:
+        sources = [
+            {"model": str(llama.path("anchor")), "layer_range": [0, 2]},
+            {"model": str(llama.path(model)), "layer_range": [1, 3], "parameters": {"weight": 0.5} | align},
+        ]
+        config = {"merge_method": method, "base_model": str(llama.path("anchor")), "dtype": "float32"}
+        return merged(config | {"slices": [{"sources": sources}]}, tmp_path / f"{method}-{model}")
+
+    out = {name: merge("aligned_task_arithmetic", name) for name in ("sibling", "twin")}
+    assert json.loads((tmp_path / "aligned_task_arithmetic-twin" / "config.json").read_text())["num_hidden_layers"] == 2
+    assert {name.split(".")[2] for name in out["twin"] if "layers" in name} == {"0", "1"}
+    plain = merge("task_arithmetic", "twin")
+    gap = squared_distance(out["twin"], out["sibling"])
+    assert gap < 1e-6 * squared_distance(plain, out["sibling"])
+    again = merge("aligned_task_arithmetic", "sibling", align=False)
+    assert squared_distance(again, merge("task_arithmetic", "sibling")) == 0
+
+
+def test_sharded_and_pickled_inputs_and_shards_out(llama: Trio, tmp_path: Path) -> None:
+    save(llama.twin, tmp_path / "sharded", torch.float32, max_shard_size="40KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    pickled = tmp_path / "pickled"
+    save(llama.twin, pickled, torch.float32)
+    torch.save(load(pickled), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    wanted = merged(merge_config("rotation_match", llama.path("anchor"), [llama.path("twin")]), tmp_path / "wanted")
+    for name, options in (
+        ("sharded", {"out_shard_size": 100_000, "async_write": True}),
+        ("pickled", {"lazy_unpickle": True}),
+        ("pickled", {"lazy_unpickle": False, "low_cpu_memory": True, "read_to_gpu": True}),
+    ):
+        out = merged(merge_config("rotation_match", llama.path("anchor"), [tmp_path / name]), tmp_path / "o", **options)
+        assert squared_distance(wanted, out) == 0
+        for file in (tmp_path / "o").iterdir():
+            file.unlink()
+
+
+def test_lora_references_are_merged_first(llama: Trio, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    tuned = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(llama.path("twin")),
+        LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.merge_and_unload().save_pretrained(tmp_path / "tuned")
+    reference = f"{llama.path('twin')}+{tmp_path / 'adapter'}"
+    models = [[reference], [tmp_path / "tuned"]]
+    a, b = (
+        merged(
+            merge_config("rotation_match", llama.path("anchor"), m),
+            tmp_path / str(i),
+            lora_merge_cache=str(tmp_path / "l"),
+        )
+        for i, m in enumerate(models)
+    )
+    assert squared_distance(a, b) < 1e-9
+
+
+def test_inputs_are_never_written_to(llama: Trio, tmp_path: Path) -> None:
+    paths = [llama.path("anchor"), llama.path("twin")]
+    before = [{f.name: (f.stat().st_mtime_ns, f.read_bytes()) for f in p.iterdir()} for p in paths]
+    merged(merge_config("rotation_match", paths[0], [paths[1]]), tmp_path)
+    assert before == [{f.name: (f.stat().st_mtime_ns, f.read_bytes()) for f in p.iterdir()} for p in paths]
+
+
+def test_many_models_each_aligned_to_the_anchor(llama: Trio, tmp_path: Path) -> None:
+    layout = resolve(llama.anchor.config, model="m")
+    second = with_weights(llama.skill, transform(llama.skill.state_dict(), layout, random_elements(layout, 9)))
+    save(second, tmp_path / "second")
+
+    def mean(models: list[Path], out: str) -> State:
+        return merged(merge_config("rotation_match", llama.path("anchor"), models), tmp_path / out)
+
+    wanted = mean([llama.path("sibling"), llama.path("skill")], "w")
+    got = mean([llama.path("twin"), tmp_path / "second"], "g")
+    scale = squared_distance(wanted, {k: torch.zeros_like(x) for k, x in wanted.items()})
+    assert squared_distance(wanted, got) < 1e-9 * scale
