@@ -74,7 +74,7 @@ def test_inverse_elements_give_the_model_back(model) -> None:
 
 
 def test_unsupported_architecture_lists_the_supported() -> None:
-    with pytest.raises(ArchitectureError, match="GPT9LMHeadModel is not supported.*LlamaForCausalLM") as error:
+    with pytest.raises(ArchitectureError, match=r"GPT9LMHeadModel is not supported.*LlamaForCausalLM") as error:
         resolve(LlamaConfig(architectures=["GPT9LMHeadModel"]), model="org/gpt9")
     assert "org/gpt9" in str(error.value)
     assert all(name in str(error.value) for name in supported_architectures())
