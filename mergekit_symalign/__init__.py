@@ -12,7 +12,7 @@ _PUBLIC = {
     "SymalignError": "errors",
     "resolve": "families.resolve",
     "supported_architectures": "families.resolve",
-    "BlockElement": "symmetry.groups",
+    "BlockElement": "symmetry.element",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
-    BlockElement,
     Chain,
     HeadRotation,
     Permutation,

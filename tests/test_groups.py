@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from mergekit_symalign.errors import ShapeError
+from mergekit_symalign.symmetry.element import BlockElement, unpack
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
-    BlockElement,
     Chain,
     HeadRotation,
     Permutation,
     PlaneRotation,
     Scaling,
-    unpack,
 )
 
 D = torch.float64

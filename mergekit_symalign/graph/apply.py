@@ -9,7 +9,7 @@ from mergekit.graph import Task
 
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock
-from mergekit_symalign.symmetry.groups import BlockElement
+from mergekit_symalign.symmetry.element import BlockElement
 
 
 class ApplyBlock(Task[torch.Tensor]):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from mergekit.architecture import WeightInfo
 from mergekit.common import ImmutableMap, ModelReference
@@ -31,6 +30,7 @@ from mergekit_symalign.symmetry.blocks import Heads, Rotation, Symmetries
 LOG = logging.getLogger(__name__)
 
 Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
+SYMMETRY_NAMES = tuple(f.name for f in fields(Symmetries))
 BlockKey = tuple[int, BlockKind]  # output layer and block
 
 
@@ -159,16 +159,13 @@ class AlignedPlan:
         return result
 
     def _settings(self, members: list[Planned]) -> Symmetries:
-        def of(task: ExecuteMergeMethodTask) -> Symmetries:
-            p = task.parameters
-            return Symmetries(p["permutation"], Rotation(p["rotation"]), p["scaling"], p["neuron_scaling"])
-
         first_weight, first = members[0]
         for weight, task in members[1:]:
-            for name in ("permutation", "rotation", "scaling", "neuron_scaling"):
+            for name in SYMMETRY_NAMES:
                 if task.parameters[name] != first.parameters[name]:
                     raise _disagreement(name, (first_weight, first.parameters[name]), (weight, task.parameters[name]))
-        return of(first)
+        chosen = {name: first.parameters[name] for name in SYMMETRY_NAMES}
+        return Symmetries(**chosen | {"rotation": Rotation(chosen["rotation"])})
 
     def _wants_alignment(self, model: ModelReference, members: list[Planned]) -> bool:
         first_weight, first = members[0]
@@ -250,14 +247,3 @@ def _disagreement(
         "aligned together",
         "Choose filters that give all tensors of a block the same value",
     )
-
-
-def aligned_models(tasks: list[tuple[WeightInfo, Task]]) -> Iterator[ModelReference]:
-    """Models that have at least one aligned tensor in the plan."""
-    seen = set()
-    for _, task in tasks:
-        gather = getattr(task, "gather_tensors", None)
-        for model, _ in getattr(gather, "aligned", ()):
-            if model not in seen:
-                seen.add(model)
-                yield model

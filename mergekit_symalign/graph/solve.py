@@ -12,7 +12,7 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.symmetry.blocks import Heads, Sides, Symmetries, align_attention, align_mlp
-from mergekit_symalign.symmetry.groups import BlockElement
+from mergekit_symalign.symmetry.element import BlockElement
 
 Axes = Tuple[str, ...]
 

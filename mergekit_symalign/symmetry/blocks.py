@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons
-from mergekit_symalign.symmetry.groups import AxisAction, BlockElement, HeadRotation, PlaneRotation, Scaling
+from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.groups import AxisAction, HeadRotation, PlaneRotation, Scaling
 from mergekit_symalign.symmetry.procrustes import (
     Moments,
     align_gains,
@@ -84,12 +85,6 @@ def align_mlp(sides: Sides, use: Symmetries) -> BlockElement:
     gate, up = align_neurons(pairs, permute=use.permutation, scale=use.neuron_scaling)
     up = up.snapped(_tolerance(sides["up"]))
     return BlockElement({"gate": gate, "up": up, "down": up.dual()})
-
-
-def distance(sides: Sides) -> Tensor:
-    """Squared distance of model and anchor over all tensors of the block, float64 scalar."""
-    pairs = [pair for side in sides.values() for pair in side]
-    return torch.stack([(model.double() - anchor.double()).square().sum() for anchor, model in pairs]).sum()
 
 
 def _align_query_key(sides: Sides, heads: Heads, use: Symmetries) -> dict[str, AxisAction]:
