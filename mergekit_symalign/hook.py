@@ -11,7 +11,8 @@ from typing import Any
 from mergekit_symalign import __version__
 from mergekit_symalign.errors import HostError
 
-NAMES = ("aligned_task_arithmetic", "rotation_match")
+PREFIX = "aligned_"
+ROTATION_MATCH = "rotation_match"
 _SUPPORTED = "0.1.5"
 _MARK = "_mergekit_symalign"
 
@@ -92,14 +93,28 @@ def _names(target: Any) -> set[str]:
 
 
 def _register(merge_methods: Any) -> None:
-    from mergekit_symalign.methods import aligned_task_arithmetic, rotation_match
+    """Our methods for all that MergeKit has, and for those that are registered later when they are asked for."""
+    from mergekit_symalign.methods import aligned, rotation_match
 
-    for method in (
-        aligned_task_arithmetic(merge_methods.get("task_arithmetic")),
-        rotation_match(merge_methods.get("linear")),
-    ):
-        if method.spec.name not in {m.spec.name for m in merge_methods.registered_methods()}:
+    known = {method.spec.name: method for method in merge_methods.registered_methods()}
+    ours = [*map(aligned, known.values()), rotation_match(known["linear"])]
+    for method in ours:
+        if method is not None and method.spec.name not in known:
             merge_methods.register(method)
+    original = merge_methods.get
+
+    @functools.wraps(original)
+    def get(name: str) -> Any:
+        try:
+            return original(name)
+        except RuntimeError:
+            late = aligned(original(name.removeprefix(PREFIX))) if name.startswith(PREFIX) else None
+            if late is None:
+                raise
+            merge_methods.register(late)
+            return late
+
+    merge_methods.get = get
 
 
 def _hook_planner(plan: Any) -> None:
@@ -166,7 +181,7 @@ def _refuse(problem: str) -> None:
     def get(name: str, *args: Any, **kwargs: Any) -> Any:
         from mergekit_symalign.graph.report import readable_errors
 
-        if name not in NAMES:
+        if name != ROTATION_MATCH and not name.startswith(PREFIX):
             return original(name, *args, **kwargs)
         with readable_errors():
             raise HostError(

@@ -24,8 +24,11 @@ from mergekit.merge_methods.base import (
 from mergekit_symalign.errors import UnalignedCallError
 from mergekit_symalign.families.resolve import is_block_tensor
 
-TASK_VECTORS_PAPER = "https://arxiv.org/abs/2511.10850"  # Horoi et al., parameter space symmetries for task arithmetic
-ROTATION_PAPER = "https://arxiv.org/abs/2502.00264"  # Zhang et al., rotation symmetry for model fusion
+TASK_VECTORS_TITLE = "Leveraging Parameter Space Symmetries for Reasoning Skill Transfer in LLMs"
+TASK_VECTORS_PAPER = "https://arxiv.org/abs/2511.10850"
+ROTATION_TITLE = "Beyond the Permutation Symmetry of Transformers: The Role of Rotation for Model Fusion"
+ROTATION_PAPER = "https://arxiv.org/abs/2502.00264"
+_UNALIGNABLE = frozenset(("passthrough",))
 
 ALIGNMENT_PARAMETERS = (
     ParameterSpec("align", bool, ParameterScope.NON_BASE, default=True, description="false: take this model as it is"),
@@ -108,16 +111,27 @@ class AlignedMethod(MergeMethod):
             )
 
 
-def aligned_task_arithmetic(inner: MergeMethod) -> AlignedMethod:
-    """MergeKit's ``task_arithmetic`` on aligned inputs (Horoi et al., section 3)."""
+def aligned(inner: MergeMethod) -> AlignedMethod | None:
+    """``aligned_<name>``: any method of MergeKit's (or of another plugin's) on aligned inputs.
+
+    Where the inner method requires a base, the anchor is that base. Where it needs none, the anchor takes part only if
+    it is also listed as a model.
+
+    Returns:
+        None for a method that has nothing to align (passthrough, our own) or a parameter of the same name as ours.
+    """
+    names = {p.name for p in inner.spec.parameters}
+    if inner.spec.name in _UNALIGNABLE or isinstance(inner, AlignedMethod) or names & ALIGNMENT_NAMES:
+        return None
+    title = inner.spec.pretty_name or inner.spec.name
+    own = f"; {title}: {inner.spec.reference_url}" if inner.spec.reference_url else ""
     spec = replace(
         inner.spec,
-        name="aligned_task_arithmetic",
-        pretty_name="Aligned Task Arithmetic (Leveraging Parameter Space Symmetries for Reasoning Skill Transfer "
-        "in LLMs)",
+        name=f"aligned_{inner.spec.name}",
+        pretty_name=f"Aligned {title} ({TASK_VECTORS_TITLE}{own})",
         reference_url=TASK_VECTORS_PAPER,
     )
-    return AlignedMethod(inner, spec, anchor_is_base=True)
+    return AlignedMethod(inner, spec, anchor_is_base=inner.spec.contract.base is BasePolicy.REQUIRED)
 
 
 def rotation_match(inner: MergeMethod) -> AlignedMethod:
@@ -126,8 +140,7 @@ def rotation_match(inner: MergeMethod) -> AlignedMethod:
     spec = replace(
         inner.spec,
         name="rotation_match",
-        pretty_name="Rotation Match (Beyond the Permutation Symmetry of Transformers: The Role of Rotation for Model "
-        "Fusion)",
+        pretty_name=f"Rotation Match ({ROTATION_TITLE})",
         reference_url=ROTATION_PAPER,
         parameters=weight_of_one,
     )
