@@ -35,6 +35,7 @@ ALIGNMENT_PARAMETERS = (
     ParameterSpec(
         "permutation", bool, ParameterScope.SHARED, default=True, description="match the neurons of the MLPs"
     ),
+    ParameterSpec("heads", bool, ParameterScope.SHARED, default=True, description="match KV heads and query heads"),
     ParameterSpec(
         "rotation",
         Literal["exact", "full", "none"],

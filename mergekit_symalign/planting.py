@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.symmetry.blocks import HEAD_AXES
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
@@ -19,6 +20,7 @@ from mergekit_symalign.symmetry.groups import (
     PlaneRotation,
     Scaling,
 )
+from mergekit_symalign.symmetry.heads import HeadOrder
 
 Elements = dict[tuple[int, BlockKind], BlockElement]
 
@@ -28,6 +30,7 @@ class Planted:
     """Which symmetries to plant; scales are drawn log-uniformly from ``[1/spread, spread]``."""
 
     permutation: bool = True
+    heads: bool = True
     rotation: bool = True
     scaling: bool = True
     neuron_scaling: bool = False
@@ -83,7 +86,20 @@ class _Draw:
             angle = self._normal(kv, d // 2) * torch.pi * self.what.rotation
             query = PlaneRotation(angle, self._scale(kv, d // 2))
             actions |= {"query": query.per_query_head(group), "key": query.dual()}
-        return BlockElement(actions)
+        return BlockElement(self._after_head_permutation(actions))
+
+    def _after_head_permutation(self, actions: dict[str, AxisAction]) -> dict[str, AxisAction]:
+        if not self.what.heads:
+            return actions
+        geometry = self.layout.geometry
+        kv = torch.randperm(geometry.kv_heads, generator=self.generator)
+        inner = [torch.randperm(geometry.queries_per_kv, generator=self.generator) for _ in kv]
+        query = (kv.unsqueeze(1) * geometry.queries_per_kv + torch.stack(inner)).flatten()
+        order = HeadOrder(kv, query)
+        return {
+            axis: Chain((order.permutation(axis, action.size), action)) if axis in HEAD_AXES else action
+            for axis, action in actions.items()
+        }
 
     def mlp(self) -> BlockElement:
         n = self.layout.geometry.neurons

@@ -177,7 +177,7 @@ def test_misspelt_parameter(
     assert "Did you mean permutation?" in message
 
 
-@pytest.mark.parametrize("name", ["heads", "objective", "calibration", "alignment", "xyzzy"])
+@pytest.mark.parametrize("name", ["objective", "calibration", "alignment", "xyzzy"])
 def test_parameter_of_another_method(models: dict[str, Path], refused: Callable[..., str], name: str) -> None:
     assert f"parameter {name}" in refused(ParameterError, _pair(models, parameters={name: True}))
 

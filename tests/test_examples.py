@@ -31,8 +31,6 @@ def test_example_runs(example: Path, tmp_path: Path) -> None:
     config = yaml.safe_load(_localised(example.read_text(), tmp_path))
     out = merged(config, tmp_path / "out")
     assert all(x.dtype is torch.bfloat16 and torch.isfinite(x).all() for x in out.values())
-    plain = {"aligned_task_arithmetic": "task_arithmetic", "rotation_match": "linear"}[config["merge_method"]]
-    assert plain != config["merge_method"]
     assert any(".self_attn." in name for name in out)
 
 

@@ -163,10 +163,11 @@ def test_anchor_takes_part_only_if_listed(llama: Trio, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parameters", "moved"),
     [
-        ({"rotation": "none", "scaling": False}, {"mlp"}),
+        ({"heads": False, "rotation": "none", "scaling": False}, {"mlp"}),
+        ({"permutation": False, "rotation": "none", "scaling": False}, {"self_attn"}),
         ({"permutation": False, "scaling": False}, {"self_attn"}),
         ({"permutation": False, "rotation": "none"}, {"self_attn"}),
-        ({"permutation": False, "rotation": "none", "scaling": False}, set()),
+        ({"permutation": False, "heads": False, "rotation": "none", "scaling": False}, set()),
         ({"align": False}, set()),
     ],
 )

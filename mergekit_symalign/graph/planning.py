@@ -25,7 +25,7 @@ from mergekit_symalign.graph.checkpoint_checks import Checkpoint, merged_dtype
 from mergekit_symalign.graph.load import GatherAligned
 from mergekit_symalign.graph.solve import SolveBlock
 from mergekit_symalign.methods import ALIGNMENT_NAMES, AlignedMethod
-from mergekit_symalign.symmetry.blocks import Heads, Rotation, Symmetries
+from mergekit_symalign.symmetry.options import HeadShape, Rotation, Symmetries
 
 LOG = logging.getLogger(__name__)
 
@@ -146,14 +146,14 @@ class AlignedPlan:
             )
         axes = tuple(layout.claim(weight.name).spec.axes for weight, _ in members)  # type: ignore[union-attr]
         geometry = layout.geometry
-        heads = Heads(geometry.query_heads, geometry.kv_heads, layout.has_qk_norm)
+        shape = HeadShape(geometry.query_heads, geometry.kv_heads, layout.has_qk_norm)
         loads = [GatherAligned(**dict(_gather(task))).loads() for _, task in members]
         result: dict[str, dict[ModelReference, ApplyBlock]] = {weight.name: {} for weight, _ in members}
         for model in members[0][1].model_order:
             if model == anchor_ref or not self._wants_alignment(model, members):
                 continue
             anchor_loads, model_loads = (tuple(load[m] for load in loads) for m in (anchor_ref, model))
-            solution = SolveBlock(kind=kind, axes=axes, anchor=anchor_loads, model=model_loads, heads=heads, use=use)
+            solution = SolveBlock(kind=kind, axes=axes, anchor=anchor_loads, model=model_loads, shape=shape, use=use)
             for (weight, _), load, tensor_axes in zip(members, model_loads, axes, strict=True):
                 result[weight.name][model] = ApplyBlock(load=load, axes=tensor_axes, solution=solution)
         return result

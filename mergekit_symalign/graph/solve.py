@@ -11,8 +11,9 @@ from pydantic import model_validator
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
-from mergekit_symalign.symmetry.blocks import Heads, Sides, Symmetries, align_attention, align_mlp
+from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
 from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.options import HeadShape, Sides, Symmetries
 
 Axes = Tuple[str, ...]
 
@@ -28,7 +29,7 @@ class SolveBlock(Task[Dict[str, Any]]):
         axes: of each tensor of the block.
         anchor: the anchor's loads, in the same order.
         model: the model's loads, in the same order.
-        heads: shape of the attention.
+        shape: heads of the attention.
         use: symmetries that are admitted.
     """
 
@@ -36,7 +37,7 @@ class SolveBlock(Task[Dict[str, Any]]):
     axes: Tuple[Axes, ...]
     anchor: Tuple[LoadFinite, ...]
     model: Tuple[LoadFinite, ...]
-    heads: Heads
+    shape: HeadShape
     use: Symmetries
 
     @model_validator(mode="after")
@@ -61,7 +62,7 @@ class SolveBlock(Task[Dict[str, Any]]):
             if self.kind is BlockKind.mlp:
                 element = align_mlp(sides, self.use)
             else:
-                element = align_attention(sides, self.heads, self.use)
+                element = align_attention(sides, self.shape, self.use)
         return without_identities(element).pack()
 
     def _sides(self, tensors: Dict[str, torch.Tensor]) -> Sides:

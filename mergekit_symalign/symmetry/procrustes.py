@@ -99,8 +99,8 @@ def align_planes(first: Moments, second: Moments, *, rotate: bool, scale: bool) 
     Returns:
         The action on the query side; the key side carries its dual. Commutes with RoPE at every position.
     """
-    c_q, c_k = _plane_correlation(first.cross), _plane_correlation(second.cross)
-    b, o = _plane_norm(first.model), _plane_norm(second.model)
+    c_q, c_k = plane_correlation(first.cross), plane_correlation(second.cross)
+    b, o = plane_norm(first.model), plane_norm(second.model)
     s = torch.ones_like(b)
     if scale and rotate:
         s = torch.exp(_joint_planes(b, o, c_q, c_k))
@@ -117,7 +117,7 @@ def align_signs(first: Moments, second: Moments) -> Scaling:
     Returns:
         ±1 for every coordinate of every KV head, flattened; its own dual.
     """
-    sign = _sign(_plane_correlation(first.cross + second.cross).real)
+    sign = _sign(plane_correlation(first.cross + second.cross).real)
     return Scaling(torch.cat((sign, sign), dim=-1).flatten())
 
 
@@ -133,8 +133,8 @@ def align_gains(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], *, sig
         One factor per coordinate [d] for the query gain; the key gain carries its dual.
     """
     (q_a, q_b), (k_a, k_b) = ((a.double(), b.double()) for a, b in (query, key))
-    b, o = _plane_norm(q_b.square()), _plane_norm(k_b.square())
-    p, q = _plane_norm(q_a * q_b), _plane_norm(k_a * k_b)
+    b, o = plane_norm(q_b.square()), plane_norm(k_b.square())
+    p, q = plane_norm(q_a * q_b), plane_norm(k_a * k_b)
     if not signed:
         s = quartic_scale(b, o, p, q)
     else:
@@ -207,7 +207,7 @@ def _along(direction: Tensor, c_q: Tensor, c_k: Tensor) -> tuple[Tensor, Tensor]
     return (c_q * unit.conj()).real, (c_k * unit.conj()).real
 
 
-def _plane_correlation(cross: Tensor) -> Tensor:
+def plane_correlation(cross: Tensor) -> Tensor:
     """``Σ q_A conj(q_B)`` of each plane [*, d/2], complex, from ``A Bᵀ`` [*, d, d]."""
     half = cross.shape[-1] // 2
     planes = cross.unflatten(-1, (2, half)).unflatten(-3, (2, half)).diagonal(dim1=-3, dim2=-1)  # [*, 2, 2, half]
@@ -215,7 +215,7 @@ def _plane_correlation(cross: Tensor) -> Tensor:
     return torch.complex(ii + jj, ji - ij)
 
 
-def _plane_norm(coordinates: Tensor) -> Tensor:
+def plane_norm(coordinates: Tensor) -> Tensor:
     """Sum over the two coordinates of each plane: [*, d] to [*, d/2]."""
     first, second = coordinates.chunk(2, dim=-1)
     return first + second

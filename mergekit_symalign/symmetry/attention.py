@@ -1,0 +1,110 @@
+"""One attention block: rotations, angles, signs and scales of heads that are already paired.
+
+Knows axes (families/schema.py), not tensor names. What it needs of the weights are `Moments`, one entry for each KV
+head (or for each candidate pair of KV heads, symmetry/heads.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_symalign.symmetry.groups import AxisAction, HeadRotation, PlaneRotation, Scaling
+from mergekit_symalign.symmetry.options import HeadShape, Pair, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.procrustes import (
+    Moments,
+    align_gains,
+    align_heads,
+    align_heads_in_turn,
+    align_planes,
+    align_signs,
+    moments,
+)
+
+
+@dataclass(frozen=True)
+class AttentionMoments:
+    """Moments of the four sides, [n, …] each: n KV heads, or n candidate pairs of KV heads."""
+
+    value: Moments
+    attended: Moments
+    query: Moments
+    key: Moments
+
+
+@dataclass(frozen=True)
+class HeadActions:
+    """What value and query rows carry; attended and key carry the duals. None: nothing is admitted."""
+
+    value: AxisAction | None
+    query: AxisAction | None
+
+
+def attention_moments(sides: Sides, shape: HeadShape) -> AttentionMoments:
+    """Moments over all tensors of each axis, summed over the query heads of each group."""
+    return AttentionMoments(
+        _moments(sides["value"], shape.kv_heads, shape),
+        _moments(sides["attended"], shape.query_heads, shape),
+        _moments(sides["query"], shape.query_heads, shape),
+        _moments(sides["key"], shape.kv_heads, shape),
+    )
+
+
+def solve_heads(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> HeadActions:
+    """The best action of each KV head on its own coordinates, jointly over rotation and scale."""
+    rotate = use.rotation is not Rotation.none
+    value = align_heads(m.value, m.attended, rotate=rotate, scale=use.scaling) if rotate or use.scaling else None
+    return HeadActions(value, _solve_query(m, shape, use, rotate=rotate))
+
+
+def solve_gains(sides: Sides, use: Symmetries) -> Scaling | None:
+    """The factors that the gains of a QK-norm trade, or None if there are none to trade."""
+    if not use.scaling or "query_gain" not in sides:
+        return None
+    gains = [(a.squeeze(-1), b.squeeze(-1)) for ((a, b),) in (sides["query_gain"], sides["key_gain"])]
+    return align_gains(gains[0], gains[1], signed=use.rotation is not Rotation.none)
+
+
+def per_query_head(g: AxisAction, shape: HeadShape) -> AxisAction:
+    """The action of each KV head, for each query head of its group."""
+    group = shape.queries_per_kv
+    if isinstance(g, Scaling):
+        return Scaling(g.factor.unflatten(0, (shape.kv_heads, -1)).repeat_interleave(group, dim=0).flatten())
+    assert isinstance(g, (HeadRotation, PlaneRotation))
+    return g.per_query_head(group)
+
+
+def _solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries, *, rotate: bool) -> AxisAction | None:
+    if shape.qk_norm:
+        return align_signs(m.query, m.key) if rotate else None
+    if not (rotate or use.scaling):
+        return None
+    if use.rotation is Rotation.full:
+        return align_heads_in_turn(m.query, m.key, scale=use.scaling)
+    return align_planes(m.query, m.key, rotate=rotate, scale=use.scaling)
+
+
+def _moments(side: Sequence[Pair], heads: int, shape: HeadShape) -> Moments:
+    total = moments(*side[0], heads)
+    for pair in side[1:]:
+        total = total + moments(*pair, heads)
+    return total.per_kv_head(shape.kv_heads)
+
+
+def dense(g: AxisAction | None, like: Moments) -> Tensor:
+    """The matrix of an action on each head [n, d, d]."""
+    n, d = like.model.shape
+    eye = torch.eye(d, dtype=like.model.dtype, device=like.model.device).repeat(n, 1)
+    return (eye if g is None else g(eye, 0)).unflatten(0, (n, d))
+
+
+def remaining(g: AxisAction | None, first: Moments, second: Moments) -> Tensor:
+    """Squared distance of each head after ``g``, less the anchor's squared norms, which no action changes [n]."""
+    total = torch.zeros_like(first.model.sum(-1))
+    for action, side in ((g, first), (g.dual() if g is not None else None, second)):
+        matrix = dense(action, side)
+        total = total + (matrix.square().sum(-2) * side.model).sum(-1) - 2 * (matrix * side.cross).sum((-2, -1))
+    return total

@@ -1,0 +1,187 @@
+"""Which head of the model belongs to which of the anchor: KV heads as a whole, then query heads within their group.
+
+The cost of a pair of KV heads is the distance that remains after the best joint rotation and scale of the pair, with
+its query heads matched inside. Solving all pairs would cost more than the rest of the alignment, and siblings do not
+need it: a lower bound from the KV heads' own rows alone (and Cauchy–Schwarz for the query heads) rules most pairs out,
+and a pair is solved only when the assignment wants it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_symalign.symmetry.assignment import best_assignment
+from mergekit_symalign.symmetry.attention import AttentionMoments, HeadActions, dense, remaining, solve_heads
+from mergekit_symalign.symmetry.groups import Permutation, compute_dtype
+from mergekit_symalign.symmetry.options import HeadShape, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.procrustes import Moments, plane_correlation, plane_norm
+from mergekit_symalign.symmetry.scale import quartic_scale
+
+_ROUNDS = 2  # of matching query heads by a rotation, and solving the rotation for the match
+_SLACK = 1e-5  # of the norms: the bounds are products in float32
+
+
+@dataclass(frozen=True)
+class HeadOrder:
+    """Slot ``i`` of the anchor takes the model's head ``kv[i]`` (``query[i]``).
+
+    Attributes:
+        kv: int64 [KV heads].
+        query: int64 [query heads].
+    """
+
+    kv: Tensor
+    query: Tensor
+
+    def permutation(self, axis: str, length: int) -> Permutation:
+        """The same as a permutation of the coordinates of an axis (query, key, value or attended)."""
+        order = self.query if axis in ("query", "attended") else self.kv
+        d = length // order.shape[0]
+        within = torch.arange(d, device=order.device)
+        return Permutation((order.unsqueeze(1) * d + within).flatten())
+
+
+def match_heads(sides: Sides, shape: HeadShape, use: Symmetries) -> HeadOrder | None:
+    """The order of the model's heads that is closest to the anchor, or None if they are in that order already.
+
+    KV heads are assigned to the optimum of the pair costs. Query heads inside a pair are assigned for the pair's
+    rotation, which is solved again for that order: two rounds, as rotation and order depend on each other.
+    """
+    if shape.query_heads == 1:
+        return None
+    problem = _HeadProblem(sides, shape, use)
+    kv = _lazy_assignment(problem.lower_bounds(), problem.cost)
+    group = shape.queries_per_kv
+    inner = torch.stack([problem.inner[i, j] for i, j in enumerate(kv.tolist())])
+    query = (kv.unsqueeze(1) * group + inner).flatten()
+    same = all(bool((order == torch.arange(len(order), device=order.device)).all()) for order in (kv, query))
+    return None if same else HeadOrder(kv, query)
+
+
+def _lazy_assignment(bounds: Tensor, cost: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The assignment with the least total cost, asking for the cost of as few pairs as possible.
+
+    Pairs whose cost was not asked for stand in with their lower bound: an optimum that uses known pairs only is an
+    optimum of the true costs.
+    """
+    costs = bounds.clone()
+    known = torch.zeros_like(costs, dtype=torch.bool)
+    rows = torch.arange(len(costs), device=costs.device)
+    index = rows
+    while True:
+        missing = rows[~known[rows, index]]
+        if len(missing) == 0:
+            return index
+        costs[missing, index[missing]] = cost(missing, index[missing]).to(costs.dtype)
+        known[missing, index[missing]] = True
+        index = best_assignment(-costs)
+
+
+class _HeadProblem:
+    """All pairs of KV heads of one attention block."""
+
+    def __init__(self, sides: Sides, shape: HeadShape, use: Symmetries) -> None:
+        self.sides, self.shape, self.use = sides, shape, use
+        self.inner: dict[tuple[int, int], Tensor] = {}  # order of the query heads in each pair that was solved
+
+    def lower_bounds(self) -> Tensor:
+        """A bound of each pair's cost from below [KV heads, KV heads]."""
+        k = self.shape.kv_heads
+        value, key = (self._all_pairs(axis) for axis in ("value", "key"))
+        attended, query = (self._norms(axis) for axis in ("attended", "query"))
+        d = value.cross.shape[-1]
+        nuclear = d**0.5 * torch.linalg.matrix_norm(value.cross)
+        (o_a, o_b), (q_a, q_b) = ((x.sum(-1) for x in attended), (plane_norm(x) for x in query))
+        outputs = (o_a.unsqueeze(1) * o_b).sqrt()
+        bound = _least(value.model.sum(-1), o_b.expand(k, k), nuclear, outputs, scale=self.use.scaling)
+        key_norm = plane_norm(key.model)
+        correlation = plane_correlation(key.cross).abs()
+        if self.use.rotation is Rotation.full:  # the matrix may mix planes
+            q_a, q_b, key_norm = (x.sum(-1, keepdim=True) for x in (q_a, q_b, key_norm))
+            correlation = d**0.5 * torch.linalg.matrix_norm(key.cross).unsqueeze(-1)
+        turned = (q_a.unsqueeze(1) * q_b).sqrt()
+        scale = self.use.scaling and not self.shape.qk_norm
+        bound = bound + _least(q_b.expand_as(turned), key_norm, turned, correlation, scale=scale).sum(-1)
+        norms = value.model.sum(-1) + o_b + o_a.unsqueeze(1) + q_b.sum(-1) + q_a.sum(-1).unsqueeze(1)
+        return bound - _SLACK * norms
+
+    def cost(self, i: Tensor, j: Tensor) -> Tensor:
+        """Distance that remains between anchor's KV head ``i[n]`` and model's ``j[n]``, less the anchor's norms."""
+        value, key = (self._pairs(axis, i, j).summed() for axis in ("value", "key"))
+        attended, query = (self._pairs(axis, i, j) for axis in ("attended", "query"))
+        nothing = Moments(torch.zeros_like(value.cross), torch.zeros_like(value.model))
+        found = solve_heads(AttentionMoments(value, nothing, nothing, key), self.shape, self.use)
+        for _ in range(_ROUNDS if self.shape.queries_per_kv > 1 else 1):
+            order = _inner_order(found, attended, query)
+            m = AttentionMoments(value, attended.matched(order), query.matched(order), key)
+            found = solve_heads(m, self.shape, self.use)
+        self.inner.update({(a, b): x for a, b, x in zip(i.tolist(), j.tolist(), order, strict=True)})
+        return remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key)
+
+    def _all_pairs(self, axis: str) -> Moments:
+        """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]."""
+        k = self.shape.kv_heads
+        cross, model = torch.zeros(()), torch.zeros(())
+        for anchor, other in self.sides[axis]:
+            a, b = (x.to(compute_dtype(x.dtype)) for x in (anchor, other))
+            product = (a @ b.mT).double().unflatten(1, (k, -1)).unflatten(0, (k, -1)).transpose(1, 2)
+            cross = cross.to(product.device) + product
+            model = model.to(product.device) + b.double().square().sum(-1).unflatten(0, (k, -1))
+        return Moments(cross, model.expand(k, *model.shape))
+
+    def _norms(self, axis: str) -> tuple[Tensor, Tensor]:
+        """Squared norms of each coordinate, anchor and model [KV heads, d], over the query heads of each group."""
+        k, group = self.shape.kv_heads, self.shape.queries_per_kv
+        total = [torch.stack([pair[i].double().square().sum(-1) for pair in self.sides[axis]]).sum(0) for i in range(2)]
+        anchor, model = (x.unflatten(0, (k, group, -1)).sum(1) for x in total)
+        return anchor, model
+
+    def _pairs(self, axis: str, i: Tensor, j: Tensor) -> _GroupMoments:
+        k = self.shape.kv_heads
+        cross, model = torch.zeros(()), torch.zeros(())
+        for anchor, other in self.sides[axis]:
+            heads = self.shape.queries_per_kv if axis in ("query", "attended") else 1
+            a, b = (x.unflatten(0, (k, heads, -1)) for x in (anchor, other))
+            a, b = a.index_select(0, i).double().unsqueeze(2), b.index_select(0, j).double().unsqueeze(1)
+            cross = cross.to(a.device) + a @ b.mT
+            model = model.to(a.device) + b.squeeze(1).square().sum(-1)
+        return _GroupMoments(cross, model)
+
+
+@dataclass(frozen=True)
+class _GroupMoments:
+    """Moments of every query head of one group with every one of another.
+
+    Attributes:
+        cross: [pairs, anchor's heads, model's heads, d, d].
+        model: [pairs, model's heads, d].
+    """
+
+    cross: Tensor
+    model: Tensor
+
+    def summed(self) -> Moments:
+        return Moments(self.cross.sum((1, 2)), self.model.sum(1))
+
+    def matched(self, order: Tensor) -> Moments:
+        """Sum over the heads, each of the anchor's with its partner ``order`` [pairs, heads]."""
+        index = order.reshape(*order.shape, 1, 1, 1).expand(-1, -1, 1, *self.cross.shape[-2:])
+        return Moments(self.cross.gather(2, index).sum((1, 2)), self.model.sum(1))
+
+
+def _least(b: Tensor, o: Tensor, p: Tensor, q: Tensor, *, scale: bool) -> Tensor:
+    """``min_s s²b + o/s² − 2(s p + q/s)``, or its value at ``s = 1`` where scales are not admitted."""
+    s = quartic_scale(b, o, p, q) if scale else torch.ones_like(b)
+    return s**2 * b + o / s**2 - 2 * (s * p + q / s)
+
+
+def _inner_order(found: HeadActions, attended: _GroupMoments, query: _GroupMoments) -> Tensor:
+    """The query heads of each pair matched under the rotation that was found [pairs, heads]."""
+    dual = found.value.dual() if found.value is not None else None
+    o, q = dense(dual, attended.summed()), dense(found.query, query.summed())
+    score = (o[:, None, None] * attended.cross + q[:, None, None] * query.cross).sum((-2, -1))
+    return torch.stack([best_assignment(pair) for pair in score])
