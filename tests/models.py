@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
 
 SIZES = {
     "vocab_size": 97,
@@ -28,29 +22,50 @@ SIZES = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
+COHERE_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 
-FAMILIES: dict[str, tuple[type, type[PreTrainedModel], dict]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "llama-mha": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 6, "head_dim": 8}),
+# Name -> transformers class, what its config has beyond SIZES, and which of SIZES it does not know.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "llama-mha": ("LlamaForCausalLM", {"num_key_value_heads": 6, "head_dim": 8}),
     "llama-tied": (
-        LlamaConfig,
-        LlamaForCausalLM,
+        "LlamaForCausalLM",
         {"tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 10},
     ),
-    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 8}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"num_key_value_heads": 1}),
-    "qwen2-tied": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
-    "qwen3-mha": (Qwen3Config, Qwen3ForCausalLM, {"num_key_value_heads": 6, "head_dim": 12}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 8}),
+    "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 1}),
+    "qwen2-tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", {}),
+    "qwen3-mha": ("Qwen3ForCausalLM", {"num_key_value_heads": 6, "head_dim": 12}),
+    "granite": (
+        "GraniteForCausalLM",
+        {"head_dim": 8, "attention_bias": True, "mlp_bias": True, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    ),
+    "gemma": ("GemmaForCausalLM", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2ForCausalLM", {"sliding_window": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3ForCausalLM", {"sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16}),
+    "phi3": ("Phi3ForCausalLM", {"head_dim": None, "pad_token_id": 0}),
+    "phi4-mini": ("Phi3ForCausalLM", {"head_dim": None, "pad_token_id": 0, "partial_rotary_factor": 0.75}),
+    "olmo2": ("Olmo2ForCausalLM", {"head_dim": None}),
+    "smollm3": ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
+    "starcoder2": ("Starcoder2ForCausalLM", {"head_dim": None}),
+    "cohere2": ("Cohere2ForCausalLM", {"sliding_window": 8, "layer_types": COHERE_LAYERS}),
+    "glm4": ("Glm4ForCausalLM", {"pad_token_id": 0, "partial_rotary_factor": 0.5}),
+    "stablelm": (
+        "StableLmForCausalLM",
+        {"head_dim": None, "use_qkv_bias": True, "partial_rotary_factor": 0.5, "num_attention_heads": 4},
+    ),
+    "phi2": ("PhiForCausalLM", {"head_dim": None, "partial_rotary_factor": 0.5}),
 }
 
 
 def make_model(family: str, seed: int, **overrides: object) -> PreTrainedModel:
     """A random model in float64 with sharpened weights, norms and biases away from 1 and 0."""
-    config_type, model_type, own = FAMILIES[family]
-    config = config_type(**(SIZES | own | overrides), architectures=[model_type.__name__])
+    class_name, own = FAMILIES[family]
+    model_type = getattr(transformers, class_name)
+    sizes = {key: value for key, value in (SIZES | own | overrides).items() if value is not None}
+    model = model_type(model_type.config_class(**sizes, architectures=[class_name])).double().eval()
     generator = torch.Generator().manual_seed(seed)
-    model = model_type(config).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -90,12 +105,23 @@ def save(model: PreTrainedModel, path: Path, dtype: torch.dtype = torch.float32,
     return path
 
 
+class EverythingInFloat64(TorchFunctionMode):
+    """transformers computes norms and rotary tables in float32 whatever the model's dtype: here in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
+        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
+
+
 @torch.no_grad()
 def logits(model: PreTrainedModel, seed: int = 0) -> torch.Tensor:
     """Logits on random tokens, [batch, sequence, vocabulary], in the model's dtype."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.config.vocab_size, (3, 24), generator=generator)
-    return model(tokens).logits
+    if model.dtype is not torch.float64:
+        return model(tokens).logits
+    with EverythingInFloat64():
+        return model(tokens).logits
 
 
 def relative_deviation(a: torch.Tensor, b: torch.Tensor) -> float:

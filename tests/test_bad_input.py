@@ -45,9 +45,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "deep": ("llama", {"num_hidden_layers": 4}),
         "vocabulary": ("llama", {"vocab_size": 101}),
         "biased": ("llama", {"attention_bias": True}),
+        "biased-b": ("llama", {"attention_bias": True}),
         "qwen2": ("qwen2", {}),
         "qwen3": ("qwen3", {}),
         "qwen3-b": ("qwen3", {}),
+        "starcoder2": ("starcoder2", {}),
+        "starcoder2-b": ("starcoder2", {}),
+        "smollm3": ("smollm3", {}),
+        "smollm3-b": ("smollm3", {"no_rope_layers": [0, 1, 1]}),
+        "granite": ("granite", {}),
+        "granite-b": ("granite", {"mlp_bias": False}),
     }
     return {
         name: save(make_model(family, i, **overrides), folder / name)
@@ -154,6 +161,22 @@ def test_rotation_full_with_qk_norm(models: dict[str, Path], refused: Callable[.
     assert "rotation: exact" in message
 
 
+def test_neuron_scaling_of_a_plain_mlp(models: dict[str, Path], refused: Callable[..., str]) -> None:
+    config = _pair(models, "starcoder2-b", "starcoder2", parameters={"neuron_scaling": True})
+    assert "plain MLP" in refused(ConfigError, config)
+
+
+def test_layers_with_other_positions(models: dict[str, Path], refused: Callable[..., str]) -> None:
+    message = refused(GeometryError, _pair(models, "smollm3-b", "smollm3"))
+    assert "model.layers.0." in message
+    assert "RoPE on 0 and 16 coordinates" in message
+
+
+def test_other_biases(models: dict[str, Path], refused: Callable[..., str]) -> None:
+    message = refused(GeometryError, _pair(models, "granite-b", "granite"))
+    assert "mlp.gate_proj.bias" in message
+
+
 def test_unknown_rope_type(models: dict[str, Path], tmp_path: Path, refused: Callable[..., str]) -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4}
     other = _edited(models["b"], tmp_path / "m", lambda s: None, rope_parameters=rope | {"partial_rotary_factor": 0.5})
@@ -245,10 +268,7 @@ def test_misshapen_tensor(models: dict[str, Path], tmp_path: Path, refused: Call
 
 
 def test_biases_that_mergekit_would_drop(models: dict[str, Path], refused: Callable[..., str]) -> None:
-    message = refused(
-        CheckpointError,
-        _pair(models, "biased", "biased") | {"models": [{"model": str(models["biased"])}, {"model": str(models["b"])}]},
-    )
+    message = refused(CheckpointError, _pair(models, "biased-b", "biased"))
     assert "silently drop" in message
     assert "_proj.bias" in message
 

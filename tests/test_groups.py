@@ -11,6 +11,8 @@ from mergekit_symalign.symmetry.groups import (
     AxisAction,
     Chain,
     HeadRotation,
+    InterleavedPlaneRotation,
+    PartialRotation,
     Permutation,
     PlaneRotation,
     Scaling,
@@ -32,7 +34,16 @@ def _elements() -> dict[str, AxisAction]:
         "plane_rotation": PlaneRotation(
             torch.randn(heads, d // 2, generator=g, dtype=D), torch.rand(heads, d // 2, generator=g, dtype=D) + 0.5
         ),
-        "chain": Chain((permutation, scaling)),
+        "interleaved_plane_rotation": InterleavedPlaneRotation(
+            torch.randn(heads, d // 2, generator=g, dtype=D), torch.rand(heads, d // 2, generator=g, dtype=D) + 0.5
+        ),
+        "partial_rotation": PartialRotation(
+            torch.randn(heads, 2, generator=g, dtype=D),
+            torch.rand(heads, 2, generator=g, dtype=D) + 0.5,
+            torch.linalg.qr(torch.randn(heads, 4, 4, generator=g, dtype=D)).Q,
+            torch.rand(heads, generator=g, dtype=D) + 0.5,
+        ),
+        "chain": Chain((permutation, scaling, Permutation(permutation.index.flip(0)))),
     }
 
 
@@ -65,7 +76,7 @@ def test_acts_linearly_and_not_in_place(element: AxisAction) -> None:
 
 def test_pack_holds_tensors_only_and_unpacks(element: AxisAction) -> None:
     packed = element.pack()
-    assert all(isinstance(t, torch.Tensor) for numbers in packed.values() for t in numbers)
+    assert all(isinstance(t, torch.Tensor) for step in packed for numbers in step.values() for t in numbers)
     torch.testing.assert_close(unpack(packed)(_random(24, 4), 0), element(_random(24, 4), 0))
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from models import make_model, perturbed
 
-from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry import heads as heads_module
 from mergekit_symalign.symmetry.blocks import align_attention
+from mergekit_symalign.symmetry.element import rows_by_axis
 from mergekit_symalign.symmetry.groups import Chain, Permutation
 from mergekit_symalign.symmetry.heads import _HeadProblem, match_heads
 from mergekit_symalign.symmetry.options import HeadShape, Rotation, Sides, Symmetries
@@ -23,21 +24,25 @@ CASES = {
     "mha": ("llama-mha", {}),
     "mqa": ("qwen2", {}),
     "qk-norm": ("qwen3", {}),
+    "qk-norm over all heads": ("olmo2", {}),
+    "without RoPE": ("smollm3", {}),
+    "interleaved, partial": ("glm4", {}),
+    "fused": ("phi4-mini", {}),
 }
 
 
-def _sides(anchor: State, model: State, layout) -> Sides:
+def _sides(anchor: State, model: State, layout: ModelLayout) -> Sides:
     sides: dict[str, list] = {}
     for part, spec in layout.block(BlockKind.attention).items():
         a, b = (state[layout.name(1, part)] for state in (anchor, model))
-        for dim, axis in enumerate(spec.axes):
-            if axis in BlockKind.attention.axes:
-                sides.setdefault(axis, []).append(tuple(x.movedim(dim, 0).reshape(x.shape[dim], -1) for x in (a, b)))
+        first, second = (rows_by_axis(x, layout.axes(spec), spec.offset) for x in (a, b))
+        for axis in first.keys() & BlockKind.attention.axes:
+            sides.setdefault(axis, []).append((first[axis], second[axis]))
     return sides
 
 
-def _shape(layout) -> HeadShape:
-    return HeadShape(layout.geometry.query_heads, layout.geometry.kv_heads, layout.has_qk_norm)
+def _shape(layout: ModelLayout) -> HeadShape:
+    return layout.head_shape(1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -65,7 +70,7 @@ def test_planted_order_is_recovered(case: str, noise: float) -> None:
 
 @pytest.mark.parametrize(
     ("case", "rotation"),
-    [(c, r) for c in ("gqa", "mha", "qk-norm") for r in Rotation if (c, r) != ("qk-norm", Rotation.full)],
+    [(c, r) for c in CASES for r in Rotation if "norm" not in c or r is not Rotation.full],
 )
 @pytest.mark.parametrize("scaling", [True, False])
 def test_optimum_over_all_orders_of_unrelated_heads(case: str, rotation: Rotation, scaling: bool) -> None:

@@ -156,8 +156,9 @@ def test_gains_trade_the_best_factor(signed: bool) -> None:
     q_a, k_a = (1 + 0.3 * torch.randn(DIM, generator=g, dtype=D) for _ in range(2))
     planted = torch.tensor([0.5, 2.0, -1.5, 1.1], dtype=D).repeat(2)
     planted = planted if signed else planted.abs()
-    found = align_gains((q_a, q_a * planted), (k_a, k_a / planted), signed=signed)
-    torch.testing.assert_close(found.factor, 1 / planted, rtol=1e-9, atol=0)
+    query, key = ((q_a, q_a * planted), (k_a, k_a / planted))
+    found = align_gains(*(tuple(x.reshape(1, 1, DIM) for x in pair) for pair in (query, key)), signed=signed)
+    torch.testing.assert_close(found[0], 1 / planted, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("relation", ["same", "low rank", "dead heads", "one side dead"])

@@ -13,7 +13,9 @@ from typing import Any
 import yaml
 
 from mergekit_symalign.errors import ArchitectureError
-from mergekit_symalign.families.schema import BlockKind, Family, QueryKeyNorm, TensorSpec
+from mergekit_symalign.families.schema import BlockKind, Family, Positions, TensorSpec
+from mergekit_symalign.symmetry.element import Axes
+from mergekit_symalign.symmetry.options import GainScope, HeadShape
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,16 @@ class Geometry:
     head_dim: int
     neurons: int
 
-    @property
-    def queries_per_kv(self) -> int:
-        return self.query_heads // self.kv_heads
-
-    def length(self, axis: str) -> int | None:
+    def length(self, axis: str, gains: GainScope = GainScope.head) -> int | None:
         """Length of an axis, or None where any is right (vocabulary, labels)."""
+        every = gains is GainScope.all
         return {
             "query": self.query_heads * self.head_dim,
             "attended": self.query_heads * self.head_dim,
             "key": self.kv_heads * self.head_dim,
             "value": self.kv_heads * self.head_dim,
-            "query_gain": self.head_dim,
-            "key_gain": self.head_dim,
+            "query_gain": self.head_dim * (self.query_heads if every else 1),
+            "key_gain": self.head_dim * (self.kv_heads if every else 1),
             "gate": self.neurons,
             "up": self.neurons,
             "down": self.neurons,
@@ -68,13 +67,23 @@ class Claim:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """A family applied to one config: every tensor of the model, with its axes and sizes."""
+    """A family applied to one config: every tensor of the model, with its axes and sizes.
+
+    Attributes:
+        family, geometry, layers: what it was made from.
+        outside: tensors outside the layers, by name.
+        inside: tensors of every layer, by the rest of their name.
+        rotary: coordinates of each head that RoPE turns, in layers that have it.
+        without_rope: layers that have none.
+    """
 
     family: Family
     geometry: Geometry
     layers: int
     outside: Mapping[str, TensorSpec]
     inside: Mapping[str, TensorSpec]
+    rotary: int
+    without_rope: frozenset[int] = frozenset()
 
     @cached_property
     def _layer_name(self) -> re.Pattern[str]:
@@ -104,11 +113,30 @@ class ModelLayout:
 
     def shape(self, spec: TensorSpec) -> tuple[int | None, ...]:
         """The shape a tensor must have; None where any length is right."""
-        return tuple(self.geometry.length(axis) for axis in spec.axes)
+        return tuple(self._length(axis) for axis in spec.axes)
+
+    def axes(self, spec: TensorSpec) -> Axes:
+        """The names of a tensor's axes; a fused axis with the lengths of its parts."""
+        return tuple(
+            axis if isinstance(axis, str) else tuple((part, self._length(part) or 0) for part in axis)
+            for axis in spec.axes
+        )
+
+    def head_shape(self, layer: int) -> HeadShape:
+        """The heads of a layer, and how positions enter its queries and keys."""
+        g, attention = self.geometry, self.family.attention
+        rotary = 0 if layer in self.without_rope or attention.positions is Positions.none else self.rotary
+        interleaved = attention.positions is Positions.rope_interleaved
+        return HeadShape(g.query_heads, g.kv_heads, g.head_dim, rotary, interleaved, attention.norm)
+
+    def _length(self, axis: str | tuple[str, ...]) -> int | None:
+        if isinstance(axis, str):
+            return self.geometry.length(axis, self.family.attention.norm)
+        return sum(self._length(part) or 0 for part in axis)
 
     @property
     def has_qk_norm(self) -> bool:
-        return self.family.attention.norm is not QueryKeyNorm.none
+        return self.family.attention.norm is not GainScope.none
 
 
 @cache
@@ -163,7 +191,12 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
     def present(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         return {name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)}
 
-    return ModelLayout(family, _geometry(config, family, model), layers, present(family.tensors), present(family.layer))
+    geometry = _geometry(config, family, model)
+    rotary = _rotary(config, family, geometry, model)
+    exception = family.attention.without_rope
+    values = lookup(config, exception.key) or () if exception is not None else ()
+    without = frozenset(i for i, x in enumerate(values) if exception is not None and x == exception.value)
+    return ModelLayout(family, geometry, layers, present(family.tensors), present(family.layer), rotary, without)
 
 
 def _geometry(config: Any, family: Family, model: str) -> Geometry:
@@ -176,11 +209,22 @@ def _geometry(config: Any, family: Family, model: str) -> Geometry:
     problem = None
     if geometry.query_heads % geometry.kv_heads:
         problem = f"{geometry.query_heads} query heads cannot share {geometry.kv_heads} KV heads evenly"
-    elif geometry.head_dim % 2:
-        problem = f"head dimension {geometry.head_dim} is odd, so it has no rotary planes"
     if problem is not None:
         raise ArchitectureError(f"model {model}", problem, "Check the model's config.json")
     return geometry
+
+
+def _rotary(config: Any, family: Family, geometry: Geometry, model: str) -> int:
+    """How many coordinates of each head RoPE turns."""
+    factors = [lookup(config, key) for key in family.attention.rotary_factor]
+    factor = next((f for f in factors if f is not None), 1.0)
+    rotary = int(geometry.head_dim * factor)
+    if rotary % 2 and family.attention.positions is not Positions.none:
+        what = f"head dimension {rotary}" if factor == 1 else f"rotary part {rotary} of the head dimension"
+        raise ArchitectureError(
+            f"model {model}", f"{what} is odd, so it has no rotary planes", "Check the model's config.json"
+        )
+    return rotary
 
 
 def lookup(config: Any, key: str) -> Any:

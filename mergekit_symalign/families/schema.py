@@ -9,8 +9,8 @@ axis                 length                                      moved by
 ``key``              KV heads × head dimension                   its dual
 ``value``            KV heads × head dimension                   value/output element
 ``attended``         query heads × head dimension (read by o)    its dual
-``query_gain``       head dimension                              gain scale (QK-norm)
-``key_gain``         head dimension                              its dual
+``query_gain``       head dimension (× query heads)              gain scale (QK-norm)
+``key_gain``         head dimension (× KV heads)                 its dual
 ``gate``             neurons                                     neuron permutation
 ``up``               neurons                                     permutation, then scale
 ``down``             neurons (read by down)                      dual of ``up``
@@ -23,9 +23,11 @@ axis                 length                                      moved by
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mergekit_symalign.symmetry.options import GainScope
 
 Axis = Literal[
     "query",
@@ -60,14 +62,16 @@ class BlockKind(str, Enum):
 class Positions(str, Enum):
     """How positions enter the attention, which decides what query and key may do."""
 
-    rope_half = "rope_half"  # rotary planes (i, i + d/2)
+    rope_half = "rope_half"  # rotary planes (i, i + r/2)
+    rope_interleaved = "rope_interleaved"  # rotary planes (2i, 2i + 1)
+    none = "none"  # learned positions, added to the embeddings
 
 
-class QueryKeyNorm(str, Enum):
-    """A normalisation of queries and keys, which leaves only signs and a trade between the gains."""
+class MlpKind(str, Enum):
+    """What a neuron is."""
 
-    none = "none"
-    head = "head"  # RMSNorm over each head, one gain per coordinate shared by all heads
+    gated = "gated"  # act(gate) · up, read by down: permutation and signed scale
+    plain = "plain"  # act(up), read by down: permutation
 
 
 class _Data(BaseModel):
@@ -78,21 +82,24 @@ class TensorSpec(_Data):
     """One tensor: the name of each of its axes.
 
     Attributes:
-        axes: one name for each axis of the stored tensor, in order.
+        axes: one name for each axis of the stored tensor, in order; several for an axis that is fused of them.
         when: config key; the tensor exists only where that is true.
         optional: the tensor may be absent (tied embeddings).
+        offset: what is added to the stored numbers to get the weights (1 for gains stored as γ − 1).
         read_by: for a norm: the tensors of the same layer (or the model) that read its output.
     """
 
-    axes: tuple[Axis, ...]
+    axes: tuple[Union[Axis, tuple[Axis, ...]], ...]
     when: Optional[str] = None
     optional: bool = False
+    offset: float = 0.0
     read_by: tuple[str, ...] = ()
 
     @property
     def block(self) -> BlockKind | None:
         """The block whose symmetries move this tensor, if any do."""
-        return next((kind for kind in BlockKind if kind.axes.intersection(self.axes)), None)
+        names = {name for axis in self.axes for name in ((axis,) if isinstance(axis, str) else axis)}
+        return next((kind for kind in BlockKind if kind.axes & names), None)
 
 
 class SizeKeys(_Data):
@@ -106,9 +113,27 @@ class SizeKeys(_Data):
     neurons: str
 
 
+class LayersWithoutRope(_Data):
+    """Which layers have no positions in their attention: those where a list in the config has this value."""
+
+    key: str
+    value: Any
+
+
 class AttentionSpec(_Data):
+    """What decides the admissible group of query and key.
+
+    Attributes:
+        positions: how positions enter.
+        rotary_factor: config keys of the share of each head that RoPE turns; the first that is there counts.
+        without_rope: layers that are an exception.
+        norm: normalisation of queries and keys.
+    """
+
     positions: Positions
-    norm: QueryKeyNorm = QueryKeyNorm.none
+    rotary_factor: tuple[str, ...] = ()
+    without_rope: Optional[LayersWithoutRope] = None
+    norm: GainScope = GainScope.none
 
 
 class Family(_Data):
@@ -119,7 +144,8 @@ class Family(_Data):
         title: for people.
         architectures: transformers class names.
         sizes: config keys.
-        attention: what decides the admissible group.
+        attention: what decides the admissible group of the heads.
+        mlp: what a neuron is.
         variants: config key -> the values this family was checked for (None: the key is absent); any other is refused.
         tensors: outside the layers, by full name.
         layer_prefix: what the names inside a layer start with; ``{layer}`` is its index.
@@ -132,6 +158,7 @@ class Family(_Data):
     architectures: tuple[str, ...]
     sizes: SizeKeys
     attention: AttentionSpec
+    mlp: MlpKind = MlpKind.gated
     variants: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     tensors: dict[str, TensorSpec]
     layer_prefix: str

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional
 
 import torch
 from mergekit.graph import Task
 
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock
-from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.element import Axes, BlockElement
 
 
 class ApplyBlock(Task[torch.Tensor]):
@@ -19,7 +19,8 @@ class ApplyBlock(Task[torch.Tensor]):
     """
 
     load: LoadFinite
-    axes: Tuple[str, ...]
+    axes: Axes
+    offset: float = 0.0
     solution: SolveBlock
 
     def arguments(self) -> Dict[str, Task]:
@@ -32,4 +33,4 @@ class ApplyBlock(Task[torch.Tensor]):
         return True
 
     def execute(self, tensor: torch.Tensor, solution: Dict[str, Any]) -> torch.Tensor:
-        return BlockElement.unpack(solution)(tensor, self.axes)
+        return BlockElement.unpack(solution)(tensor, self.axes, self.offset)

@@ -19,7 +19,7 @@ from mergekit.tokenizer.truncate import TruncatedVocabulary
 
 from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError, ParameterError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
-from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.schema import BlockKind, MlpKind
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint, merged_dtype
 from mergekit_symalign.graph.load import GatherAligned
@@ -102,6 +102,12 @@ class AlignedPlan:
                     f"it is of family {layout.family.name}, the anchor {anchor.model} of {anchor.layout.family.name}",
                     "Merge models of one architecture",
                 )
+            if surplus := layout.inside.keys() ^ anchor.layout.inside.keys():
+                raise GeometryError(
+                    f"model {model}",
+                    f"its layers and those of the anchor {anchor.model} differ in {', '.join(sorted(surplus))}",
+                    "Merge models whose configs agree on biases and norms",
+                )
             if differences := layout.geometry.differences(anchor.layout.geometry):
                 raise GeometryError(
                     f"model {model}",
@@ -137,26 +143,48 @@ class AlignedPlan:
         anchor_ref = _anchor(members[0][1])
         layout = self._checkpoints[anchor_ref].layout
         use = self._settings(members)
-        if use.rotation is Rotation.full and layout.has_qk_norm and kind is BlockKind.attention:
-            raise ConfigError(
-                "parameter rotation",
-                f"full is not possible for {layout.family.title}: its queries and keys are normalised (QK-norm), and "
-                "a rotation before the norm's gains breaks the model",
-                "Use rotation: exact",
-            )
-        axes = tuple(layout.claim(weight.name).spec.axes for weight, _ in members)  # type: ignore[union-attr]
-        geometry = layout.geometry
-        shape = HeadShape(geometry.query_heads, geometry.kv_heads, layout.has_qk_norm)
+        _check_possible(use, kind, layout)
+        specs = [layout.claim(weight.name).spec for weight, _ in members]  # type: ignore[union-attr]
+        axes = tuple(layout.axes(spec) for spec in specs)
+        offsets = tuple(spec.offset for spec in specs)
         loads = [GatherAligned(**dict(_gather(task))).loads() for _, task in members]
         result: dict[str, dict[ModelReference, ApplyBlock]] = {weight.name: {} for weight, _ in members}
         for model in members[0][1].model_order:
             if model == anchor_ref or not self._wants_alignment(model, members):
                 continue
             anchor_loads, model_loads = (tuple(load[m] for load in loads) for m in (anchor_ref, model))
-            solution = SolveBlock(kind=kind, axes=axes, anchor=anchor_loads, model=model_loads, shape=shape, use=use)
-            for (weight, _), load, tensor_axes in zip(members, model_loads, axes, strict=True):
-                result[weight.name][model] = ApplyBlock(load=load, axes=tensor_axes, solution=solution)
+            solution = SolveBlock(
+                kind=kind,
+                axes=axes,
+                offsets=offsets,
+                anchor=anchor_loads,
+                model=model_loads,
+                shape=self._head_shape(model, members[0]),
+                use=use,
+            )
+            for i, (weight, _) in enumerate(members):
+                result[weight.name][model] = ApplyBlock(
+                    load=model_loads[i], axes=axes[i], offset=offsets[i], solution=solution
+                )
         return result
+
+    def _head_shape(self, model: ModelReference, member: Planned) -> HeadShape:
+        """Heads and positions of the layers that are matched, which anchor and model must share."""
+        weight, task = member
+        shapes = {}
+        for ref in (_anchor(task), model):
+            layout, info = self._checkpoints[ref].layout, _gather(task).weight_info[ref]
+            claim = layout.claim(info.name)
+            shapes[ref] = layout.head_shape(claim.layer if claim is not None and claim.layer is not None else 0)
+        anchor_shape, shape = shapes.values()
+        if shape != anchor_shape:
+            raise GeometryError(
+                f"tensor {weight.name}",
+                f"model {model} has other positions in this layer than the anchor (RoPE on {shape.rotary} and "
+                f"{anchor_shape.rotary} coordinates)",
+                "Choose slices that pair layers of the same kind",
+            )
+        return shape
 
     def _settings(self, members: list[Planned]) -> Symmetries:
         first_weight, first = members[0]
@@ -207,6 +235,24 @@ class AlignedPlan:
 
     def _takes_part(self, model: ModelReference, task: ExecuteMergeMethodTask) -> bool:
         return self.method.anchor_is_base or model != task.base_model or model in self.listed
+
+
+def _check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> None:
+    """Refuse what the parameters ask for and the architecture cannot have."""
+    if kind is BlockKind.attention and use.rotation is Rotation.full and layout.has_qk_norm:
+        raise ConfigError(
+            "parameter rotation",
+            f"full is not possible for {layout.family.title}: its queries and keys are normalised (QK-norm), and "
+            "a rotation before the norm's gains breaks the model",
+            "Use rotation: exact",
+        )
+    if kind is BlockKind.mlp and use.neuron_scaling and layout.family.mlp is MlpKind.plain:
+        raise ConfigError(
+            "parameter neuron_scaling",
+            f"{layout.family.title} has a plain MLP: its activation stands between the two projections, and a scale "
+            "would change the function",
+            "Leave neuron_scaling out",
+        )
 
 
 def _anchor(task: ExecuteMergeMethodTask) -> ModelReference:

@@ -12,10 +12,8 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
-from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.element import Axes, BlockElement, rows_by_axis
 from mergekit_symalign.symmetry.options import HeadShape, Sides, Symmetries
-
-Axes = Tuple[str, ...]
 
 
 class SolveBlock(Task[Dict[str, Any]]):
@@ -27,6 +25,7 @@ class SolveBlock(Task[Dict[str, Any]]):
     Attributes:
         kind: attention or MLP.
         axes: of each tensor of the block.
+        offsets: what is added to each stored tensor (gains stored as γ − 1).
         anchor: the anchor's loads, in the same order.
         model: the model's loads, in the same order.
         shape: heads of the attention.
@@ -35,6 +34,7 @@ class SolveBlock(Task[Dict[str, Any]]):
 
     kind: BlockKind
     axes: Tuple[Axes, ...]
+    offsets: Tuple[float, ...]
     anchor: Tuple[LoadFinite, ...]
     model: Tuple[LoadFinite, ...]
     shape: HeadShape
@@ -68,11 +68,10 @@ class SolveBlock(Task[Dict[str, Any]]):
     def _sides(self, tensors: Dict[str, torch.Tensor]) -> Sides:
         """For each axis the tensors that have it, as rows [axis, columns], anchor and model."""
         sides: Dict[str, Any] = {}
-        for i, axes in enumerate(self.axes):
-            for dim, axis in enumerate(axes):
-                if axis in self.kind.axes:
-                    pair = tuple(_rows(tensors[f"{side}{i}"], dim) for side in ("anchor", "model"))
-                    sides.setdefault(axis, []).append(pair)
+        for i, (axes, offset) in enumerate(zip(self.axes, self.offsets, strict=True)):
+            anchor, model = (rows_by_axis(tensors[f"{side}{i}"], axes, offset) for side in ("anchor", "model"))
+            for axis in anchor.keys() & self.kind.axes:
+                sides.setdefault(axis, []).append((anchor[axis], model[axis]))
         return sides
 
 
@@ -82,7 +81,3 @@ def without_identities(element: BlockElement) -> BlockElement:
     The only place of a solve, apart from the assignment, that asks the device for a value.
     """
     return BlockElement({axis: g for axis, g in element.actions.items() if not bool(g.is_identity())})
-
-
-def _rows(x: torch.Tensor, dim: int) -> torch.Tensor:
-    return x.movedim(dim, 0).reshape(x.shape[dim], -1)

@@ -12,8 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.groups import AxisAction, HeadRotation, PlaneRotation, Scaling
-from mergekit_symalign.symmetry.options import HeadShape, Pair, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.groups import (
+    AxisAction,
+    HeadRotation,
+    InterleavedPartialRotation,
+    InterleavedPlaneRotation,
+    PartialRotation,
+    PlaneRotation,
+    Scaling,
+)
+from mergekit_symalign.symmetry.options import GainScope, HeadShape, Pair, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.procrustes import (
     Moments,
     align_gains,
@@ -23,6 +31,8 @@ from mergekit_symalign.symmetry.procrustes import (
     align_signs,
     moments,
 )
+
+GAIN_AXES = ("query_gain", "key_gain")
 
 
 @dataclass(frozen=True)
@@ -60,12 +70,15 @@ def solve_heads(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> HeadA
     return HeadActions(value, _solve_query(m, shape, use, rotate=rotate))
 
 
-def solve_gains(sides: Sides, use: Symmetries) -> Scaling | None:
-    """The factors that the gains of a QK-norm trade, or None if there are none to trade."""
-    if not use.scaling or "query_gain" not in sides:
-        return None
-    gains = [(a.squeeze(-1), b.squeeze(-1)) for ((a, b),) in (sides["query_gain"], sides["key_gain"])]
-    return align_gains(gains[0], gains[1], signed=use.rotation is not Rotation.none)
+def solve_gains(sides: Sides, shape: HeadShape, use: Symmetries) -> dict[str, AxisAction]:
+    """The factors that the gains of a QK-norm trade: one set for the layer, or one for each KV head."""
+    if not use.scaling or not shape.qk_norm:
+        return {}
+    n = shape.kv_heads if shape.norm is GainScope.all else 1
+    query, key = (tuple(x.reshape(n, -1, shape.head_dim) for x in sides[axis][0]) for axis in GAIN_AXES)
+    factor = align_gains((query[0], query[1]), (key[0], key[1]), signed=use.rotation is not Rotation.none)
+    wide = factor.repeat_interleave(query[0].shape[1], dim=0)
+    return {"query_gain": Scaling(wide.flatten()), "key_gain": Scaling(1 / factor.flatten())}
 
 
 def per_query_head(g: AxisAction, shape: HeadShape) -> AxisAction:
@@ -73,7 +86,7 @@ def per_query_head(g: AxisAction, shape: HeadShape) -> AxisAction:
     group = shape.queries_per_kv
     if isinstance(g, Scaling):
         return Scaling(g.factor.unflatten(0, (shape.kv_heads, -1)).repeat_interleave(group, dim=0).flatten())
-    assert isinstance(g, (HeadRotation, PlaneRotation))
+    assert isinstance(g, (HeadRotation, PlaneRotation, PartialRotation))
     return g.per_query_head(group)
 
 
@@ -84,7 +97,18 @@ def _solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries, *, rota
         return None
     if use.rotation is Rotation.full:
         return align_heads_in_turn(m.query, m.key, scale=use.scaling)
-    return align_planes(m.query, m.key, rotate=rotate, scale=use.scaling)
+    if shape.rotary == 0:
+        return align_heads(m.query, m.key, rotate=rotate, scale=use.scaling)
+    query, key = (side.at(shape.planes()) for side in (m.query, m.key))
+    planes = align_planes(query, key, rotate=rotate, scale=use.scaling)
+    if shape.interleaved:
+        planes = InterleavedPlaneRotation(*planes.tensors())
+    if shape.rotary == shape.head_dim:
+        return planes
+    query, key = (side.at(shape.rest()) for side in (m.query, m.key))
+    rest = align_heads(query, key, rotate=rotate, scale=use.scaling)
+    partial = InterleavedPartialRotation if shape.interleaved else PartialRotation
+    return partial.of(planes, rest)
 
 
 def _moments(side: Sequence[Pair], heads: int, shape: HeadShape) -> Moments:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons
-from mergekit_symalign.symmetry.attention import attention_moments, per_query_head, solve_gains, solve_heads
+from mergekit_symalign.symmetry.attention import GAIN_AXES, attention_moments, per_query_head, solve_gains, solve_heads
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, Chain
 from mergekit_symalign.symmetry.heads import HeadOrder, match_heads
-from mergekit_symalign.symmetry.options import HeadShape, Pair, Sides, Symmetries
+from mergekit_symalign.symmetry.options import GainScope, HeadShape, Pair, Sides, Symmetries
 
 HEAD_AXES = ("query", "key", "value", "attended")
 
@@ -30,44 +30,51 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> BlockEle
     """
     order = match_heads(sides, shape, use) if use.heads else None
     if order is not None:
-        sides = _reordered(sides, order)
+        sides = _reordered(sides, order, shape)
     actions: dict[str, AxisAction] = {}
     found = solve_heads(attention_moments(sides, shape), shape, use)
     if found.value is not None:
         actions |= {"value": found.value, "attended": per_query_head(found.value.dual(), shape)}
     if found.query is not None:
         actions |= {"query": per_query_head(found.query, shape), "key": found.query.dual()}
-    if (trade := solve_gains(sides, use)) is not None:
-        actions |= {"query_gain": trade, "key_gain": trade.dual()}
+    actions |= solve_gains(sides, shape, use)
     tolerance = _tolerance(sides["query"])
     actions = {axis: action.snapped(tolerance) for axis, action in actions.items()}
-    return BlockElement(actions if order is None else _after(order, actions, sides))
+    return BlockElement(actions if order is None else _after(order, actions, shape))
 
 
 def align_mlp(sides: Sides, use: Symmetries) -> BlockElement:
-    """Match the neurons of a gated MLP (axes gate, up, down)."""
+    """Match the neurons of an MLP (axes gate, up, down; a plain MLP has no gate).
+
+    The signed scale is a symmetry of gated MLPs only.
+    """
     if not (use.permutation or use.neuron_scaling):
         return BlockElement({})
-    pairs = NeuronPairs(sides["gate"], sides["up"], sides["down"])
+    pairs = NeuronPairs(sides.get("gate", ()), sides["up"], sides["down"])
     gate, up = align_neurons(pairs, permute=use.permutation, scale=use.neuron_scaling)
     up = up.snapped(_tolerance(sides["up"]))
     return BlockElement({"gate": gate, "up": up, "down": up.dual()})
 
 
-def _reordered(sides: Sides, order: HeadOrder) -> Sides:
+def moved_axes(shape: HeadShape) -> tuple[str, ...]:
+    """The axes that a permutation of heads moves."""
+    return HEAD_AXES + (GAIN_AXES if shape.norm is GainScope.all else ())
+
+
+def _reordered(sides: Sides, order: HeadOrder, shape: HeadShape) -> Sides:
     """The same rows with the model's heads in the anchor's order."""
     moved = {}
-    for axis in HEAD_AXES:
-        permutation = order.permutation(axis, sides[axis][0][1].shape[0])
+    for axis in moved_axes(shape):
+        permutation = order.permutation(axis, shape.head_dim)
         moved[axis] = [(a, permutation.transform(b)) for a, b in sides[axis]]
     return {**sides, **moved}
 
 
-def _after(order: HeadOrder, actions: dict[str, AxisAction], sides: Sides) -> dict[str, AxisAction]:
+def _after(order: HeadOrder, actions: dict[str, AxisAction], shape: HeadShape) -> dict[str, AxisAction]:
     """The actions behind the permutation of heads."""
     result = dict(actions)
-    for axis in HEAD_AXES:
-        permutation = order.permutation(axis, sides[axis][0][1].shape[0])
+    for axis in moved_axes(shape):
+        permutation = order.permutation(axis, shape.head_dim)
         result[axis] = Chain((permutation, actions[axis])) if axis in actions else permutation
     return result
 

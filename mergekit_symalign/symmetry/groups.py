@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mergekit_symalign.errors import ShapeError
 
-Packed = dict[str, tuple[Tensor, ...]]
+Packed = tuple[dict[str, tuple[Tensor, ...]], ...]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -80,8 +80,8 @@ class AxisAction(ABC):
         return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
     def pack(self) -> Packed:
-        """As plain tensors: ``{kind: numbers}``, which MergeKit's executors move between devices."""
-        return {self.kind: self.tensors()}
+        """As plain tensors: ``{kind: numbers}`` of each step, which MergeKit's executors move between devices."""
+        return ({self.kind: self.tensors()},)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +199,7 @@ class PlaneRotation(AxisAction):
     """
 
     kind: ClassVar[str] = "plane_rotation"
+    pair_axis: ClassVar[int] = 1  # of [heads, 2, d/2, columns]
     angle: Tensor
     scale: Tensor
 
@@ -208,27 +209,100 @@ class PlaneRotation(AxisAction):
 
     def transform(self, x: Tensor) -> Tensor:
         heads, planes = self.angle.shape
-        first, second = x.reshape(heads, 2, planes, -1).unbind(1)
+        split = (2, planes) if self.pair_axis == 1 else (planes, 2)
+        first, second = x.reshape(heads, *split, -1).unbind(self.pair_axis)
         cos = (self.scale * torch.cos(self.angle)).to(x).unsqueeze(-1)
         sin = (self.scale * torch.sin(self.angle)).to(x).unsqueeze(-1)
-        turned = torch.stack((cos * first - sin * second, sin * first + cos * second), dim=1)
+        turned = torch.stack((cos * first - sin * second, sin * first + cos * second), dim=self.pair_axis)
         return turned.reshape(x.shape)
 
     def inverse(self) -> PlaneRotation:
-        return PlaneRotation(-self.angle, 1 / self.scale)
+        return type(self)(-self.angle, 1 / self.scale)
 
     def dual(self) -> PlaneRotation:
-        return PlaneRotation(self.angle, 1 / self.scale)
+        return type(self)(self.angle, 1 / self.scale)
 
     def is_identity(self) -> Tensor:
         return (self.angle == 0).all() & (self.scale == 1).all()
 
     def snapped(self, tolerance: float) -> PlaneRotation:
-        return PlaneRotation(_snap(self.angle, 0.0, tolerance), _snap(self.scale, 1.0, tolerance))
+        return type(self)(_snap(self.angle, 0.0, tolerance), _snap(self.scale, 1.0, tolerance))
 
     def per_query_head(self, queries_per_kv: int) -> PlaneRotation:
         """The same element for each query head of a KV head's group."""
-        return PlaneRotation(*(t.repeat_interleave(queries_per_kv, dim=0) for t in self.tensors()))
+        return type(self)(*(t.repeat_interleave(queries_per_kv, dim=0) for t in self.tensors()))
+
+
+class InterleavedPlaneRotation(PlaneRotation):
+    """The same for planes that are neighbouring coordinates ``(2i, 2i + 1)`` (Cohere, GLM)."""
+
+    kind: ClassVar[str] = "interleaved_plane_rotation"
+    pair_axis: ClassVar[int] = 2  # of [heads, d/2, 2, columns]
+
+
+@dataclass(frozen=True, eq=False)
+class PartialRotation(AxisAction):
+    """Heads of which only the first coordinates turn with the position: planes there, any rotation on the rest.
+
+    Attributes:
+        angle: [heads, r/2], of the planes ``(i, i + r/2)`` of the first r coordinates.
+        plane_scale: [heads, r/2].
+        matrix: [heads, d − r, d − r], orthogonal.
+        scale: [heads], of the rest.
+    """
+
+    kind: ClassVar[str] = "partial_rotation"
+    plane_type: ClassVar[type[PlaneRotation]] = PlaneRotation
+    angle: Tensor
+    plane_scale: Tensor
+    matrix: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, planes: PlaneRotation, rest: HeadRotation) -> PartialRotation:
+        return cls(*planes.tensors(), *rest.tensors())
+
+    @property
+    def planes(self) -> PlaneRotation:
+        return self.plane_type(self.angle, self.plane_scale)
+
+    @property
+    def rest(self) -> HeadRotation:
+        return HeadRotation(self.matrix, self.scale)
+
+    @property
+    def size(self) -> int:
+        return self.planes.size + self.rest.size
+
+    def transform(self, x: Tensor) -> Tensor:
+        heads, turning = self.angle.shape[0], 2 * self.angle.shape[1]
+        by_head = x.unflatten(0, (heads, -1))
+        first, second = by_head.split((turning, by_head.shape[1] - turning), dim=1)
+        parts = (self.planes.transform(first.flatten(0, 1)), self.rest.transform(second.flatten(0, 1)))
+        return torch.cat([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 1)
+
+    def inverse(self) -> PartialRotation:
+        return self.of(self.planes.inverse(), self.rest.inverse())
+
+    def dual(self) -> PartialRotation:
+        return self.of(self.planes.dual(), self.rest.dual())
+
+    def is_identity(self) -> Tensor:
+        return self.planes.is_identity() & self.rest.is_identity()
+
+    def snapped(self, tolerance: float) -> PartialRotation:
+        return self.of(self.planes.snapped(tolerance), self.rest.snapped(tolerance))
+
+    def per_query_head(self, queries_per_kv: int) -> PartialRotation:
+        """The same element for each query head of a KV head's group."""
+        return type(self)(*(t.repeat_interleave(queries_per_kv, dim=0) for t in self.tensors()))
+
+
+class InterleavedPartialRotation(PartialRotation):
+    """The same for planes that are neighbouring coordinates ``(2i, 2i + 1)`` (GLM)."""
+
+    kind: ClassVar[str] = "interleaved_partial_rotation"
+    plane_type: ClassVar[type[PlaneRotation]] = InterleavedPlaneRotation
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +334,7 @@ class Chain(AxisAction):
         return Chain(tuple(step.snapped(tolerance) for step in self.steps))
 
     def pack(self) -> Packed:
-        return {kind: numbers for step in self.steps for kind, numbers in step.pack().items()}
+        return tuple(packed for step in self.steps for packed in step.pack())
 
 
 def _snap(x: Tensor, target: float, tolerance: float) -> Tensor:

@@ -37,12 +37,11 @@ class HeadOrder:
     kv: Tensor
     query: Tensor
 
-    def permutation(self, axis: str, length: int) -> Permutation:
-        """The same as a permutation of the coordinates of an axis (query, key, value or attended)."""
-        order = self.query if axis in ("query", "attended") else self.kv
-        d = length // order.shape[0]
-        within = torch.arange(d, device=order.device)
-        return Permutation((order.unsqueeze(1) * d + within).flatten())
+    def permutation(self, axis: str, head_dim: int) -> Permutation:
+        """The same as a permutation of the coordinates of an axis."""
+        order = self.query if axis in ("query", "attended", "query_gain") else self.kv
+        within = torch.arange(head_dim, device=order.device)
+        return Permutation((order.unsqueeze(1) * head_dim + within).flatten())
 
 
 def match_heads(sides: Sides, shape: HeadShape, use: Symmetries) -> HeadOrder | None:
@@ -92,22 +91,29 @@ class _HeadProblem:
         """A bound of each pair's cost from below [KV heads, KV heads]."""
         k = self.shape.kv_heads
         value, key = (self._all_pairs(axis) for axis in ("value", "key"))
-        attended, query = (self._norms(axis) for axis in ("attended", "query"))
-        d = value.cross.shape[-1]
-        nuclear = d**0.5 * torch.linalg.matrix_norm(value.cross)
-        (o_a, o_b), (q_a, q_b) = ((x.sum(-1) for x in attended), (plane_norm(x) for x in query))
-        outputs = (o_a.unsqueeze(1) * o_b).sqrt()
-        bound = _least(value.model.sum(-1), o_b.expand(k, k), nuclear, outputs, scale=self.use.scaling)
-        key_norm = plane_norm(key.model)
-        correlation = plane_correlation(key.cross).abs()
-        if self.use.rotation is Rotation.full:  # the matrix may mix planes
-            q_a, q_b, key_norm = (x.sum(-1, keepdim=True) for x in (q_a, q_b, key_norm))
-            correlation = d**0.5 * torch.linalg.matrix_norm(key.cross).unsqueeze(-1)
-        turned = (q_a.unsqueeze(1) * q_b).sqrt()
+        (o_a, o_b), (q_a, q_b) = (self._norms(axis) for axis in ("attended", "query"))
+        outputs = (o_a.sum(-1).unsqueeze(1) * o_b.sum(-1)).sqrt()
+        values = (value.model.sum(-1), o_b.sum(-1).expand(k, k), nuclear_bound(value.cross), outputs)
+        bound = _least(*values, scale=self.use.scaling)
         scale = self.use.scaling and not self.shape.qk_norm
-        bound = bound + _least(q_b.expand_as(turned), key_norm, turned, correlation, scale=scale).sum(-1)
-        norms = value.model.sum(-1) + o_b + o_a.unsqueeze(1) + q_b.sum(-1) + q_a.sum(-1).unsqueeze(1)
-        return bound - _SLACK * norms
+        turning, rest = self.shape.planes(), self.shape.rest()
+        if self.use.rotation is Rotation.full:  # the matrix may mix planes
+            turning, rest = [], [*turning, *rest]
+        if turning:
+            at = torch.tensor(turning, device=q_a.device)
+            a, b = (plane_norm(x.index_select(-1, at)) for x in (q_a, q_b))
+            queries, keys = (a.unsqueeze(1) * b).sqrt(), key.at(turning)
+            correlation = plane_correlation(keys.cross).abs()
+            planes = _least(b.expand_as(queries), plane_norm(keys.model), queries, correlation, scale=scale)
+            bound = bound + planes.sum(-1)
+        if rest:
+            at = torch.tensor(rest, device=q_a.device)
+            a, b = (x.index_select(-1, at).sum(-1) for x in (q_a, q_b))
+            queries, keys = (a.unsqueeze(1) * b).sqrt(), key.at(rest)
+            norms = (b.expand_as(queries), keys.model.sum(-1))
+            bound = bound + _least(*norms, queries, nuclear_bound(keys.cross), scale=scale)
+        sizes = value.model.sum(-1) + (o_b + q_b).sum(-1) + (o_a + q_a).sum(-1).unsqueeze(1)
+        return bound - _SLACK * sizes
 
     def cost(self, i: Tensor, j: Tensor) -> Tensor:
         """Distance that remains between anchor's KV head ``i[n]`` and model's ``j[n]``, less the anchor's norms."""
@@ -171,6 +177,11 @@ class _GroupMoments:
         """Sum over the heads, each of the anchor's with its partner ``order`` [pairs, heads]."""
         index = order.reshape(*order.shape, 1, 1, 1).expand(-1, -1, 1, *self.cross.shape[-2:])
         return Moments(self.cross.gather(2, index).sum((1, 2)), self.model.sum(1))
+
+
+def nuclear_bound(m: Tensor) -> Tensor:
+    """An upper bound of the nuclear norm of each matrix [*, d, d]."""
+    return m.shape[-1] ** 0.5 * torch.linalg.matrix_norm(m)
 
 
 def _least(b: Tensor, o: Tensor, p: Tensor, q: Tensor, *, scale: bool) -> Tensor:

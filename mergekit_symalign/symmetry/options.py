@@ -31,13 +31,45 @@ class Symmetries:
     neuron_scaling: bool = False
 
 
+class GainScope(str, Enum):
+    """Whether queries and keys are normalised, and over what."""
+
+    none = "none"
+    head = "head"  # each head, with one gain per coordinate that all heads share
+    all = "all"  # all heads together, with a gain for each coordinate of each head
+
+
 @dataclass(frozen=True)
 class HeadShape:
-    """The shape of an attention block: heads, and whether queries and keys are normalised."""
+    """The shape of an attention block.
+
+    Attributes:
+        query_heads, kv_heads: counts.
+        head_dim: coordinates of a head.
+        rotary: how many of them turn with the position (RoPE); 0 without positions in query and key.
+        interleaved: planes are ``(2i, 2i + 1)`` instead of ``(i, i + rotary/2)``.
+        norm: normalisation of queries and keys.
+    """
 
     query_heads: int
     kv_heads: int
-    qk_norm: bool
+    head_dim: int
+    rotary: int
+    interleaved: bool = False
+    norm: GainScope = GainScope.none
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.norm is not GainScope.none
+
+    def planes(self) -> list[int]:
+        """The coordinates that turn: first those of all planes, then their partners."""
+        r = self.rotary
+        return [*range(0, r, 2), *range(1, r, 2)] if self.interleaved else list(range(r))
+
+    def rest(self) -> list[int]:
+        """The coordinates that do not turn."""
+        return list(range(self.rotary, self.head_dim))
 
     @property
     def queries_per_kv(self) -> int:

@@ -8,7 +8,7 @@ scale are found jointly here (symmetry/scale.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,12 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.cross + other.cross, self.model + other.model)
+
+    def at(self, coordinates: Sequence[int]) -> Moments:
+        """The same for some coordinates of each head, in this order."""
+        index = torch.tensor(coordinates, device=self.cross.device)
+        cross = self.cross.index_select(-1, index).index_select(-2, index)
+        return Moments(cross, self.model.index_select(-1, index))
 
     def per_kv_head(self, kv_heads: int) -> Moments:
         """Sum over the query heads of each KV head's group."""
@@ -121,27 +127,27 @@ def align_signs(first: Moments, second: Moments) -> Scaling:
     return Scaling(torch.cat((sign, sign), dim=-1).flatten())
 
 
-def align_gains(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], *, signed: bool) -> Scaling:
+def align_gains(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], *, signed: bool) -> Tensor:
     """The factor that query and key gains of a QK-norm may trade in each plane, jointly optimal.
 
     Args:
-        query: the anchor's and the model's query gain, [d] each.
+        query: the anchor's and the model's query gain, [n, heads that share a factor, d] each.
         key: the same for the key gain.
         signed: whether the factor may be negative.
 
     Returns:
-        One factor per coordinate [d] for the query gain; the key gain carries its dual.
+        One factor per coordinate [n, d] for the query gain; the key gain carries its inverse.
     """
     (q_a, q_b), (k_a, k_b) = ((a.double(), b.double()) for a, b in (query, key))
-    b, o = plane_norm(q_b.square()), plane_norm(k_b.square())
-    p, q = plane_norm(q_a * q_b), plane_norm(k_a * k_b)
+    b, o = plane_norm(q_b.square().sum(1)), plane_norm(k_b.square().sum(1))
+    p, q = plane_norm((q_a * q_b).sum(1)), plane_norm((k_a * k_b).sum(1))
     if not signed:
         s = quartic_scale(b, o, p, q)
     else:
         s = torch.exp(_joint_planes(b, o, p, q))
         s = _alternate(s, lambda s: quartic_scale(b, o, *_along(_mixed(p, q, s), p, q)))
         s = s * _sign(_mixed(p, q, s))
-    return Scaling(torch.cat((s, s), dim=-1))
+    return torch.cat((s, s), dim=-1)
 
 
 def _alternate(s: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
