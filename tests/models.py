@@ -55,6 +55,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "StableLmForCausalLM",
         {"head_dim": None, "use_qkv_bias": True, "partial_rotary_factor": 0.5, "num_attention_heads": 4},
     ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {
+            "n_embd": 48,
+            "n_head": 6,
+            "n_inner": 80,
+            "n_layer": 3,
+            "n_positions": 64,
+            "tie_word_embeddings": True,
+            "head_dim": None,
+        },
+    ),
     "phi2": ("PhiForCausalLM", {"head_dim": None, "partial_rotary_factor": 0.5}),
 }
 

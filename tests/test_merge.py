@@ -51,7 +51,8 @@ def _float32(model: PreTrainedModel) -> State:
 
 
 def _model_of(state: State, like: PreTrainedModel) -> PreTrainedModel:
-    full = {k: state.get(k, state["model.embed_tokens.weight"]) for k in like.state_dict()}
+    embedding = next(name for name in state if name.endswith(("embed_tokens.weight", "wte.weight")))
+    full = {name: state.get(name, state[embedding]) for name in like.state_dict()}
     return with_weights(like, full)
 
 

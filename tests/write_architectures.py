@@ -40,6 +40,8 @@ def query_key(layout: ModelLayout) -> str:
     if attention.norm is not GainScope.none:
         gains = "one set for all heads" if attention.norm is GainScope.head else "for each KV head"
         return f"QK-norm: sign per plane, factor between gains ({gains})"
+    if shape.rotary == 0:
+        return "rotation and scale (no RoPE)"
     layout_name = "interleaved" if attention.positions is Positions.rope_interleaved else "half-split"
     text = f"angle and scale per plane ({layout_name})"
     if shape.rotary < shape.head_dim:

@@ -202,9 +202,10 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
 def _geometry(config: Any, family: Family, model: str) -> Geometry:
     """Sizes from the config, with transformers' own rules for those it may leave out."""
     keys = family.sizes.model_dump(exclude={"layers"})
-    sizes = {key: lookup(config, where) for key, where in keys.items()}
+    sizes: dict[str, Any] = {key: lookup(config, where) if where is not None else None for key, where in keys.items()}
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["query_heads"]
     sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["query_heads"]
+    sizes["neurons"] = sizes["neurons"] or 4 * sizes["hidden"]
     geometry = Geometry(**sizes)
     problem = None
     if geometry.query_heads % geometry.kv_heads:

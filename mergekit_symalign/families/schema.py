@@ -16,6 +16,7 @@ axis                 length                                      moved by
 ``down``             neurons (read by down)                      dual of ``up``
 ``residual``         hidden size                                 nothing (yet)
 ``vocabulary``       vocabulary, whatever its size               nothing
+``position``         learned positions                           nothing
 ``label``            classes of a task head                      nothing
 ===================  ==========================================  =================================
 """
@@ -41,6 +42,7 @@ Axis = Literal[
     "down",
     "residual",
     "vocabulary",
+    "position",
     "label",
 ]
 
@@ -103,13 +105,17 @@ class TensorSpec(_Data):
 
 
 class SizeKeys(_Data):
-    """Where the transformers config keeps each size."""
+    """Where the transformers config keeps each size.
+
+    Left out or absent from the config: as many KV heads as query heads, heads that share the hidden size evenly, four
+    times as many neurons.
+    """
 
     layers: str
     hidden: str
     query_heads: str
-    kv_heads: str
-    head_dim: str
+    kv_heads: Optional[str] = None
+    head_dim: Optional[str] = None
     neurons: str
 
 
