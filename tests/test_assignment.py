@@ -8,6 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons, best_assignment, signed_scale
+from mergekit_symalign.symmetry.certificate import certified_permutation
 from mergekit_symalign.symmetry.groups import Chain, Permutation, Scaling
 
 NEURONS, HIDDEN = 40, 24
@@ -95,6 +96,43 @@ def test_pairs_are_scored_at_their_own_best_factor() -> None:
         swapped[[i, i + 1]] = swapped[[i + 1, i]]
         assert reached <= cost(swapped) * (1 + 1e-5)
         swapped[[i, i + 1]] = swapped[[i + 1, i]]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.3, 1.0])
+def test_certificate_is_the_optimum_or_nothing(noise: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    n, hidden = 300, 200
+    order = torch.randperm(n, generator=g)
+    anchor = [torch.randn(n, hidden, generator=g) for _ in range(3)]
+    model = [(a + noise * torch.randn(n, hidden, generator=g))[order] for a in anchor]
+    found = certified_permutation(list(zip(anchor, model, strict=True)))
+    score = sum(a @ b.T for a, b in zip(anchor, model, strict=True))
+    _, reference = linear_sum_assignment(score.numpy(), maximize=True)
+    if noise <= 0.3:
+        assert found is not None
+        assert found.tolist() == reference.tolist() == torch.argsort(order).tolist()
+    else:
+        assert found is None or found.tolist() == reference.tolist()
+
+
+def test_certificate_does_not_take_one_neuron_twice() -> None:
+    g = torch.Generator().manual_seed(0)
+    anchor = torch.randn(50, 400, generator=g)
+    anchor[1] = anchor[0] + 1e-3  # both are nearest to the model's neuron 0
+    model = anchor.clone()
+    model[1] = 100.0
+    assert certified_permutation([(anchor, model)]) is None
+
+
+def test_certificate_refuses_a_prefix_that_misleads() -> None:
+    """The nearest on the prefix columns is not the nearest on all: the proof must fail or find the right one."""
+    g = torch.Generator().manual_seed(0)
+    anchor = torch.randn(20, 1000, generator=g)
+    model = anchor.clone()
+    at = torch.linspace(0, 999, 20).long()
+    model[:, at] = anchor.roll(1, 0)[:, at]
+    found = certified_permutation([(anchor, model)])
+    assert found is None or torch.equal(found, torch.arange(20))
 
 
 def test_signed_scale_beats_a_grid() -> None:

@@ -90,7 +90,7 @@ def test_optimum_over_all_orders_of_unrelated_heads(case: str, rotation: Rotatio
 
 
 def test_siblings_are_settled_by_their_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pair but the diagonal is ever solved."""
+    """No pair is solved at all: each head is cheaper where it stands than any other could become."""
     anchor = make_model("llama-mha", 0)
     layout = resolve(anchor.config, model="m")
     sides = _sides(anchor.state_dict(), perturbed(anchor, 0.05, 1).state_dict(), layout)
@@ -103,7 +103,7 @@ def test_siblings_are_settled_by_their_bounds(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(heads_module._HeadProblem, "cost", cost)
     assert match_heads(sides, _shape(layout), Symmetries()) is None
-    assert asked == [(i, i) for i in range(6)]
+    assert asked == []
 
 
 def test_heads_false_keeps_the_order() -> None:

@@ -13,6 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from mergekit_symalign.symmetry.certificate import certified_permutation
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling, compute_dtype
 from mergekit_symalign.symmetry.scale import joint_log_scale, newton_step, quartic_scale
 
@@ -46,12 +47,21 @@ def align_neurons(pairs: NeuronPairs, *, permute: bool, scale: bool) -> tuple[Ax
         The actions that gate rows and up rows carry; down columns carry the dual of the latter.
     """
     neurons, device = pairs.scaled[0][0].shape[0], pairs.scaled[0][0].device
-    index = best_assignment(_scores(pairs, scale=scale)) if permute else torch.arange(neurons, device=device)
+    index = best_permutation(pairs, scale=scale) if permute else torch.arange(neurons, device=device)
     permutation = Permutation(index)
     if not scale:
         return permutation, permutation
     factor = signed_scale(_paired(pairs.scaled, index), _paired(pairs.divided, index))
     return permutation, Chain((permutation, Scaling(factor)))
+
+
+def best_permutation(pairs: NeuronPairs, *, scale: bool) -> Tensor:
+    """The optimal permutation: proven by nearest neighbours if they can, else from the full assignment problem."""
+    if not scale:
+        index = certified_permutation([*pairs.fixed, *pairs.scaled, *pairs.divided])
+        if index is not None:
+            return index
+    return best_assignment(_scores(pairs, scale=scale))
 
 
 def best_assignment(score: Tensor) -> Tensor:

@@ -9,13 +9,20 @@ and a pair is solved only when the assignment wants it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment import best_assignment
-from mergekit_symalign.symmetry.attention import AttentionMoments, HeadActions, dense, remaining, solve_heads
+from mergekit_symalign.symmetry.attention import (
+    AttentionMoments,
+    HeadActions,
+    attention_moments,
+    dense,
+    remaining,
+    solve_heads,
+)
 from mergekit_symalign.symmetry.groups import Permutation, compute_dtype
 from mergekit_symalign.symmetry.options import HeadShape, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.procrustes import Moments, plane_correlation, plane_norm
@@ -53,12 +60,22 @@ def match_heads(sides: Sides, shape: HeadShape, use: Symmetries) -> HeadOrder | 
     if shape.query_heads == 1:
         return None
     problem = _HeadProblem(sides, shape, use)
-    kv = _lazy_assignment(problem.lower_bounds(), problem.cost)
-    group = shape.queries_per_kv
-    inner = torch.stack([problem.inner[i, j] for i, j in enumerate(kv.tolist())])
+    bounds, group = problem.lower_bounds(), shape.queries_per_kv
+    kv = torch.arange(shape.kv_heads, device=bounds.device)
+    if _identity_is_optimal(problem.unmoved(), bounds):
+        inner = problem.pairs(kv, kv).order
+    else:
+        kv = _lazy_assignment(bounds, problem.cost)
+        inner = torch.stack([problem.inner[i, j] for i, j in enumerate(kv.tolist())])
     query = (kv.unsqueeze(1) * group + inner).flatten()
     same = all(bool((order == torch.arange(len(order), device=order.device)).all()) for order in (kv, query))
     return None if same else HeadOrder(kv, query)
+
+
+def _identity_is_optimal(unmoved: Tensor, bounds: Tensor) -> bool:
+    """Whether no pair off the diagonal can be cheaper than the diagonal one already is without any element."""
+    off = bounds.masked_fill(torch.eye(len(bounds), dtype=torch.bool, device=bounds.device), torch.inf)
+    return bool((unmoved <= off.amin(1)).all())
 
 
 def _lazy_assignment(bounds: Tensor, cost: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -117,16 +134,30 @@ class _HeadProblem:
 
     def cost(self, i: Tensor, j: Tensor) -> Tensor:
         """Distance that remains between anchor's KV head ``i[n]`` and model's ``j[n]``, less the anchor's norms."""
+        pairs = self.pairs(i, j)
+        order = pairs.order
+        for _ in range(_ROUNDS):
+            m = pairs.matched(order)
+            found = solve_heads(m, self.shape, self.use)
+            previous, order = order, pairs.reordered(found)
+            if bool((order == previous).all()):
+                break
+        self.inner.update({(a, b): x for a, b, x in zip(i.tolist(), j.tolist(), previous, strict=True)})
+        return remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key)
+
+    def unmoved(self) -> Tensor:
+        """The cost of each KV head's pair with the model's same head, if nothing is moved [KV heads]."""
+        m = attention_moments(self.sides, self.shape)
+        return remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
+
+    def pairs(self, i: Tensor, j: Tensor) -> _Pairs:
+        """Moments of some pairs, their query heads ordered by the rotation of the KV heads alone."""
         value, key = (self._pairs(axis, i, j).summed() for axis in ("value", "key"))
         attended, query = (self._pairs(axis, i, j) for axis in ("attended", "query"))
         nothing = Moments(torch.zeros_like(value.cross), torch.zeros_like(value.model))
-        found = solve_heads(AttentionMoments(value, nothing, nothing, key), self.shape, self.use)
-        for _ in range(_ROUNDS if self.shape.queries_per_kv > 1 else 1):
-            order = _inner_order(found, attended, query)
-            m = AttentionMoments(value, attended.matched(order), query.matched(order), key)
-            found = solve_heads(m, self.shape, self.use)
-        self.inner.update({(a, b): x for a, b, x in zip(i.tolist(), j.tolist(), order, strict=True)})
-        return remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key)
+        by_kv = AttentionMoments(value, nothing, nothing, key)
+        start = solve_heads(by_kv, self.shape, replace(self.use, scaling=False))
+        return _Pairs(value, key, attended, query, _inner_order(start, attended, query))
 
     def _all_pairs(self, axis: str) -> Moments:
         """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]."""
@@ -152,9 +183,9 @@ class _HeadProblem:
         for anchor, other in self.sides[axis]:
             heads = self.shape.queries_per_kv if axis in ("query", "attended") else 1
             a, b = (x.unflatten(0, (k, heads, -1)) for x in (anchor, other))
-            a, b = a.index_select(0, i).double().unsqueeze(2), b.index_select(0, j).double().unsqueeze(1)
-            cross = cross.to(a.device) + a @ b.mT
-            model = model.to(a.device) + b.squeeze(1).square().sum(-1)
+            a, b = (x.to(compute_dtype(x.dtype)) for x in (a.index_select(0, i), b.index_select(0, j)))
+            cross = cross.to(a.device) + (a.unsqueeze(2) @ b.unsqueeze(1).mT).double()
+            model = model.to(a.device) + b.double().square().sum(-1)
         return _GroupMoments(cross, model)
 
 
@@ -177,6 +208,23 @@ class _GroupMoments:
         """Sum over the heads, each of the anchor's with its partner ``order`` [pairs, heads]."""
         index = order.reshape(*order.shape, 1, 1, 1).expand(-1, -1, 1, *self.cross.shape[-2:])
         return Moments(self.cross.gather(2, index).sum((1, 2)), self.model.sum(1))
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Some pairs of KV heads: the moments of their sides, and a first order of the query heads [pairs, heads]."""
+
+    value: Moments
+    key: Moments
+    attended: _GroupMoments
+    query: _GroupMoments
+    order: Tensor
+
+    def matched(self, order: Tensor) -> AttentionMoments:
+        return AttentionMoments(self.value, self.attended.matched(order), self.query.matched(order), self.key)
+
+    def reordered(self, found: HeadActions) -> Tensor:
+        return _inner_order(found, self.attended, self.query)
 
 
 def nuclear_bound(m: Tensor) -> Tensor:
