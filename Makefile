@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
 
 test: $(VENV)/installed lint
-	$(BIN)/pytest tests
+	$(BIN)/pytest -n 2 --dist loadfile tests
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
