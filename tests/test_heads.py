@@ -12,6 +12,7 @@ from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry import heads as heads_module
+from mergekit_symalign.symmetry.attention import attention_moments
 from mergekit_symalign.symmetry.blocks import align_attention
 from mergekit_symalign.symmetry.element import rows_by_axis
 from mergekit_symalign.symmetry.groups import Chain, Permutation
@@ -83,7 +84,7 @@ def test_optimum_over_all_orders_of_unrelated_heads(case: str, rotation: Rotatio
     i, j = torch.meshgrid(torch.arange(k), torch.arange(k), indexing="ij")
     costs = problem.cost(i.flatten(), j.flatten()).reshape(k, k)
     assert (problem.lower_bounds() <= costs).all()
-    order = match_heads(sides, shape, use)
+    order = match_heads(sides, attention_moments(sides, shape), shape, use)
     kv = torch.arange(k) if order is None else order.kv
     best = min(sum(costs[r, c] for r, c in enumerate(p)) for p in permutations(range(k)))
     assert costs[torch.arange(k), kv].sum() == pytest.approx(float(best), rel=1e-9)
@@ -102,7 +103,8 @@ def test_siblings_are_settled_by_their_bounds(monkeypatch: pytest.MonkeyPatch) -
         return original(self, i, j)
 
     monkeypatch.setattr(heads_module._HeadProblem, "cost", cost)
-    assert match_heads(sides, _shape(layout), Symmetries()) is None
+    shape = _shape(layout)
+    assert match_heads(sides, attention_moments(sides, shape), shape, Symmetries()) is None
     assert asked == []
 
 

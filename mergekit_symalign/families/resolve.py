@@ -184,7 +184,7 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
                 f"model {model}",
                 f"config.{key} is {value!r}; family {family.name} ({family.title}) is known only for "
                 f"{', '.join(map(repr, allowed))}",
-                "Set align: false for this model if you trust a plain merge",
+                "Use MergeKit's own method for this model",
             )
     layers = lookup(config, family.sizes.layers)
 
@@ -207,11 +207,12 @@ def _geometry(config: Any, family: Family, model: str) -> Geometry:
     sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["query_heads"]
     sizes["neurons"] = sizes["neurons"] or 4 * sizes["hidden"]
     geometry = Geometry(**sizes)
-    problem = None
     if geometry.query_heads % geometry.kv_heads:
-        problem = f"{geometry.query_heads} query heads cannot share {geometry.kv_heads} KV heads evenly"
-    if problem is not None:
-        raise ArchitectureError(f"model {model}", problem, "Check the model's config.json")
+        raise ArchitectureError(
+            f"model {model}",
+            f"{geometry.query_heads} query heads cannot share {geometry.kv_heads} KV heads evenly",
+            "Check the model's config.json",
+        )
     return geometry
 
 

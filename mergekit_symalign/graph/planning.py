@@ -75,8 +75,8 @@ class AlignedPlan:
         for model in used:
             layout = self._layout(model)
             self._checkpoints[model] = Checkpoint.open(model, layout)
-        for _, task in planned:
-            self._check_geometry(task)
+        for anchor, model in dict.fromkeys((_anchor(task), m) for _, task in planned for m in task.model_order):
+            _check_geometry(self._checkpoints[anchor], self._checkpoints[model])
         for model, infos in used.items():
             self._checkpoints[model].check(infos.values())
         for weight, task in planned:
@@ -91,29 +91,6 @@ class AlignedPlan:
                 "Use the model's unquantised checkpoint",
             )
         return resolve(config, model=str(model))
-
-    def _check_geometry(self, task: ExecuteMergeMethodTask) -> None:
-        anchor = self._checkpoints[_anchor(task)]
-        for model in task.model_order:
-            layout = self._checkpoints[model].layout
-            if layout.family.name != anchor.layout.family.name:
-                raise GeometryError(
-                    f"model {model}",
-                    f"it is of family {layout.family.name}, the anchor {anchor.model} of {anchor.layout.family.name}",
-                    "Merge models of one architecture",
-                )
-            if surplus := layout.inside.keys() ^ anchor.layout.inside.keys():
-                raise GeometryError(
-                    f"model {model}",
-                    f"its layers and those of the anchor {anchor.model} differ in {', '.join(sorted(surplus))}",
-                    "Merge models whose configs agree on biases and norms",
-                )
-            if differences := layout.geometry.differences(anchor.layout.geometry):
-                raise GeometryError(
-                    f"model {model}",
-                    f"its sizes differ from those of the anchor {anchor.model}: {', '.join(differences)}",
-                    "Merge models of the same shape",
-                )
 
     def _check_vocabulary(self, weight: WeightInfo, task: ExecuteMergeMethodTask) -> None:
         if not isinstance(task.gather_tensors, GatherTensors) or weight.vocabulary_axis is None:
@@ -235,6 +212,29 @@ class AlignedPlan:
 
     def _takes_part(self, model: ModelReference, task: ExecuteMergeMethodTask) -> bool:
         return self.method.anchor_is_base or model != task.base_model or model in self.listed
+
+
+def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
+    """A model must be of the anchor's family, and have the same tensors in its layers, of the same sizes."""
+    ours, theirs = other.layout, anchor.layout
+    if ours.family.name != theirs.family.name:
+        raise GeometryError(
+            f"model {other.model}",
+            f"it is of family {ours.family.name}, the anchor {anchor.model} of {theirs.family.name}",
+            "Merge models of one architecture",
+        )
+    if surplus := ours.inside.keys() ^ theirs.inside.keys():
+        raise GeometryError(
+            f"model {other.model}",
+            f"its layers and those of the anchor {anchor.model} differ in {', '.join(sorted(surplus))}",
+            "Merge models whose configs agree on biases and norms",
+        )
+    if differences := ours.geometry.differences(theirs.geometry):
+        raise GeometryError(
+            f"model {other.model}",
+            f"its sizes differ from those of the anchor {anchor.model}: {', '.join(differences)}",
+            "Merge models of the same shape",
+        )
 
 
 def _check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> None:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
-    HeadRotation,
     InterleavedPartialRotation,
     InterleavedPlaneRotation,
     PartialRotation,
-    PlaneRotation,
+    PerHead,
     Scaling,
 )
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, Pair, Rotation, Sides, Symmetries
@@ -86,7 +87,7 @@ def per_query_head(g: AxisAction, shape: HeadShape) -> AxisAction:
     group = shape.queries_per_kv
     if isinstance(g, Scaling):
         return Scaling(g.factor.unflatten(0, (shape.kv_heads, -1)).repeat_interleave(group, dim=0).flatten())
-    assert isinstance(g, (HeadRotation, PlaneRotation, PartialRotation))
+    assert isinstance(g, PerHead)
     return g.per_query_head(group)
 
 
@@ -112,10 +113,7 @@ def _solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries, *, rota
 
 
 def _moments(side: Sequence[Pair], heads: int, shape: HeadShape) -> Moments:
-    total = moments(*side[0], heads)
-    for pair in side[1:]:
-        total = total + moments(*pair, heads)
-    return total.per_kv_head(shape.kv_heads)
+    return reduce(add, (moments(*pair, heads) for pair in side)).per_kv_head(shape.kv_heads)
 
 
 def dense(g: AxisAction | None, like: Moments) -> Tensor:

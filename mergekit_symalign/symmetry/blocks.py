@@ -28,11 +28,13 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> BlockEle
         shape: heads of the block.
         use: what is admitted.
     """
-    order = match_heads(sides, shape, use) if use.heads else None
+    m = attention_moments(sides, shape)
+    order = match_heads(sides, m, shape, use) if use.heads else None
     if order is not None:
         sides = _reordered(sides, order, shape)
+        m = attention_moments(sides, shape)
     actions: dict[str, AxisAction] = {}
-    found = solve_heads(attention_moments(sides, shape), shape, use)
+    found = solve_heads(m, shape, use)
     if found.value is not None:
         actions |= {"value": found.value, "attended": per_query_head(found.value.dual(), shape)}
     if found.query is not None:

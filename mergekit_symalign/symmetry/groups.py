@@ -84,6 +84,14 @@ class AxisAction(ABC):
         return ({self.kind: self.tensors()},)
 
 
+class PerHead(AxisAction):
+    """An action with numbers of its own for every head: all its fields are [heads, …]."""
+
+    def per_query_head(self, queries_per_kv: int) -> PerHead:
+        """The same element for each query head of a KV head's group."""
+        return type(self)(*(t.repeat_interleave(queries_per_kv, dim=0) for t in self.tensors()))
+
+
 @dataclass(frozen=True, eq=False)
 class Permutation(AxisAction):
     """Slot ``i`` takes what stood at ``index[i]``. Orthogonal, so its own dual.
@@ -147,7 +155,7 @@ class Scaling(AxisAction):
 
 
 @dataclass(frozen=True, eq=False)
-class HeadRotation(AxisAction):
+class HeadRotation(PerHead):
     """One orthogonal matrix (reflections included) and one scale for every head.
 
     Attributes:
@@ -182,13 +190,9 @@ class HeadRotation(AxisAction):
         near = (self.matrix - eye).abs().amax((-2, -1), keepdim=True) <= tolerance
         return HeadRotation(torch.where(near, eye, self.matrix), _snap(self.scale, 1.0, tolerance))
 
-    def per_query_head(self, queries_per_kv: int) -> HeadRotation:
-        """The same element for each query head of a KV head's group."""
-        return HeadRotation(*(t.repeat_interleave(queries_per_kv, dim=0) for t in self.tensors()))
-
 
 @dataclass(frozen=True, eq=False)
-class PlaneRotation(AxisAction):
+class PlaneRotation(PerHead):
     """One angle and one scale for every rotary plane of every head: what commutes with RoPE.
 
     The planes are the coordinate pairs ``(i, i + d/2)``, the half-split layout.
@@ -228,10 +232,6 @@ class PlaneRotation(AxisAction):
     def snapped(self, tolerance: float) -> PlaneRotation:
         return type(self)(_snap(self.angle, 0.0, tolerance), _snap(self.scale, 1.0, tolerance))
 
-    def per_query_head(self, queries_per_kv: int) -> PlaneRotation:
-        """The same element for each query head of a KV head's group."""
-        return type(self)(*(t.repeat_interleave(queries_per_kv, dim=0) for t in self.tensors()))
-
 
 class InterleavedPlaneRotation(PlaneRotation):
     """The same for planes that are neighbouring coordinates ``(2i, 2i + 1)`` (Cohere, GLM)."""
@@ -241,7 +241,7 @@ class InterleavedPlaneRotation(PlaneRotation):
 
 
 @dataclass(frozen=True, eq=False)
-class PartialRotation(AxisAction):
+class PartialRotation(PerHead):
     """Heads of which only the first coordinates turn with the position: planes there, any rotation on the rest.
 
     Attributes:
@@ -292,10 +292,6 @@ class PartialRotation(AxisAction):
 
     def snapped(self, tolerance: float) -> PartialRotation:
         return self.of(self.planes.snapped(tolerance), self.rest.snapped(tolerance))
-
-    def per_query_head(self, queries_per_kv: int) -> PartialRotation:
-        """The same element for each query head of a KV head's group."""
-        return type(self)(*(t.repeat_interleave(queries_per_kv, dim=0) for t in self.tensors()))
 
 
 class InterleavedPartialRotation(PartialRotation):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -18,7 +20,6 @@ from mergekit_symalign.symmetry.assignment import best_assignment
 from mergekit_symalign.symmetry.attention import (
     AttentionMoments,
     HeadActions,
-    attention_moments,
     dense,
     remaining,
     solve_heads,
@@ -51,18 +52,24 @@ class HeadOrder:
         return Permutation((order.unsqueeze(1) * head_dim + within).flatten())
 
 
-def match_heads(sides: Sides, shape: HeadShape, use: Symmetries) -> HeadOrder | None:
+def match_heads(sides: Sides, m: AttentionMoments, shape: HeadShape, use: Symmetries) -> HeadOrder | None:
     """The order of the model's heads that is closest to the anchor, or None if they are in that order already.
 
     KV heads are assigned to the optimum of the pair costs. Query heads inside a pair are assigned for the pair's
     rotation, which is solved again for that order: two rounds, as rotation and order depend on each other.
+
+    Args:
+        sides: rows of the block's axes.
+        m: their moments with the heads as they stand.
+        shape, use: as for the block.
     """
     if shape.query_heads == 1:
         return None
     problem = _HeadProblem(sides, shape, use)
     bounds, group = problem.lower_bounds(), shape.queries_per_kv
     kv = torch.arange(shape.kv_heads, device=bounds.device)
-    if _identity_is_optimal(problem.unmoved(), bounds):
+    unmoved = remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
+    if _identity_is_optimal(unmoved, bounds):
         inner = problem.pairs(kv, kv).order
     else:
         kv = _lazy_assignment(bounds, problem.cost)
@@ -145,11 +152,6 @@ class _HeadProblem:
         self.inner.update({(a, b): x for a, b, x in zip(i.tolist(), j.tolist(), previous, strict=True)})
         return remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key)
 
-    def unmoved(self) -> Tensor:
-        """The cost of each KV head's pair with the model's same head, if nothing is moved [KV heads]."""
-        m = attention_moments(self.sides, self.shape)
-        return remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
-
     def pairs(self, i: Tensor, j: Tensor) -> _Pairs:
         """Moments of some pairs, their query heads ordered by the rotation of the KV heads alone."""
         value, key = (self._pairs(axis, i, j).summed() for axis in ("value", "key"))
@@ -162,13 +164,13 @@ class _HeadProblem:
     def _all_pairs(self, axis: str) -> Moments:
         """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]."""
         k = self.shape.kv_heads
-        cross, model = torch.zeros(()), torch.zeros(())
-        for anchor, other in self.sides[axis]:
+
+        def of(anchor: Tensor, other: Tensor) -> Moments:
             a, b = (x.to(compute_dtype(x.dtype)) for x in (anchor, other))
             product = (a @ b.mT).double().unflatten(1, (k, -1)).unflatten(0, (k, -1)).transpose(1, 2)
-            cross = cross.to(product.device) + product
-            model = model.to(product.device) + b.double().square().sum(-1).unflatten(0, (k, -1))
-        return Moments(cross, model.expand(k, *model.shape))
+            return Moments(product, b.double().square().sum(-1).unflatten(0, (k, -1)).expand(k, k, -1))
+
+        return reduce(add, (of(*pair) for pair in self.sides[axis]))
 
     def _norms(self, axis: str) -> tuple[Tensor, Tensor]:
         """Squared norms of each coordinate, anchor and model [KV heads, d], over the query heads of each group."""
@@ -178,15 +180,14 @@ class _HeadProblem:
         return anchor, model
 
     def _pairs(self, axis: str, i: Tensor, j: Tensor) -> _GroupMoments:
-        k = self.shape.kv_heads
-        cross, model = torch.zeros(()), torch.zeros(())
-        for anchor, other in self.sides[axis]:
-            heads = self.shape.queries_per_kv if axis in ("query", "attended") else 1
-            a, b = (x.unflatten(0, (k, heads, -1)) for x in (anchor, other))
+        heads = self.shape.queries_per_kv if axis in ("query", "attended") else 1
+
+        def of(anchor: Tensor, other: Tensor) -> _GroupMoments:
+            a, b = (x.unflatten(0, (self.shape.kv_heads, heads, -1)) for x in (anchor, other))
             a, b = (x.to(compute_dtype(x.dtype)) for x in (a.index_select(0, i), b.index_select(0, j)))
-            cross = cross.to(a.device) + (a.unsqueeze(2) @ b.unsqueeze(1).mT).double()
-            model = model.to(a.device) + b.double().square().sum(-1)
-        return _GroupMoments(cross, model)
+            return _GroupMoments((a.unsqueeze(2) @ b.unsqueeze(1).mT).double(), b.double().square().sum(-1))
+
+        return reduce(add, (of(*pair) for pair in self.sides[axis]))
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,9 @@ class _GroupMoments:
 
     cross: Tensor
     model: Tensor
+
+    def __add__(self, other: _GroupMoments) -> _GroupMoments:
+        return _GroupMoments(self.cross + other.cross, self.model + other.model)
 
     def summed(self) -> Moments:
         return Moments(self.cross.sum((1, 2)), self.model.sum(1))
