@@ -8,6 +8,8 @@ import click
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_symalign import __version__, hook
+from mergekit_symalign.commands.apply import apply
+from mergekit_symalign.commands.solve import solve
 
 
 @click.group()
@@ -38,6 +40,9 @@ def demo(out: Path) -> None:
 
     run_demo(out)
 
+
+main.add_command(solve)
+main.add_command(apply)
 
 # The same options as mergekit-yaml, without the autoload: for environments that strip .pth files.
 main.add_command(mergekit_yaml, "yaml")

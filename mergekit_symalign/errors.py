@@ -41,6 +41,14 @@ class ValueInTensorError(SymalignError):
     """A weight holds NaN or infinity."""
 
 
+class AlignmentFileError(SymalignError):
+    """A saved alignment is damaged, of a newer format, or belongs to other models."""
+
+
+class CalibrationError(SymalignError):
+    """Prompts cannot be read, or the models' tokenizers read them differently."""
+
+
 class ShapeError(SymalignError):
     """A kernel was called with tensors whose shapes do not belong together."""
 

@@ -15,6 +15,7 @@ PREFIX = "aligned_"
 ROTATION_MATCH = "rotation_match"
 _SUPPORTED = "0.1.5"
 _MARK = "_mergekit_symalign"
+_PLAN = "_mergekit_symalign_plan"  # where a planner keeps our plan, for the tasks at the end of the merge
 
 
 def install() -> None:
@@ -70,6 +71,7 @@ _EXPECTED: dict[str, dict[str, tuple[str, ...] | None]] = {
     },
     "mergekit.plan": {
         "MergePlanner._plan": ("self",),
+        "MergePlanner.plan_to_disk": ("self", "out_path"),
         "MergePlanner": ("config", "arch_info", "options", "out_model_config"),
         "ExecuteMergeMethodTask": (
             "method_name",
@@ -133,6 +135,15 @@ def _hook_planner(plan: Any) -> None:
             _plan_aligned(self, original)
 
     plan.MergePlanner._plan = _plan
+    to_disk = plan.MergePlanner.plan_to_disk
+
+    @functools.wraps(to_disk)
+    def plan_to_disk(self: Any, out_path: str) -> Any:
+        targets = to_disk(self, out_path)
+        aligned = getattr(self, _PLAN, None)
+        return targets if aligned is None else [*targets, *aligned.extra_tasks(out_path)]
+
+    plan.MergePlanner.plan_to_disk = plan_to_disk
 
 
 def _plan_aligned(planner: Any, original: Any) -> None:
@@ -150,6 +161,7 @@ def _plan_aligned(planner: Any, original: Any) -> None:
     planner.config = planner.config.model_copy(deep=True)
     original(planner)
     planner._tensors = plan.rewrite(planner._tensors)
+    setattr(planner, _PLAN, plan)
 
 
 def _hook_raw_pytorch(script: Any) -> None:

@@ -58,6 +58,20 @@ ALIGNMENT_PARAMETERS = (
         default=False,
         description="the signed scale between up and down projection of each neuron",
     ),
+    ParameterSpec(
+        "alignment",
+        str | None,
+        ParameterScope.NON_BASE,
+        default=None,
+        description="file of a saved alignment, used instead of solving",
+    ),
+    ParameterSpec(
+        "save_alignment",
+        str | None,
+        ParameterScope.SHARED,
+        default=None,
+        description="directory for the alignments that this merge solves",
+    ),
 )
 ALIGNMENT_NAMES = frozenset(p.name for p in ALIGNMENT_PARAMETERS)
 

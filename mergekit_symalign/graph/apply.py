@@ -8,12 +8,16 @@ import torch
 from mergekit.graph import Task
 
 from mergekit_symalign.graph.load import LoadFinite
-from mergekit_symalign.graph.solve import SolveBlock
 from mergekit_symalign.symmetry.element import Axes, BlockElement
 
 
 class ApplyBlock(Task[torch.Tensor]):
     """Transforms one tensor by the element that was solved for its block.
+
+    Attributes:
+        load: the tensor.
+        axes, offset: as for `SolveBlock`.
+        solution: the task that gives the packed element (`SolveBlock`, or one that reads it from a file).
 
     Aligned tensors leave in float32 (float64 for float64); a tensor the element does not move leaves as it came.
     """
@@ -21,7 +25,7 @@ class ApplyBlock(Task[torch.Tensor]):
     load: LoadFinite
     axes: Axes
     offset: float = 0.0
-    solution: SolveBlock
+    solution: Task
 
     def arguments(self) -> Dict[str, Task]:
         return {"tensor": self.load, "solution": self.solution}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
@@ -44,7 +45,12 @@ def _shard_headers(path: Path) -> dict[str, Header]:
         raise CheckpointError(str(path), f"its header cannot be read ({error})", "Download the file again") from error
 
 
-def _safetensors(path: Path) -> dict[str, Header]:
+def read_entries(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begin, and its header's entry for each tensor.
+
+    Raises:
+        ValueError: if the file is no safetensors file, or is cut short.
+    """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 0 < size < path.stat().st_size:
@@ -54,9 +60,13 @@ def _safetensors(path: Path) -> dict[str, Header]:
     end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if 8 + size + end != path.stat().st_size:
         raise ValueError("the file is shorter or longer than its header says")
+    return 8 + size, entries
+
+
+def _safetensors(path: Path) -> dict[str, Header]:
     return {
         name: Header(_FLOATS.get(entry["dtype"]), entry["dtype"], tuple(entry["shape"]))
-        for name, entry in entries.items()
+        for name, entry in read_entries(path)[1].items()
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from mergekit.architecture import WeightInfo
 from mergekit.common import ImmutableMap, ModelReference
@@ -20,9 +21,10 @@ from mergekit.tokenizer.truncate import TruncatedVocabulary
 from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError, ParameterError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind, MlpKind
+from mergekit_symalign.graph.alignments import Alignments, ReadBlock, SourceBlock, require_same_layers
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint, merged_dtype
-from mergekit_symalign.graph.load import GatherAligned
+from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock
 from mergekit_symalign.methods import ALIGNMENT_NAMES, AlignedMethod
 from mergekit_symalign.symmetry.options import HeadShape, Rotation, Symmetries
@@ -50,6 +52,13 @@ class AlignedPlan:
     method: AlignedMethod
     listed: frozenset[ModelReference]
     _checkpoints: dict[ModelReference, Checkpoint] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._alignments = Alignments(self._checkpoints)
+
+    def extra_tasks(self, out_path: str) -> list[Task]:
+        """What the merge does beside writing tensors to ``out_path``."""
+        return self._alignments.save_tasks()
 
     def rewrite(self, planned: list[Planned]) -> list[tuple[WeightInfo, Task]]:
         """Check everything that headers can tell, then give every block's tensors to their aligned tasks."""
@@ -130,29 +139,59 @@ class AlignedPlan:
             if model == anchor_ref or not self._wants_alignment(model, members):
                 continue
             anchor_loads, model_loads = (tuple(load[m] for load in loads) for m in (anchor_ref, model))
-            solution = SolveBlock(
+            shape = self._head_shape(model, members[0])
+            solution = self._saved(model, kind, members, model_loads[0]) or SolveBlock(
                 kind=kind,
                 axes=axes,
                 offsets=offsets,
                 anchor=anchor_loads,
                 model=model_loads,
-                shape=self._head_shape(model, members[0]),
+                shape=shape,
                 use=use,
             )
+            self._record(model, kind, members, solution)
             for i, (weight, _) in enumerate(members):
                 result[weight.name][model] = ApplyBlock(
                     load=model_loads[i], axes=axes[i], offset=offsets[i], solution=solution
                 )
         return result
 
+    def _saved(
+        self, model: ModelReference, kind: BlockKind, members: list[Planned], load: LoadFinite
+    ) -> ReadBlock | None:
+        """The task that reads this block's element from the file that the user gave, if any."""
+        path = self._agreed("alignment", members, model)
+        if path is None:
+            return None
+        anchor = _anchor(members[0][1])
+        block = self._source_block("alignment", model, kind, members)
+        sha256, name = self._alignments.read(path, anchor, model, block)
+        return ReadBlock(path=path, sha256=sha256, block=name, label=load.group_label())
+
+    def _record(self, model: ModelReference, kind: BlockKind, members: list[Planned], solution: Task) -> None:
+        folder = self._agreed("save_alignment", members)
+        if folder is not None:
+            block = self._source_block("save_alignment", model, kind, members)
+            settings = {name: members[0][1].parameters[name] for name in SYMMETRY_NAMES}
+            self._alignments.record(folder, _anchor(members[0][1]), model, block, solution, settings)
+
+    def _source_block(self, what: str, model: ModelReference, kind: BlockKind, members: list[Planned]) -> SourceBlock:
+        weight, task = members[0]
+        anchor_layer, layer = (self._layer(ref, task) for ref in (_anchor(task), model))
+        require_same_layers(what, weight.name, anchor_layer, layer)
+        return layer, kind
+
+    def _layer(self, model: ModelReference, task: ExecuteMergeMethodTask) -> int:
+        """Which of the model's own layers a planned tensor of a block comes from."""
+        claim = self._checkpoints[model].layout.claim(_gather(task).weight_info[model].name)
+        assert claim is not None
+        assert claim.layer is not None
+        return claim.layer
+
     def _head_shape(self, model: ModelReference, member: Planned) -> HeadShape:
         """Heads and positions of the layers that are matched, which anchor and model must share."""
         weight, task = member
-        shapes = {}
-        for ref in (_anchor(task), model):
-            layout, info = self._checkpoints[ref].layout, _gather(task).weight_info[ref]
-            claim = layout.claim(info.name)
-            shapes[ref] = layout.head_shape(claim.layer if claim is not None and claim.layer is not None else 0)
+        shapes = {m: self._checkpoints[m].layout.head_shape(self._layer(m, task)) for m in (_anchor(task), model)}
         anchor_shape, shape = shapes.values()
         if shape != anchor_shape:
             raise GeometryError(
@@ -164,21 +203,30 @@ class AlignedPlan:
         return shape
 
     def _settings(self, members: list[Planned]) -> Symmetries:
-        first_weight, first = members[0]
-        for weight, task in members[1:]:
-            for name in SYMMETRY_NAMES:
-                if task.parameters[name] != first.parameters[name]:
-                    raise _disagreement(name, (first_weight, first.parameters[name]), (weight, task.parameters[name]))
-        chosen = {name: first.parameters[name] for name in SYMMETRY_NAMES}
+        chosen = {name: self._agreed(name, members) for name in SYMMETRY_NAMES}
         return Symmetries(**chosen | {"rotation": Rotation(chosen["rotation"])})
 
     def _wants_alignment(self, model: ModelReference, members: list[Planned]) -> bool:
-        first_weight, first = members[0]
-        wanted: bool = first.input_parameters[model]["align"]
-        for weight, task in members[1:]:
-            if task.input_parameters[model]["align"] != wanted:
-                raise _disagreement("align", (first_weight, wanted), (weight, not wanted), model)
+        wanted: bool = self._agreed("align", members, model)
+        if not wanted and self._agreed("alignment", members, model) is not None:
+            raise ParameterError(
+                f"parameter alignment of model {model}",
+                f"align is false for {members[0][0].name}, so the file would not be used",
+                "Leave out one of the two",
+            )
         return wanted
+
+    def _agreed(self, name: str, members: list[Planned], model: ModelReference | None = None) -> Any:
+        """The value of a parameter that all tensors of a block must share."""
+
+        def value(task: ExecuteMergeMethodTask) -> Any:
+            return (task.parameters if model is None else task.input_parameters[model])[name]
+
+        first_weight, first = members[0]
+        for weight, task in members[1:]:
+            if value(task) != value(first):
+                raise _disagreement(name, (first_weight, value(first)), (weight, value(task)), model)
+        return value(first)
 
     def _merge_task(
         self, weight: WeightInfo, task: ExecuteMergeMethodTask, aligned: dict[ModelReference, ApplyBlock]

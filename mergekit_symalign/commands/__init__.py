@@ -1,0 +1,1 @@
+"""The commands of ``mergekit-symalign``, one module each."""

@@ -1,0 +1,133 @@
+"""``mergekit-symalign apply``: write a checkpoint in the coordinates that a saved alignment leads to."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import click
+from mergekit.common import ModelReference
+from mergekit.graph import Executor, Task
+from mergekit.io.tasks import FinalizeModel, LoaderCache, LoadTensor, SaveTensor, TensorWriterTask
+from mergekit.options import MergeOptions, add_merge_options
+
+from mergekit_symalign.alignment_file import AlignmentFile, block_name
+from mergekit_symalign.errors import AlignmentFileError, ConfigError
+from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.fingerprint import fingerprint
+from mergekit_symalign.graph.alignments import ReadBlock, sizes_of
+from mergekit_symalign.graph.apply import ApplyBlock
+from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.graph.report import readable_errors
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+@click.command()
+@click.argument("alignment", type=click.Path(path_type=Path))
+@click.argument("model")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The directory to write.")
+@click.option("--invert", is_flag=True, help="Undo the alignment: from the anchor's coordinates back to the model's.")
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Of all tensors.")
+@add_merge_options
+def apply(alignment: Path, model: str, out: Path, invert: bool, dtype: str | None, merge_options: MergeOptions) -> None:
+    """Write MODEL as ALIGNMENT moves it: the same function in the anchor's coordinates.
+
+    \b
+    Example: mergekit-symalign apply tuned.safetensors ./tuned -o tuned-in-anchor-coordinates
+    """
+    merge_options.apply_global_options()
+    with readable_errors():
+        run_apply(alignment, ModelReference.parse(model), out, merge_options, invert=invert, dtype=dtype)
+    click.echo(f"wrote {out}")
+
+
+def run_apply(
+    alignment: Path, model: ModelReference, out: Path, options: MergeOptions, *, invert: bool, dtype: str | None
+) -> None:
+    """Transform every tensor of a checkpoint by its block's element, or by the inverse.
+
+    The checkpoint is written beside ``out`` and renamed when it is whole.
+
+    Raises:
+        ConfigError: if ``out`` holds something already.
+        AlignmentFileError: if the file does not belong to the model (for ``invert``: to a model of its family and size;
+            the aligned model's weights are not those of the fingerprint).
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"output {out}", "it exists and is not empty", "Name a new directory")
+    file = AlignmentFile.open(alignment)
+    LoaderCache().setup(options)
+    checkpoint = _checked(file, model, options, invert=invert)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        folder = Path(scratch) / "model"
+        device = options.device or "cpu"
+        executor = Executor(_tasks(checkpoint, file, folder, options, invert, dtype), math_device=device)
+        for _ in executor.run(quiet=options.quiet, desc="Applying"):
+            pass
+        _copy_the_rest(Path(LoaderCache().get(model).index.base_path), folder)
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+
+
+def _checked(file: AlignmentFile, model: ModelReference, options: MergeOptions, *, invert: bool) -> Checkpoint:
+    config = model.config(trust_remote_code=options.trust_remote_code)
+    checkpoint = Checkpoint.open(model, resolve(config, model=str(model)))
+    file.require_family(checkpoint.layout.family.name, sizes_of(checkpoint), str(model))
+    if not invert:
+        file.require_model(str(model), fingerprint(LoaderCache().get(model).index))
+    for name, header in checkpoint.headers.items():
+        claim = checkpoint.layout.claim(name)
+        block = claim is not None and claim.layer is not None and claim.spec.block is not None
+        if block and header.dtype is None:
+            raise AlignmentFileError(file.label, f"tensor {name} of model {model} is quantised", "Use plain weights")
+    return checkpoint
+
+
+def _tasks(
+    checkpoint: Checkpoint, file: AlignmentFile, folder: Path, options: MergeOptions, invert: bool, dtype: str | None
+) -> list[Task]:
+    writer = TensorWriterTask(
+        out_path=str(folder),
+        max_shard_size=options.out_shard_size,
+        safe_serialization=options.safe_serialization,
+        use_async=options.async_write,
+        max_write_threads=options.write_threads,
+    )
+    saves = tuple(
+        SaveTensor(
+            tensor_name=name,
+            tensor_task=_moved(name, checkpoint, file, invert),
+            writer_task=writer,
+            clone=options.clone_tensors,
+            dtype=dtype or str(header.dtype).removeprefix("torch.") if header.dtype is not None else None,
+        )
+        for name, header in checkpoint.headers.items()
+    )
+    return [*saves, FinalizeModel(tensor_save_tasks=saves, writer_task=writer)]
+
+
+def _moved(name: str, checkpoint: Checkpoint, file: AlignmentFile, invert: bool) -> Task:
+    """The tensor as the alignment leaves it."""
+    layout = checkpoint.layout
+    claim = layout.claim(name)
+    if claim is None or claim.layer is None or claim.spec.block is None:
+        return LoadTensor(model=checkpoint.model, tensor=name)
+    block = block_name(claim.layer, claim.spec.block.value)
+    load = LoadFinite(model=checkpoint.model, tensor=name)
+    if block not in file.blocks:
+        return load
+    label = layout.name(claim.layer, "")
+    solution = ReadBlock(path=str(file.path), sha256=file.sha256, block=block, label=label, inverse=invert)
+    return ApplyBlock(load=load, axes=layout.axes(claim.spec), offset=claim.spec.offset, solution=solution)
+
+
+def _copy_the_rest(source: Path, folder: Path) -> None:
+    """Config, tokenizer and whatever else is no weight."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(_WEIGHTS):
+            shutil.copy2(file, folder / file.name)
