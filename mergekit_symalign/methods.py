@@ -21,6 +21,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
+from mergekit_symalign.activations.defaults import DEFAULT_LENGTH, DEFAULT_TOKENS
 from mergekit_symalign.errors import UnalignedCallError
 from mergekit_symalign.families.resolve import is_block_tensor
 
@@ -57,6 +58,34 @@ ALIGNMENT_PARAMETERS = (
         ParameterScope.SHARED,
         default=False,
         description="the signed scale between up and down projection of each neuron",
+    ),
+    ParameterSpec(
+        "objective",
+        Literal["weights", "activations"],
+        ParameterScope.SHARED,
+        default="weights",
+        description="what is matched: the weights, or what both models compute on prompts",
+    ),
+    ParameterSpec(
+        "calibration",
+        str | None,
+        ParameterScope.SHARED,
+        default=None,
+        description="file of prompts for objective: activations, .jsonl or .txt",
+    ),
+    ParameterSpec(
+        "calibration_tokens",
+        int,
+        ParameterScope.SHARED,
+        default=DEFAULT_TOKENS,
+        description="how many tokens of the prompts to use at most",
+    ),
+    ParameterSpec(
+        "calibration_sequence_length",
+        int,
+        ParameterScope.SHARED,
+        default=DEFAULT_LENGTH,
+        description="how many tokens of each prompt to use at most",
     ),
     ParameterSpec(
         "alignment",

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SIZES = {
     "vocab_size": 97,
@@ -139,3 +142,11 @@ def logits(model: PreTrainedModel, seed: int = 0) -> torch.Tensor:
 def relative_deviation(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference, in standard deviations of ``a``."""
     return float((a.double() - b.double()).abs().max() / a.double().std())
+
+
+def word_tokenizer(size: int, prefix: str = "w") -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words: `w7` is token 7."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"{prefix}{i}": i for i in range(3, size)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

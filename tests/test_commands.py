@@ -12,11 +12,8 @@ import pytest
 import torch
 import yaml
 from conftest import BIN, OFFLINE, load, merge_config, merged, squared_distance
-from models import make_model, perturbed, save, with_weights
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from models import make_model, perturbed, save, with_weights, word_tokenizer
+from transformers import AutoTokenizer
 
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.planting import random_elements, transform
@@ -35,15 +32,8 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     models = {"anchor": anchor, "sibling": sibling, "twin": twin}
     result = {name: save(model, folder / name, torch.bfloat16) for name, model in models.items()}
     for path in result.values():
-        _tokenizer(97).save_pretrained(path)
+        word_tokenizer(97).save_pretrained(path)
     return result
-
-
-def _tokenizer(size: int, prefix: str = "w") -> PreTrainedTokenizerFast:
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"{prefix}{i}": i for i in range(3, size)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def _config(paths: dict[str, Path], model: str = "twin", **rest: Any) -> dict[str, Any]:
@@ -95,7 +85,7 @@ def test_card_names_method_and_paper_and_config_reproduces(paths: dict[str, Path
         card = (out / "README.md").read_text()
         assert title in card
         assert f"https://arxiv.org/abs/{url}" in card
-        assert AutoTokenizer.from_pretrained(out).get_vocab() == _tokenizer(97).get_vocab()
+        assert AutoTokenizer.from_pretrained(out).get_vocab() == word_tokenizer(97).get_vocab()
         again = merged(yaml.safe_load((out / "mergekit_config.yml").read_text()), tmp_path / "again" / out.name)
         assert all(torch.equal(x, again[name]) for name, x in first.items())
 
@@ -156,7 +146,7 @@ def test_tokenizers_are_matched_as_ever(paths: dict[str, Path], source: str, tmp
     layout = resolve(other.config, model="m")
     twin = with_weights(other, transform(state, layout, random_elements(layout, 4)))
     save(twin, tmp_path / "other")
-    _tokenizer(101).save_pretrained(tmp_path / "other")
+    word_tokenizer(101).save_pretrained(tmp_path / "other")
     config = _config(paths | {"other": tmp_path / "other"}, "other")
     config |= {"tokenizer": {"source": source}, "dtype": "float32", "chat_template": "chatml"}
     out = merged(config, tmp_path / "out", copy_tokenizer=True)

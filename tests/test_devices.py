@@ -85,7 +85,7 @@ def test_solve_and_apply_stay_on_fake_cuda(
     reverse = lambda score: torch.arange(score.shape[0], device=score.device).flip(0)  # noqa: E731
     monkeypatch.setattr(assignment, "best_assignment", reverse)
     monkeypatch.setattr(assignment, "certified_permutation", lambda pairs: None)
-    order = lambda sides, m, shape, use: _reversed_heads(shape) if found else None  # noqa: E731
+    order = lambda problem, m: _reversed_heads(problem.shape) if found else None  # noqa: E731
     monkeypatch.setattr(blocks, "match_heads", order)
     identities = (lambda element: element) if found else (lambda element: type(element)({}))
     monkeypatch.setattr(solve, "without_identities", identities)

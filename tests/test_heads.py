@@ -16,7 +16,7 @@ from mergekit_symalign.symmetry.attention import attention_moments
 from mergekit_symalign.symmetry.blocks import align_attention
 from mergekit_symalign.symmetry.element import rows_by_axis
 from mergekit_symalign.symmetry.groups import Chain, Permutation
-from mergekit_symalign.symmetry.heads import _HeadProblem, match_heads
+from mergekit_symalign.symmetry.heads import HeadProblem, match_heads
 from mergekit_symalign.symmetry.options import HeadShape, Rotation, Sides, Symmetries
 
 State = dict[str, torch.Tensor]
@@ -80,11 +80,11 @@ def test_optimum_over_all_orders_of_unrelated_heads(case: str, rotation: Rotatio
     layout = resolve(a.config, model="m")
     sides, shape = _sides(a.state_dict(), b.state_dict(), layout), _shape(layout)
     use = Symmetries(rotation=rotation, scaling=scaling)
-    problem, k = _HeadProblem(sides, shape, use), shape.kv_heads
+    problem, k = HeadProblem(sides, shape, use), shape.kv_heads
     i, j = torch.meshgrid(torch.arange(k), torch.arange(k), indexing="ij")
     costs = problem.cost(i.flatten(), j.flatten()).reshape(k, k)
     assert (problem.lower_bounds() <= costs).all()
-    order = match_heads(sides, attention_moments(sides, shape), shape, use)
+    order = match_heads(problem, attention_moments(sides, shape))
     kv = torch.arange(k) if order is None else order.kv
     best = min(sum(costs[r, c] for r, c in enumerate(p)) for p in permutations(range(k)))
     assert costs[torch.arange(k), kv].sum() == pytest.approx(float(best), rel=1e-9)
@@ -96,15 +96,15 @@ def test_siblings_are_settled_by_their_bounds(monkeypatch: pytest.MonkeyPatch) -
     layout = resolve(anchor.config, model="m")
     sides = _sides(anchor.state_dict(), perturbed(anchor, 0.05, 1).state_dict(), layout)
     asked = []
-    original = _HeadProblem.cost
+    original = HeadProblem.cost
 
     def cost(self, i, j):
         asked.extend(zip(i.tolist(), j.tolist(), strict=True))
         return original(self, i, j)
 
-    monkeypatch.setattr(heads_module._HeadProblem, "cost", cost)
+    monkeypatch.setattr(heads_module.HeadProblem, "cost", cost)
     shape = _shape(layout)
-    assert match_heads(sides, attention_moments(sides, shape), shape, Symmetries()) is None
+    assert match_heads(HeadProblem(sides, shape, Symmetries()), attention_moments(sides, shape)) is None
     assert asked == []
 
 

@@ -14,7 +14,16 @@ from mergekit_symalign.graph.report import readable_errors
 
 
 class LoadFinite(LoadTensor):
-    """MergeKit's `LoadTensor`, which refuses NaN and infinity. Equal loads are one task: nothing is read twice."""
+    """MergeKit's `LoadTensor`, which refuses NaN and infinity. Equal loads are one task: nothing is read twice.
+
+    Attributes:
+        label: when to schedule it, instead of by the tensor's name.
+    """
+
+    label: Optional[str] = None
+
+    def group_label(self) -> Optional[str]:
+        return self.label or super().group_label()
 
     def execute(self) -> Optional[torch.Tensor]:
         x = super().execute()
@@ -38,14 +47,16 @@ class GatherAligned(GatherTensors):
 
     Attributes:
         aligned: the task that gives a model's tensor, for each model that is aligned.
+        label: of the loads.
     """
 
     aligned: Tuple[Tuple[ModelReference, Task], ...] = ()
+    label: Optional[str] = None
 
     def loads(self) -> Dict[ModelReference, LoadFinite]:
         """The plain load of each model's tensor."""
         loads = zip(self.weight_info.keys(), super().arguments().values(), strict=True)
-        return {model: LoadFinite(**dict(load)) for model, load in loads}
+        return {model: LoadFinite(**dict(load), label=self.label) for model, load in loads}
 
     def arguments(self) -> Dict[str, Task]:
         tasks: Dict[ModelReference, Task] = {**self.loads(), **dict(self.aligned)}

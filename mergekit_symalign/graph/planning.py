@@ -21,11 +21,13 @@ from mergekit.tokenizer.truncate import TruncatedVocabulary
 from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError, ParameterError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind, MlpKind
+from mergekit_symalign.graph.activations import SolveActivations
 from mergekit_symalign.graph.alignments import Alignments, ReadBlock, SourceBlock, require_same_layers
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint, merged_dtype
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock
+from mergekit_symalign.graph.streaming import SHARED, StreamingPlan, Wanted, gather_of, in_order, plan_streaming
 from mergekit_symalign.methods import ALIGNMENT_NAMES, AlignedMethod
 from mergekit_symalign.symmetry.options import HeadShape, Rotation, Symmetries
 
@@ -53,6 +55,8 @@ class AlignedPlan:
     listed: frozenset[ModelReference]
     _checkpoints: dict[ModelReference, Checkpoint] = field(default_factory=dict)
 
+    _streaming: StreamingPlan | None = None
+
     def __post_init__(self) -> None:
         self._alignments = Alignments(self._checkpoints)
 
@@ -63,11 +67,15 @@ class AlignedPlan:
     def rewrite(self, planned: list[Planned]) -> list[tuple[WeightInfo, Task]]:
         """Check everything that headers can tell, then give every block's tensors to their aligned tasks."""
         self._open_checkpoints(planned)
+        streamed = any(task.parameters["objective"] == "activations" for _, task in planned)
+        planned = in_order(planned) if streamed else planned
         blocks: dict[BlockKey, list[Planned]] = defaultdict(list)
         for weight, task in planned:
             claim = self._checkpoints[_anchor(task)].layout.claim(weight.name)
             if claim is not None and claim.layer is not None and claim.spec.block is not None:
                 blocks[claim.layer, claim.spec.block].append((weight, task))
+        if streamed:
+            self._stream(planned, blocks)
         aligned = {}
         for key, members in blocks.items():
             aligned.update(self._aligned_block(key, members))
@@ -79,7 +87,7 @@ class AlignedPlan:
     def _open_checkpoints(self, planned: list[Planned]) -> None:
         used: dict[ModelReference, dict[str, WeightInfo]] = defaultdict(dict)
         for _, task in planned:
-            for model, info in _gather(task).weight_info.items():
+            for model, info in gather_of(task).weight_info.items():
                 used[model][info.name] = info
         for model in used:
             layout = self._layout(model)
@@ -104,7 +112,7 @@ class AlignedPlan:
     def _check_vocabulary(self, weight: WeightInfo, task: ExecuteMergeMethodTask) -> None:
         if not isinstance(task.gather_tensors, GatherTensors) or weight.vocabulary_axis is None:
             return
-        headers = {m: self._checkpoints[m].stored(info) for m, info in _gather(task).weight_info.items()}
+        headers = {m: self._checkpoints[m].stored(info) for m, info in gather_of(task).weight_info.items()}
         shapes = {header.shape: model for model, header in headers.items() if header is not None}
         if len(shapes) > 1:
             (shape_a, a), (shape_b, b) = list(shapes.items())[:2]
@@ -133,14 +141,16 @@ class AlignedPlan:
         specs = [layout.claim(weight.name).spec for weight, _ in members]  # type: ignore[union-attr]
         axes = tuple(layout.axes(spec) for spec in specs)
         offsets = tuple(spec.offset for spec in specs)
-        loads = [GatherAligned(**dict(_gather(task))).loads() for _, task in members]
+        loads = [GatherAligned(**dict(gather_of(task))).loads() for _, task in members]
         result: dict[str, dict[ModelReference, ApplyBlock]] = {weight.name: {} for weight, _ in members}
         for model in members[0][1].model_order:
             if model == anchor_ref or not self._wants_alignment(model, members):
                 continue
             anchor_loads, model_loads = (tuple(load[m] for load in loads) for m in (anchor_ref, model))
             shape = self._head_shape(model, members[0])
-            solution = self._saved(model, kind, members, model_loads[0]) or SolveBlock(
+            solution = self._saved(model, kind, members, model_loads[0]) or self._solver(
+                members,
+                ref=model,
                 kind=kind,
                 axes=axes,
                 offsets=offsets,
@@ -155,6 +165,26 @@ class AlignedPlan:
                     load=model_loads[i], axes=axes[i], offset=offsets[i], solution=solution
                 )
         return result
+
+    def _stream(self, planned: list[Planned], blocks: dict[BlockKey, list[Planned]]) -> None:
+        """Plan the run on prompts for all blocks that are to be matched by activations."""
+        wanted = [
+            Wanted(self._layer(model, members[0][1]), kind, model)
+            for (_, kind), members in blocks.items()
+            if self._agreed("objective", members) == "activations"
+            for model in members[0][1].model_order
+            if model != _anchor(members[0][1])
+            and self._wants_alignment(model, members)
+            and self._agreed("alignment", members, model) is None
+        ]
+        if wanted:
+            self._streaming = plan_streaming(planned, wanted, self._checkpoints, self.options)
+
+    def _solver(self, members: list[Planned], ref: ModelReference, kind: BlockKind, **fields: Any) -> SolveBlock:
+        if self._streaming is None or self._agreed("objective", members) != "activations":
+            return SolveBlock(kind=kind, **fields)
+        layer = self._layer(ref, members[0][1])
+        return SolveActivations(kind=kind, statistics=self._streaming.statistics[Wanted(layer, kind, ref)], **fields)
 
     def _saved(
         self, model: ModelReference, kind: BlockKind, members: list[Planned], load: LoadFinite
@@ -172,7 +202,8 @@ class AlignedPlan:
         folder = self._agreed("save_alignment", members)
         if folder is not None:
             block = self._source_block("save_alignment", model, kind, members)
-            settings = {name: members[0][1].parameters[name] for name in SYMMETRY_NAMES}
+            names = (*SYMMETRY_NAMES, "objective", *SHARED)
+            settings = {name: members[0][1].parameters[name] for name in names}
             self._alignments.record(folder, _anchor(members[0][1]), model, block, solution, settings)
 
     def _source_block(self, what: str, model: ModelReference, kind: BlockKind, members: list[Planned]) -> SourceBlock:
@@ -183,7 +214,7 @@ class AlignedPlan:
 
     def _layer(self, model: ModelReference, task: ExecuteMergeMethodTask) -> int:
         """Which of the model's own layers a planned tensor of a block comes from."""
-        claim = self._checkpoints[model].layout.claim(_gather(task).weight_info[model].name)
+        claim = self._checkpoints[model].layout.claim(gather_of(task).weight_info[model].name)
         assert claim is not None
         assert claim.layer is not None
         return claim.layer
@@ -232,7 +263,7 @@ class AlignedPlan:
         self, weight: WeightInfo, task: ExecuteMergeMethodTask, aligned: dict[ModelReference, ApplyBlock]
     ) -> ExecuteMergeMethodTask:
         """The inner method on the aligned inputs of one tensor."""
-        gather = _gather(task)
+        gather = gather_of(task)
         order = tuple(m for m in task.model_order if self._takes_part(m, task))
         out_dtype = None
         if aligned:
@@ -308,17 +339,11 @@ def _anchor(task: ExecuteMergeMethodTask) -> ModelReference:
     return task.base_model
 
 
-def _gather(task: ExecuteMergeMethodTask) -> GatherTensors:
-    """The loads behind a planned tensor, whatever MergeKit does to its vocabulary afterwards."""
-    inputs = task.gather_tensors
-    return inputs if isinstance(inputs, GatherTensors) else inputs.gather_tensors
-
-
 def _regathered(
     task: ExecuteMergeMethodTask, order: tuple[ModelReference, ...], aligned: dict[ModelReference, ApplyBlock]
 ) -> Task:
     """The same inputs with finite loads, aligned where they are; vocabulary steps keep all models they know."""
-    gather, inputs = _gather(task), task.gather_tensors
+    gather, inputs = gather_of(task), task.gather_tensors
     if isinstance(inputs, (PermutedVocabulary, TruncatedVocabulary)):
         return inputs.model_copy(update={"gather_tensors": GatherAligned(**dict(gather))})
     infos = {m: info for m, info in gather.weight_info.items() if m in order}

@@ -68,7 +68,7 @@ def solve_heads(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> HeadA
     """The best action of each KV head on its own coordinates, jointly over rotation and scale."""
     rotate = use.rotation is not Rotation.none
     value = align_heads(m.value, m.attended, rotate=rotate, scale=use.scaling) if rotate or use.scaling else None
-    return HeadActions(value, _solve_query(m, shape, use, rotate=rotate))
+    return HeadActions(value, solve_query(m, shape, use))
 
 
 def solve_gains(sides: Sides, shape: HeadShape, use: Symmetries) -> dict[str, AxisAction]:
@@ -91,7 +91,9 @@ def per_query_head(g: AxisAction, shape: HeadShape) -> AxisAction:
     return g.per_query_head(group)
 
 
-def _solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries, *, rotate: bool) -> AxisAction | None:
+def solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisAction | None:
+    """What query rows carry: the largest group that positions and norms admit."""
+    rotate = use.rotation is not Rotation.none
     if shape.qk_norm:
         return align_signs(m.query, m.key) if rotate else None
     if not (rotate or use.scaling):

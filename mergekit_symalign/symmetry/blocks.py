@@ -14,7 +14,7 @@ from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons
 from mergekit_symalign.symmetry.attention import GAIN_AXES, attention_moments, per_query_head, solve_gains, solve_heads
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, Chain
-from mergekit_symalign.symmetry.heads import HeadOrder, match_heads
+from mergekit_symalign.symmetry.heads import HeadOrder, HeadProblem, match_heads
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, Pair, Sides, Symmetries
 
 HEAD_AXES = ("query", "key", "value", "attended")
@@ -29,7 +29,7 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> BlockEle
         use: what is admitted.
     """
     m = attention_moments(sides, shape)
-    order = match_heads(sides, m, shape, use) if use.heads else None
+    order = match_heads(HeadProblem(sides, shape, use), m) if use.heads else None
     if order is not None:
         sides = _reordered(sides, order, shape)
         m = attention_moments(sides, shape)
@@ -42,7 +42,7 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> BlockEle
     actions |= solve_gains(sides, shape, use)
     tolerance = _tolerance(sides["query"])
     actions = {axis: action.snapped(tolerance) for axis, action in actions.items()}
-    return BlockElement(actions if order is None else _after(order, actions, shape))
+    return BlockElement(actions if order is None else after(order, actions, shape))
 
 
 def align_mlp(sides: Sides, use: Symmetries) -> BlockElement:
@@ -72,7 +72,7 @@ def _reordered(sides: Sides, order: HeadOrder, shape: HeadShape) -> Sides:
     return {**sides, **moved}
 
 
-def _after(order: HeadOrder, actions: dict[str, AxisAction], shape: HeadShape) -> dict[str, AxisAction]:
+def after(order: HeadOrder, actions: dict[str, AxisAction], shape: HeadShape) -> dict[str, AxisAction]:
     """The actions behind the permutation of heads."""
     result = dict(actions)
     for axis in moved_axes(shape):

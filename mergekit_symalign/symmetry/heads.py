@@ -52,20 +52,19 @@ class HeadOrder:
         return Permutation((order.unsqueeze(1) * head_dim + within).flatten())
 
 
-def match_heads(sides: Sides, m: AttentionMoments, shape: HeadShape, use: Symmetries) -> HeadOrder | None:
+def match_heads(problem: HeadProblem, m: AttentionMoments) -> HeadOrder | None:
     """The order of the model's heads that is closest to the anchor, or None if they are in that order already.
 
     KV heads are assigned to the optimum of the pair costs. Query heads inside a pair are assigned for the pair's
     rotation, which is solved again for that order: two rounds, as rotation and order depend on each other.
 
     Args:
-        sides: rows of the block's axes.
-        m: their moments with the heads as they stand.
-        shape, use: as for the block.
+        problem: the block.
+        m: its moments with the heads as they stand.
     """
+    shape = problem.shape
     if shape.query_heads == 1:
         return None
-    problem = _HeadProblem(sides, shape, use)
     bounds, group = problem.lower_bounds(), shape.queries_per_kv
     kv = torch.arange(shape.kv_heads, device=bounds.device)
     unmoved = remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
@@ -104,21 +103,34 @@ def _lazy_assignment(bounds: Tensor, cost: Callable[[Tensor, Tensor], Tensor]) -
         index = best_assignment(-costs)
 
 
-class _HeadProblem:
-    """All pairs of KV heads of one attention block."""
+class HeadProblem:
+    """All pairs of KV heads of one attention block.
+
+    Another source of the products than rows of weights overrides `all_pairs`, `norms` and `group_moments`
+    (symmetry/covariance.py).
+
+    Args:
+        sides: rows of the block's axes.
+        shape, use: as for the block.
+    """
 
     def __init__(self, sides: Sides, shape: HeadShape, use: Symmetries) -> None:
         self.sides, self.shape, self.use = sides, shape, use
+        self.value_scaling = use.scaling
         self.inner: dict[tuple[int, int], Tensor] = {}  # order of the query heads in each pair that was solved
+
+    def solve(self, m: AttentionMoments) -> HeadActions:
+        """The best action of every pair that is matched."""
+        return solve_heads(m, self.shape, self.use)
 
     def lower_bounds(self) -> Tensor:
         """A bound of each pair's cost from below [KV heads, KV heads]."""
         k = self.shape.kv_heads
-        value, key = (self._all_pairs(axis) for axis in ("value", "key"))
-        (o_a, o_b), (q_a, q_b) = (self._norms(axis) for axis in ("attended", "query"))
+        value, key = (self.all_pairs(axis) for axis in ("value", "key"))
+        (o_a, o_b), (q_a, q_b) = (self.norms(axis) for axis in ("attended", "query"))
         outputs = (o_a.sum(-1).unsqueeze(1) * o_b.sum(-1)).sqrt()
         values = (value.model.sum(-1), o_b.sum(-1).expand(k, k), nuclear_bound(value.cross), outputs)
-        bound = _least(*values, scale=self.use.scaling)
+        bound = _least(*values, scale=self.value_scaling)
         scale = self.use.scaling and not self.shape.qk_norm
         turning, rest = self.shape.planes(), self.shape.rest()
         if self.use.rotation is Rotation.full:  # the matrix may mix planes
@@ -145,7 +157,7 @@ class _HeadProblem:
         order = pairs.order
         for _ in range(_ROUNDS):
             m = pairs.matched(order)
-            found = solve_heads(m, self.shape, self.use)
+            found = self.solve(m)
             previous, order = order, pairs.reordered(found)
             if bool((order == previous).all()):
                 break
@@ -154,14 +166,14 @@ class _HeadProblem:
 
     def pairs(self, i: Tensor, j: Tensor) -> _Pairs:
         """Moments of some pairs, their query heads ordered by the rotation of the KV heads alone."""
-        value, key = (self._pairs(axis, i, j).summed() for axis in ("value", "key"))
-        attended, query = (self._pairs(axis, i, j) for axis in ("attended", "query"))
+        value, key = (self.group_moments(axis, i, j).summed() for axis in ("value", "key"))
+        attended, query = (self.group_moments(axis, i, j) for axis in ("attended", "query"))
         nothing = Moments(torch.zeros_like(value.cross), torch.zeros_like(value.model))
         by_kv = AttentionMoments(value, nothing, nothing, key)
         start = solve_heads(by_kv, self.shape, replace(self.use, scaling=False))
         return _Pairs(value, key, attended, query, _inner_order(start, attended, query))
 
-    def _all_pairs(self, axis: str) -> Moments:
+    def all_pairs(self, axis: str) -> Moments:
         """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]."""
         k = self.shape.kv_heads
 
@@ -172,26 +184,26 @@ class _HeadProblem:
 
         return reduce(add, (of(*pair) for pair in self.sides[axis]))
 
-    def _norms(self, axis: str) -> tuple[Tensor, Tensor]:
+    def norms(self, axis: str) -> tuple[Tensor, Tensor]:
         """Squared norms of each coordinate, anchor and model [KV heads, d], over the query heads of each group."""
         k, group = self.shape.kv_heads, self.shape.queries_per_kv
         total = [torch.stack([pair[i].double().square().sum(-1) for pair in self.sides[axis]]).sum(0) for i in range(2)]
         anchor, model = (x.unflatten(0, (k, group, -1)).sum(1) for x in total)
         return anchor, model
 
-    def _pairs(self, axis: str, i: Tensor, j: Tensor) -> _GroupMoments:
+    def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments:
         heads = self.shape.queries_per_kv if axis in ("query", "attended") else 1
 
-        def of(anchor: Tensor, other: Tensor) -> _GroupMoments:
+        def of(anchor: Tensor, other: Tensor) -> GroupMoments:
             a, b = (x.unflatten(0, (self.shape.kv_heads, heads, -1)) for x in (anchor, other))
             a, b = (x.to(compute_dtype(x.dtype)) for x in (a.index_select(0, i), b.index_select(0, j)))
-            return _GroupMoments((a.unsqueeze(2) @ b.unsqueeze(1).mT).double(), b.double().square().sum(-1))
+            return GroupMoments((a.unsqueeze(2) @ b.unsqueeze(1).mT).double(), b.double().square().sum(-1))
 
         return reduce(add, (of(*pair) for pair in self.sides[axis]))
 
 
 @dataclass(frozen=True)
-class _GroupMoments:
+class GroupMoments:
     """Moments of every query head of one group with every one of another.
 
     Attributes:
@@ -202,8 +214,8 @@ class _GroupMoments:
     cross: Tensor
     model: Tensor
 
-    def __add__(self, other: _GroupMoments) -> _GroupMoments:
-        return _GroupMoments(self.cross + other.cross, self.model + other.model)
+    def __add__(self, other: GroupMoments) -> GroupMoments:
+        return GroupMoments(self.cross + other.cross, self.model + other.model)
 
     def summed(self) -> Moments:
         return Moments(self.cross.sum((1, 2)), self.model.sum(1))
@@ -220,8 +232,8 @@ class _Pairs:
 
     value: Moments
     key: Moments
-    attended: _GroupMoments
-    query: _GroupMoments
+    attended: GroupMoments
+    query: GroupMoments
     order: Tensor
 
     def matched(self, order: Tensor) -> AttentionMoments:
@@ -242,7 +254,7 @@ def _least(b: Tensor, o: Tensor, p: Tensor, q: Tensor, *, scale: bool) -> Tensor
     return s**2 * b + o / s**2 - 2 * (s * p + q / s)
 
 
-def _inner_order(found: HeadActions, attended: _GroupMoments, query: _GroupMoments) -> Tensor:
+def _inner_order(found: HeadActions, attended: GroupMoments, query: GroupMoments) -> Tensor:
     """The query heads of each pair matched under the rotation that was found [pairs, heads]."""
     dual = found.value.dual() if found.value is not None else None
     o, q = dense(dual, attended.summed()), dense(found.query, query.summed())

@@ -1,0 +1,1 @@
+"""What models do on prompts: calibration tokens, layers run one at a time, cross-covariances. No MergeKit."""

@@ -1,0 +1,144 @@
+"""The prompts on which anchor and model are compared, as tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_symalign.activations.defaults import DEFAULT_LENGTH, DEFAULT_TOKENS
+from mergekit_symalign.activations.runner import Batch
+from mergekit_symalign.errors import CalibrationError
+
+BATCH_TOKENS = 4096  # of prompts that run together, padding included
+_FORMS = "Give each line an object with text, prompt or messages"
+
+Prompt = str | list[dict[str, Any]]  # a text, or the messages of a conversation
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Prompts as tokens, in the order of the file.
+
+    Attributes:
+        sequences: token ids of each prompt that is used.
+    """
+
+    sequences: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.sequences))
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.sequences).encode()).hexdigest()
+
+    def batches(self) -> Iterator[Batch]:
+        """Prompts of similar length together, padded on the right."""
+        ordered = sorted(self.sequences, key=len, reverse=True)
+        while ordered:
+            count = max(1, BATCH_TOKENS // len(ordered[0]))
+            together, ordered = ordered[:count], ordered[count:]
+            ids = torch.zeros(len(together), len(together[0]), dtype=torch.int64)
+            valid = torch.zeros_like(ids, dtype=torch.bool)
+            for row, sequence in enumerate(together):
+                ids[row, : len(sequence)] = torch.tensor(sequence)
+                valid[row, : len(sequence)] = True
+            yield Batch(ids, valid)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a ``.jsonl`` file (``text``, ``prompt`` or ``messages``) or of a ``.txt`` file (one each line).
+
+    Raises:
+        CalibrationError: if the file cannot be read, holds nothing, or a line is of another form.
+    """
+    if path.suffix not in (".jsonl", ".txt"):
+        raise CalibrationError(f"calibration {path}", "it is neither .jsonl nor .txt", "Name a file of prompts")
+    try:
+        lines = [(i, line) for i, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(
+            f"calibration {path}", f"it cannot be read ({error})", "Name a file of prompts"
+        ) from error
+    prompts = [line if path.suffix == ".txt" else _prompt(path, i, line) for i, line in lines]
+    if not prompts:
+        raise CalibrationError(f"calibration {path}", "it holds no prompt", "Put one prompt on each line")
+    return prompts
+
+
+def calibrate(
+    path: Path, anchor: Any, models: Mapping[str, Any], *, tokens: int = DEFAULT_TOKENS, length: int = DEFAULT_LENGTH
+) -> Calibration:
+    """Read and tokenise prompts until there are enough tokens; longer ones are cut.
+
+    Args:
+        path: the file of prompts.
+        anchor: the anchor's tokenizer; its chat template writes the messages.
+        models: the tokenizers of the models by name, which must give the same ids.
+        tokens: how many tokens to use at most.
+        length: how many tokens of a prompt to use at most.
+
+    Raises:
+        CalibrationError: also if tokenizers differ on a prompt that is used, or there is no chat template for messages.
+    """
+    for name, value in (("calibration_tokens", tokens), ("calibration_sequence_length", length)):
+        if value < 1:
+            raise CalibrationError(f"parameter {name}", f"it is {value}", "Give a positive number")
+    used: list[tuple[int, ...]] = []
+    left = tokens
+    for number, prompt in enumerate(read_prompts(path), 1):
+        where = f"calibration {path}, prompt {number}"
+        text, special = _text(prompt, anchor, where)
+        ids = anchor(text, add_special_tokens=special)["input_ids"]
+        for name, tokenizer in models.items():
+            _require_same(where, text, ids, name, tokenizer(text, add_special_tokens=special)["input_ids"])
+        if ids:
+            used.append(tuple(ids[: min(length, left)]))
+            left -= len(used[-1])
+        if left == 0:
+            break
+    if not used:
+        raise CalibrationError(f"calibration {path}", "its prompts give no tokens", "Put text on each line")
+    return Calibration(tuple(used))
+
+
+def _prompt(path: Path, number: int, line: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise CalibrationError(f"calibration {path}, line {number}", f"it is no JSON ({error})", _FORMS) from error
+    for key, kind in (("messages", list), ("prompt", str), ("text", str)):
+        if isinstance(entry, dict) and isinstance(entry.get(key), kind):
+            return entry[key]
+    raise CalibrationError(f"calibration {path}, line {number}", "it has no text, prompt or messages", _FORMS)
+
+
+def _text(prompt: Prompt, anchor: Any, where: str) -> tuple[str, bool]:
+    """The prompt as text, and whether the tokenizer shall add its special tokens (a template has them already)."""
+    if isinstance(prompt, str):
+        return prompt, True
+    try:
+        return anchor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True), False
+    except Exception as error:  # templates are programs, and raise what they like
+        raise CalibrationError(
+            where, f"the anchor's chat template cannot write its messages ({error})", "Use prompt or text instead"
+        ) from error
+
+
+def _require_same(where: str, text: str, ids: Sequence[int], name: str, others: Sequence[int]) -> None:
+    if list(ids) == list(others):
+        return
+    at = next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
+    raise CalibrationError(
+        where,
+        f"the anchor and {name} turn it into different tokens: from token {at} on {list(ids[at : at + 4])} and "
+        f"{list(others[at : at + 4])}, in {text[:80]!r}",
+        "Activations can be compared for equal tokens only: use objective: weights",
+    )

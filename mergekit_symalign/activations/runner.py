@@ -1,0 +1,227 @@
+"""Running a transformers model one layer at a time, with weights that are handed in and let go again.
+
+The model is built without weights. It runs once on the prompts with its layers replaced by recorders, which gives the
+first hidden states and the arguments that the model hands to each of its layers: masks, rotary tables, windows. Then
+the model's own layer modules are called with those, one after another, each with its own weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from mergekit_symalign.families.resolve import ModelLayout
+from mergekit_symalign.symmetry.element import Segments
+
+OUTPUTS = frozenset(("query", "key", "value"))  # axes seen where a tensor writes them
+INPUTS = frozenset(("attended", "down"))  # axes seen where a tensor reads them
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some prompts as tokens, padded on the right.
+
+    Attributes:
+        ids: int64 [prompts, tokens].
+        valid: bool [prompts, tokens]; false on padding.
+    """
+
+    ids: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a model hands to its layers for one batch, as plain tensors and structure.
+
+    Attributes:
+        hidden: [prompts, tokens, hidden size], what enters the first layer.
+        tensors: every tensor among the arguments, once.
+        calls: positional arguments (after the hidden states) and keyword arguments of each layer; a tensor stands as
+            its `_Slot` among ``tensors``.
+    """
+
+    hidden: Tensor
+    tensors: tuple[Tensor, ...]
+    calls: tuple[Any, ...]
+
+    def arguments(self, layer: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = _filled(self.calls[layer], self.tensors)
+        return args, kwargs
+
+
+class LayerRunner:
+    """One model without weights.
+
+    Args:
+        config: its transformers config.
+        layout: its tensors and their axes.
+    """
+
+    def __init__(self, config: Any, layout: ModelLayout) -> None:
+        self.layout = layout
+        config = copy.deepcopy(config)
+        model_type = getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
+        build = getattr(model_type, "_from_config", None) or model_type.from_config
+        with init_empty_weights(include_buffers=False):
+            model = build(config, attn_implementation="eager")
+        self.model = model.eval().requires_grad_(False)
+        path = layout.family.layer_prefix.format(layer=0).rstrip(".").rpartition(".")[0]
+        self.layers: nn.ModuleList = self.model.get_submodule(path)
+
+    @torch.inference_mode()
+    def record(self, batch: Batch, weights: Mapping[str, Tensor]) -> Recorded:
+        """Run everything in front of the layers, and note what each layer would be called with.
+
+        Args:
+            batch: the prompts.
+            weights: the tensors outside the layers that the embedding needs, by name.
+        """
+        self._move_buffers(batch.ids.device)
+        calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+        with _replaced_by_recorders(self.layers, calls):
+            inputs = {"input_ids": batch.ids, "attention_mask": batch.valid.long(), "use_cache": False}
+            with suppress(_LastLayerReachedError):
+                functional_call(self.model, dict(weights), (), inputs)
+        slots = _Slots()
+        structure = tuple(slots.emptied((args, kwargs)) for _, args, kwargs in calls)
+        return Recorded(calls[0][0], tuple(slots.tensors), structure)
+
+    @torch.inference_mode()
+    def run(
+        self, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, recorded: Recorded, seen: frozenset[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One layer on one batch.
+
+        Args:
+            layer: its index.
+            weights: its tensors by their name inside the layer.
+            hidden: [prompts, tokens, hidden size].
+            recorded: the arguments of the batch.
+            seen: the axes whose activations are wanted.
+
+        Returns:
+            The hidden states behind the layer, and the activations [prompts, tokens, axis] of each axis.
+        """
+        module = self.layers[layer]
+        self._move_buffers(hidden.device)
+        args, kwargs = recorded.arguments(layer)
+        with _watched(module, self.layout, seen) as activations:
+            out = functional_call(module, dict(weights), (hidden, *args), kwargs)
+        return (out[0] if isinstance(out, tuple) else out), activations
+
+    def _move_buffers(self, device: torch.device) -> None:
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer is not None and buffer.device != device:
+                    setattr(module, name, buffer.to(device))
+
+
+class _LastLayerReachedError(Exception):
+    """Nothing behind the layers is wanted: its weights are not there."""
+
+
+@contextmanager
+def _replaced_by_recorders(layers: nn.ModuleList, calls: list[Any]) -> Iterator[None]:
+    """Inside, a layer notes its arguments and passes the hidden states on; the last one stops the model."""
+
+    def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append((hidden, args, kwargs))
+        if len(calls) == len(layers):
+            raise _LastLayerReachedError
+        return hidden
+
+    for layer in layers:
+        layer.forward = recorder
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
+def _watched(layer: nn.Module, layout: ModelLayout, seen: frozenset[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, the activations of some axes are noted wherever the layer's tensors write or read them."""
+    activations: dict[str, Tensor] = {}
+    handles = []
+    for part, spec in layout.inside.items():
+        name, _, kind = part.rpartition(".")
+        if kind != "weight" or len(spec.axes) != 2:
+            continue
+        module = layer.get_submodule(name)
+        first, second = (_segments(axis) for axis in layout.axes(spec))
+        written, read = (second, first) if isinstance(module, Conv1D) else (first, second)
+        if any(axis in seen & OUTPUTS for axis, _ in written):
+            handles.append(module.register_forward_hook(_note_output(written, activations)))
+        if any(axis in seen & INPUTS for axis, _ in read):
+            handles.append(module.register_forward_pre_hook(_note_input(read, activations)))
+    try:
+        yield activations
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _segments(axis: str | Segments) -> Segments:
+    return ((axis, -1),) if isinstance(axis, str) else axis
+
+
+def _note_output(axes: Segments, activations: dict[str, Tensor]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        _note(output, axes, activations)
+
+    return hook
+
+
+def _note_input(axes: Segments, activations: dict[str, Tensor]) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        _note(args[0], axes, activations)
+
+    return hook
+
+
+def _note(x: Tensor, axes: Segments, activations: dict[str, Tensor]) -> None:
+    parts: Sequence[Tensor] = (x,) if len(axes) == 1 else x.split([length for _, length in axes], dim=-1)
+    activations.update({axis: part for (axis, _), part in zip(axes, parts, strict=True)})
+
+
+@dataclass(frozen=True)
+class _Slot:
+    index: int
+
+
+class _Slots:
+    """Takes the tensors out of nested arguments, each tensor once."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._known: dict[int, _Slot] = {}
+
+    def emptied(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in self._known:
+                self._known[id(value)] = _Slot(len(self.tensors))
+                self.tensors.append(value)
+            return self._known[id(value)]
+        return _mapped(self.emptied, value)
+
+
+def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
+    return tensors[value.index] if isinstance(value, _Slot) else _mapped(lambda v: _filled(v, tensors), value)
+
+
+def _mapped(function: Any, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: function(v) for k, v in value.items()}
+    return type(value)(map(function, value)) if isinstance(value, (tuple, list)) else value

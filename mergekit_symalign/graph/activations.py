@@ -1,0 +1,186 @@
+"""Tasks that stream prompts through anchor and models, layer by layer, inside a merge."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+
+from mergekit_symalign.activations.calibration import Calibration
+from mergekit_symalign.activations.runner import Batch, LayerRunner, Recorded
+from mergekit_symalign.activations.statistics import Stream, run_layer
+from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.graph.report import readable_errors
+from mergekit_symalign.graph.solve import SolveBlock, without_identities
+from mergekit_symalign.symmetry.covariance import Covariance, align_attention_by, align_mlp_by
+from mergekit_symalign.symmetry.groups import compute_dtype
+
+SEEN = {
+    BlockKind.attention: frozenset(("query", "key", "value", "attended")),
+    BlockKind.mlp: frozenset(("down",)),
+}
+Loads = Tuple[Tuple[str, LoadFinite], ...]  # name inside the layer (or the model) and load of each tensor
+
+
+@lru_cache(maxsize=8)
+def runner_of(model: ModelReference, trust_remote_code: bool) -> LayerRunner:
+    """The model without weights, built once for all its layers."""
+    config = model.config(trust_remote_code=trust_remote_code)
+    return LayerRunner(config, resolve(config, model=str(model)))
+
+
+class _Streaming(Task[Dict[str, Any]]):
+    """A step of a run on prompts, known by what it runs: hashing all steps before it would take forever.
+
+    Attributes:
+        key: stands for models, prompts and settings of the run.
+        layer: the layer that this step runs; -1 in front of the layers.
+        models: anchor first.
+        loads: of each model, the tensors that the step needs.
+        trust_remote_code: MergeKit's option.
+    """
+
+    key: str
+    layer: int
+    models: Tuple[ModelReference, ...]
+    loads: Tuple[Loads, ...]
+    trust_remote_code: bool = False
+
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, self.key, self.layer))
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and (self.key, self.layer) == (other.key, other.layer)  # type: ignore[attr-defined]
+
+    def group_label(self) -> Optional[str]:
+        return max(load.group_label() or "" for loads in self.loads for _, load in loads)
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def weight_arguments(self) -> Dict[str, Task]:
+        return {f"{i} {name}": load for i, loads in enumerate(self.loads) for name, load in loads}
+
+    def weights_of(self, i: int, tensors: Dict[str, Optional[torch.Tensor]]) -> Dict[str, torch.Tensor]:
+        """The tensors of one model, in the dtype in which it runs."""
+        found = {name: tensors[f"{i} {name}"] for name, _ in self.loads[i]}
+        return {name: x.to(compute_dtype(x.dtype)) for name, x in found.items() if x is not None}
+
+
+class EmbedPrompts(_Streaming):
+    """What enters the first layer of each model, and the arguments of all its layers.
+
+    Attributes:
+        calibration: the prompts.
+    """
+
+    calibration: Calibration
+
+    def arguments(self) -> Dict[str, Task]:
+        return self.weight_arguments()
+
+    def execute(self, **tensors: Optional[torch.Tensor]) -> Dict[str, Any]:
+        hidden, calls, valid = [], [], []
+        for i, model in enumerate(self.models):
+            weights = self.weights_of(i, tensors)
+            device = next(iter(weights.values())).device
+            runner = runner_of(model, self.trust_remote_code)
+            batches = [Batch(b.ids.to(device), b.valid.to(device)) for b in self.calibration.batches()]
+            recorded = [runner.record(batch, weights) for batch in batches]
+            hidden.append([r.hidden for r in recorded])
+            calls.append([(r.tensors, r.calls) for r in recorded])
+            valid = [b.valid for b in batches]
+        return {"hidden": hidden, "arguments": {"calls": calls, "valid": valid}}
+
+
+class RunLayer(_Streaming):
+    """Runs one layer of all models on the prompts.
+
+    Attributes:
+        hidden: what enters the layer.
+        recorded: the arguments of the layers.
+        wanted: the axes that are compared, of each model but the anchor.
+    """
+
+    hidden: Task
+    recorded: Task
+    wanted: Tuple[Tuple[str, ...], ...]
+
+    def arguments(self) -> Dict[str, Task]:
+        return {"hidden": self.hidden, "recorded": self.recorded, **self.weight_arguments()}
+
+    def execute(self, hidden: Any, recorded: Any, **tensors: Optional[torch.Tensor]) -> Dict[str, Any]:
+        streams = [
+            Stream(
+                runner_of(model, self.trust_remote_code),
+                self.weights_of(i, tensors),
+                hidden[i],
+                [Recorded(x, *call) for x, call in zip(hidden[i], recorded["calls"][i], strict=True)],
+                frozenset(self.wanted[i - 1]) if i else frozenset(),
+            )
+            for i, model in enumerate(self.models)
+        ]
+        out, sums = run_layer(self.layer, streams[0], streams[1:], recorded["valid"])
+        return {"hidden": out, "statistics": [_by_block(found) for found in sums]}
+
+
+def _by_block(found: Dict[str, Covariance]) -> Dict[str, Any]:
+    return {
+        kind.value: {axis: (c.cross, c.anchor, c.model) for axis, c in found.items() if axis in axes}
+        for kind, axes in SEEN.items()
+    }
+
+
+class Part(Task[Any]):
+    """One part of a streaming step's result, so that the other parts need not be kept.
+
+    Attributes:
+        of: the step.
+        keys: where the part is.
+    """
+
+    of: Task
+    keys: Tuple[Any, ...]
+
+    def arguments(self) -> Dict[str, Task]:
+        return {"of": self.of}
+
+    def group_label(self) -> Optional[str]:
+        return self.of.group_label()
+
+    def priority(self) -> int:
+        return 1000
+
+    def execute(self, of: Any) -> Any:
+        for key in self.keys:
+            of = of[key]
+        return of
+
+
+class SolveActivations(SolveBlock):
+    """Aligns one block of a model to the anchor's by what both do on the prompts.
+
+    Attributes:
+        statistics: covariances of the block's axes.
+    """
+
+    statistics: Task
+
+    def arguments(self) -> Dict[str, Task]:
+        return {"statistics": self.statistics, **super().arguments()}
+
+    def execute(self, statistics: Any, **tensors: torch.Tensor) -> Dict[str, Any]:  # type: ignore[override]
+        sides = self._sides(tensors)
+        seen = {axis: Covariance(*numbers) for axis, numbers in statistics.items()}
+        with readable_errors():
+            if self.kind is BlockKind.mlp:
+                element = align_mlp_by(seen["down"], sides, self.use)
+            else:
+                attention = {axis: seen[axis] for axis in SEEN[BlockKind.attention]}
+                element = align_attention_by(attention, sides, self.shape, self.use)
+        return without_identities(element).pack()

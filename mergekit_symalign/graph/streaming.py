@@ -1,0 +1,209 @@
+"""Planning a run on prompts inside a merge: which layers, of which models, and where its tasks hang."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from transformers import AutoTokenizer
+
+from mergekit_symalign.activations.calibration import Calibration, calibrate
+from mergekit_symalign.errors import CalibrationError, ConfigError, ParameterError
+from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.graph.activations import SEEN, EmbedPrompts, Part, RunLayer
+from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.load import GatherAligned, LoadFinite
+
+LOG = logging.getLogger(__name__)
+
+Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
+SHARED = ("calibration", "calibration_tokens", "calibration_sequence_length")  # one value for the whole merge
+_OUTSIDE = -1
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A block whose statistics a solver needs."""
+
+    layer: int
+    kind: BlockKind
+    model: ModelReference
+
+
+@dataclass(frozen=True)
+class StreamingPlan:
+    """The tasks of one run on prompts.
+
+    Attributes:
+        statistics: for each block that was wanted.
+    """
+
+    statistics: Mapping[Wanted, Task]
+
+
+def in_order(planned: list[Planned]) -> list[Planned]:
+    """The same tasks with loads that are scheduled in the order of the plan.
+
+    MergeKit schedules by tensor name, and loads have nothing to wait for: layer 10 would be read before layer 2, and
+    kept until the prompts have come through layers 2 to 9.
+    """
+    return [(weight, _labelled(task, f"{i:08d} {weight.name}")) for i, (weight, task) in enumerate(planned)]
+
+
+def plan_streaming(
+    planned: list[Planned],
+    wanted: list[Wanted],
+    checkpoints: Mapping[ModelReference, Checkpoint],
+    options: MergeOptions,
+) -> StreamingPlan:
+    """One step for each layer up to the last one that is wanted, for the anchor and all models together.
+
+    Raises:
+        ConfigError: if the merge does not have all layers below a wanted one, of every model, at the same depth.
+        CalibrationError: if the prompts cannot be used.
+    """
+    anchors = {task.base_model for _, task in planned}
+    if len(anchors) != 1:
+        raise ConfigError(
+            "parameter objective",
+            "the slices have different anchors, and activations are compared with one",
+            "Use objective: weights, or one base_model",
+        )
+    anchor = next(iter(anchors))
+    assert anchor is not None  # graph/config_checks.py
+    models = (anchor, *dict.fromkeys(w.model for w in wanted))
+    loads = _Loads(planned, checkpoints)
+    last = max(w.layer for w in wanted)
+    loads.require(models, last)
+    calibration = _calibration(planned, models, options, checkpoints[anchor].layout.geometry.hidden)
+    key = _key(planned, models, calibration)
+    shared: dict[str, Any] = {"key": key, "models": models, "trust_remote_code": options.trust_remote_code}
+    embed = EmbedPrompts(layer=_OUTSIDE, loads=loads.of(models, _OUTSIDE), calibration=calibration, **shared)
+    hidden, recorded = Part(of=embed, keys=("hidden",)), Part(of=embed, keys=("arguments",))
+    statistics: dict[Wanted, Task] = {}
+    for layer in range(last + 1):
+        here = [w for w in wanted if w.layer == layer]
+        seen = tuple(tuple(sorted({axis for w in here if w.model == m for axis in SEEN[w.kind]})) for m in models[1:])
+        step = RunLayer(
+            layer=layer, loads=loads.of(models, layer), hidden=hidden, recorded=recorded, wanted=seen, **shared
+        )
+        hidden = Part(of=step, keys=("hidden",))
+        for w in here:
+            statistics[w] = Part(of=step, keys=("statistics", models.index(w.model) - 1, w.kind.value))
+    return StreamingPlan(statistics)
+
+
+class _Loads:
+    """The loads of a merge by model and layer, under the names inside the layer."""
+
+    def __init__(self, planned: Iterable[Planned], checkpoints: Mapping[ModelReference, Checkpoint]) -> None:
+        self._found: dict[tuple[ModelReference, int], dict[str, LoadFinite]] = defaultdict(dict)
+        self._depth: dict[tuple[ModelReference, int], set[int]] = defaultdict(set)
+        in_front = True
+        for weight, task in planned:
+            gather = gather_of(task)
+            at = checkpoints[next(iter(gather.weight_info.keys()))].layout.claim(weight.name)
+            in_front = in_front and at is not None and at.layer is None
+            for model, load in GatherAligned(**dict(gather)).loads().items():
+                claim = checkpoints[model].layout.claim(gather.weight_info[model].name)
+                if claim is None or (claim.layer is None and not in_front):
+                    continue
+                layer = _OUTSIDE if claim.layer is None else claim.layer
+                self._found[model, layer].setdefault(claim.part, load)
+                if at is not None and at.layer is not None:
+                    self._depth[model, layer].add(at.layer)
+
+    def of(self, models: tuple[ModelReference, ...], layer: int) -> tuple[tuple[tuple[str, LoadFinite], ...], ...]:
+        return tuple(tuple(self._found[model, layer].items()) for model in models)
+
+    def require(self, models: tuple[ModelReference, ...], last: int) -> None:
+        """Every layer up to ``last``, of every model, at its own depth of the output."""
+        for model in models:
+            for layer in range(last + 1):
+                if layer not in self._depth[model, layer]:
+                    raise ConfigError(
+                        "parameter objective",
+                        f"activations of layer {last} need all layers below it, and the merge does not use layer "
+                        f"{layer} of {model} at that depth",
+                        "Solve whole models first (mergekit-symalign solve) and use alignment: with the file, or use "
+                        "objective: weights",
+                    )
+
+
+def gather_of(task: ExecuteMergeMethodTask) -> GatherTensors:
+    """The loads behind a planned tensor, whatever MergeKit does to its vocabulary afterwards."""
+    inputs = task.gather_tensors
+    return inputs if isinstance(inputs, GatherTensors) else inputs.gather_tensors
+
+
+def _labelled(task: ExecuteMergeMethodTask, label: str) -> ExecuteMergeMethodTask:
+    inputs, gather = task.gather_tensors, GatherAligned(**dict(gather_of(task)) | {"label": label})
+    inputs = gather if isinstance(inputs, GatherTensors) else inputs.model_copy(update={"gather_tensors": gather})
+    return task.model_copy(update={"gather_tensors": inputs})
+
+
+def _calibration(
+    planned: list[Planned], models: tuple[ModelReference, ...], options: MergeOptions, hidden: int
+) -> Calibration:
+    path, tokens, length = (_shared(name, planned) for name in SHARED)
+    if path is None:
+        raise CalibrationError(
+            "parameter calibration", "objective: activations compares what models do on prompts, and none are given",
+            "Add calibration: prompts.jsonl",
+        )  # fmt: skip
+    tokenizers = {str(model): _tokenizer(model, options) for model in models}
+    anchor = tokenizers.pop(str(models[0]))
+    found = calibrate(Path(path), anchor, tokenizers, tokens=tokens, length=length)
+    LOG.info("Calibration: %d tokens of %d prompts", found.tokens, len(found.sequences))
+    if found.tokens < hidden:
+        LOG.warning(
+            "calibration %s has only %d tokens, fewer than the models' hidden size of %d: directions that no token "
+            "shows are left where the weights put them",
+            path,
+            found.tokens,
+            hidden,
+        )
+    return found
+
+
+def _shared(name: str, planned: list[Planned]) -> Any:
+    values = {task.parameters[name]: weight for weight, task in planned}
+    if len(values) > 1:
+        (one, first), (other, second) = list(values.items())[:2]
+        raise ParameterError(
+            f"parameter {name}",
+            f"it is {one} for {first.name} and {other} for {second.name}, but the prompts run through the whole model",
+            "Give it once, without filters and gradients",
+        )
+    return next(iter(values))
+
+
+def _tokenizer(model: ModelReference, options: MergeOptions) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.model.path,
+            revision=model.model.revision,
+            cache_dir=options.transformers_cache,
+            trust_remote_code=options.trust_remote_code,
+        )
+    except Exception as error:  # transformers raises many kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CalibrationError(
+            f"model {model}", f"its tokenizer cannot be loaded ({reason[0]})", "Put tokenizer files beside its weights"
+        ) from error
+
+
+def _key(planned: list[Planned], models: tuple[ModelReference, ...], calibration: Calibration) -> str:
+    dtype = gather_of(planned[0][1]).dtype
+    return hashlib.sha256(f"{[str(m) for m in models]} {dtype} {calibration.digest}".encode()).hexdigest()

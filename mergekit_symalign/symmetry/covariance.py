@@ -1,0 +1,269 @@
+"""Cross-covariances of anchor and model along one axis, and the same problems solved from them (docs/activations.md).
+
+Whatever the solvers ask of rows is a product over columns. `Covariance` holds those products, so rows need not be kept:
+the columns may be the tokens of a calibration set that streams by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor
+
+from mergekit_symalign.symmetry.assignment import best_assignment
+from mergekit_symalign.symmetry.attention import (
+    GAIN_AXES,
+    AttentionMoments,
+    HeadActions,
+    per_query_head,
+    solve_gains,
+    solve_query,
+)
+from mergekit_symalign.symmetry.blocks import HEAD_AXES, after, moved_axes
+from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling, compute_dtype
+from mergekit_symalign.symmetry.heads import GroupMoments, HeadOrder, HeadProblem, match_heads
+from mergekit_symalign.symmetry.options import HeadShape, Pair, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.procrustes import Moments, align_heads
+
+PRIOR = 1e-5  # weight of the weights beside the activations, both in units of their own norm
+_TOLERANCE = 1e-6  # below this an angle or a factor's distance from 1 is rounding of sums in float32
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Products of one axis over all columns (tokens, or the columns of weights).
+
+    Attributes:
+        cross: [n, n], ``A Bᵀ``.
+        anchor: [n], squared norm of each of the anchor's coordinates.
+        model: [n], the same of the model's.
+    """
+
+    cross: Tensor
+    anchor: Tensor
+    model: Tensor
+
+    @staticmethod
+    def of_rows(side: Sequence[Pair]) -> Covariance:
+        """Of matrices with this axis first, anchor's and model's [n, columns] each."""
+
+        def of(anchor: Tensor, model: Tensor) -> Covariance:
+            a, b = (x.to(compute_dtype(x.dtype)) for x in (anchor, model))
+            return Covariance((a @ b.mT).double(), a.double().square().sum(-1), b.double().square().sum(-1))
+
+        return reduce(add, (of(*pair) for pair in side))
+
+    def __add__(self, other: Covariance) -> Covariance:
+        return Covariance(self.cross + other.cross, self.anchor + other.anchor, self.model + other.model)
+
+    def scaled(self, anchor: Tensor, model: Tensor) -> Covariance:
+        """With every coordinate in units of its own, [n] each."""
+        cross = self.cross * anchor.unsqueeze(1) * model
+        return Covariance(cross, self.anchor * anchor.square(), self.model * model.square())
+
+    def reordered(self, permutation: Permutation) -> Covariance:
+        """With the model's coordinates in another order."""
+        return Covariance(self.cross.index_select(1, permutation.index), self.anchor, permutation.transform(self.model))
+
+    def by_head(self, heads: int) -> Tensor:
+        """Blocks of ``A Bᵀ`` of every pair of heads [heads, heads, d, d]."""
+        return self.cross.unflatten(1, (heads, -1)).unflatten(0, (heads, -1)).transpose(1, 2)
+
+    def moments(self, heads: int, kv_heads: int) -> Moments:
+        """Of heads that are paired as they stand, summed over the query heads of each group."""
+        paired = self.by_head(heads).diagonal(dim1=0, dim2=1).movedim(-1, 0)
+        return Moments(paired, self.model.unflatten(0, (heads, -1))).per_kv_head(kv_heads)
+
+
+Covariances = Mapping[str, Covariance]
+
+
+def align_attention_by(seen: Covariances, weights: Sides, shape: HeadShape, use: Symmetries) -> BlockElement:
+    """Match heads, value/output and query/key by their activations.
+
+    Queries and keys (in front of RoPE and of QK-norm) are matched as rows of weights are. Values and attended values
+    are both written by the model's value coordinates, so both carry the same rotation; their scale is the one that
+    makes the model's as large as the anchor's. Directions that no token shows are left where the weights put them: the
+    weights count 1e-5 of the activations. The gains of a QK-norm are matched as they are.
+
+    Args:
+        seen: axes query, key, value, attended.
+        weights: the rows of the same axes, and of the gains.
+        shape: heads of the block.
+        use: what is admitted.
+    """
+    blended = _blended(seen, weights, shape)
+    problem = CovarianceProblem(blended, shape, use)
+    order = match_heads(problem, problem.moments()) if use.heads else None
+    gains: Sides = {axis: weights[axis] for axis in GAIN_AXES if axis in weights}
+    if order is not None:
+        moved = {axis: order.permutation(axis, shape.head_dim) for axis in (*HEAD_AXES, *gains)}
+        problem = CovarianceProblem({axis: c.reordered(moved[axis]) for axis, c in blended.items()}, shape, use)
+        seen = {axis: c.reordered(moved[axis]) for axis, c in seen.items()}
+        gains = _reordered_gains(gains, order, shape)
+    found = problem.solve(problem.moments())
+    actions: dict[str, AxisAction] = {}
+    if found.value is not None:
+        value = _with_scale(found.value, seen, shape) if use.scaling else found.value
+        actions |= {"value": value, "attended": per_query_head(value.dual(), shape)}
+    if found.query is not None:
+        actions |= {"query": per_query_head(found.query, shape), "key": found.query.dual()}
+    actions |= solve_gains(gains, shape, use)
+    actions = {axis: action.snapped(_TOLERANCE) for axis, action in actions.items()}
+    return BlockElement(actions if order is None else after(order, actions, shape))
+
+
+def align_mlp_by(seen: Covariance, weights: Sides, use: Symmetries) -> BlockElement:
+    """Match the neurons of an MLP by what they hand to the down projection.
+
+    Maximises ``Σ_i C[i, π(i)]`` of the cross-covariance ``C``. With ``neuron_scaling`` each pair has the factor that
+    makes the model's neuron as large as the anchor's, with the sign of their covariance. Neurons that stay silent on
+    all prompts are matched among themselves by their weights.
+
+    Args:
+        seen: axis down.
+        weights: the rows of axes gate (if gated), up and down.
+        use: what is admitted.
+    """
+    if not (use.permutation or use.neuron_scaling):
+        return BlockElement({})
+    index = torch.arange(len(seen.anchor), device=seen.cross.device)
+    if use.permutation:
+        index = best_assignment(_neuron_scores(seen, weights, scale=use.neuron_scaling))
+    gate = Permutation(index)
+    up: AxisAction = gate
+    if use.neuron_scaling:
+        cross = seen.cross.gather(1, index.unsqueeze(1)).squeeze(1)
+        size = _size_ratio(seen.anchor, seen.model.index_select(0, index))
+        up = Chain((gate, Scaling(torch.where(cross < 0, -size, size)))).snapped(_TOLERANCE)
+    return BlockElement({"gate": gate, "up": up, "down": up.dual()})
+
+
+class CovarianceProblem(HeadProblem):
+    """Matching heads from covariances instead of rows."""
+
+    def __init__(self, covariances: Covariances, shape: HeadShape, use: Symmetries) -> None:
+        super().__init__({}, shape, use)
+        self.covariances = covariances
+        self.value_scaling = False  # values come in units of their own norm
+
+    def solve(self, m: AttentionMoments) -> HeadActions:
+        rotate = self.use.rotation is not Rotation.none
+        value = align_heads(m.value, m.attended, rotate=rotate, scale=False) if rotate or self.use.scaling else None
+        return HeadActions(value, solve_query(m, self.shape, self.use))
+
+    def moments(self) -> AttentionMoments:
+        """Of the heads as they stand."""
+        k, n = self.shape.kv_heads, self.shape.query_heads
+        heads = {"value": k, "attended": n, "query": n, "key": k}
+        return AttentionMoments(**{axis: self.covariances[axis].moments(n, k) for axis, n in heads.items()})
+
+    def all_pairs(self, axis: str) -> Moments:
+        k, c = self.shape.kv_heads, self.covariances[axis]
+        return Moments(c.by_head(k), c.model.unflatten(0, (k, -1)).expand(k, k, -1))
+
+    def norms(self, axis: str) -> tuple[Tensor, Tensor]:
+        c, groups = self.covariances[axis], (self.shape.kv_heads, self.shape.queries_per_kv, -1)
+        anchor, model = (x.unflatten(0, groups).sum(1) for x in (c.anchor, c.model))
+        return anchor, model
+
+    def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments:
+        k, c = self.shape.kv_heads, self.covariances[axis]
+        group = self.shape.queries_per_kv if axis in ("query", "attended") else 1
+        pairs = c.by_head(k * group).unflatten(1, (k, group)).unflatten(0, (k, group)).transpose(1, 2)
+        at = (i * k + j.to(i)).long()
+        return GroupMoments(
+            pairs.flatten(0, 1).index_select(0, at), c.model.unflatten(0, (k, group, -1)).index_select(0, j)
+        )
+
+
+def _blended(seen: Covariances, weights: Sides, shape: HeadShape) -> dict[str, Covariance]:
+    """Activations and a grain of weights, each in units of its own norm.
+
+    Values and outputs are taken relative to the norm of each KV head of either model, which takes their scale out of
+    the problem; queries and keys relative to the anchor's in the layer, as their scale trades one against the other.
+    """
+    rows = {axis: Covariance.of_rows(weights[axis]) for axis in HEAD_AXES}
+    sizes = [sum(_head_sizes(seen[axis], side, shape) for axis in ("value", "attended")) for side in (0, 1)]
+    result = {}
+    for axis in HEAD_AXES:
+        if axis in ("value", "attended"):
+            own = [_head_sizes(rows[axis], side, shape) for side in (0, 1)]
+            one, other = _per_head(seen[axis], sizes, shape), _per_head(rows[axis], own, shape)
+        else:
+            one, other = (_per_layer(c) for c in (seen[axis], rows[axis]))
+        grain = torch.full_like(other.anchor, PRIOR**0.5)
+        result[axis] = one + other.scaled(grain, grain)
+    return result
+
+
+def _head_sizes(c: Covariance, side: int, shape: HeadShape) -> Tensor:
+    """Squared norm of each KV head, its query heads together [KV heads]."""
+    return (c.anchor, c.model)[side].unflatten(0, (shape.kv_heads, -1)).sum(1)
+
+
+def _per_head(c: Covariance, sizes: Sequence[Tensor | int], shape: HeadShape) -> Covariance:
+    anchor, model = (
+        (_inverse_root(torch.as_tensor(size)) * shape.kv_heads**-0.5).repeat_interleave(len(c.anchor) // len(size))  # type: ignore[arg-type]
+        for size in sizes
+    )
+    return c.scaled(anchor, model)
+
+
+def _per_layer(c: Covariance) -> Covariance:
+    unit = _inverse_root(c.anchor.sum()).expand_as(c.anchor)
+    return c.scaled(unit, unit)
+
+
+def _inverse_root(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, 1.0).rsqrt()
+
+
+def _with_scale(g: AxisAction, seen: Covariances, shape: HeadShape) -> HeadRotation:
+    """The same rotation with the scale that makes the model's values as large as the anchor's, head by head.
+
+    Minimises ``‖s V_B − V_A‖² / s``, which treats both alike; least squares would shrink whatever is noisy.
+    """
+    assert isinstance(g, HeadRotation)
+    anchor, model = (
+        torch.stack([_head_sizes(seen[axis], side, shape) for axis in ("value", "attended")]).sum(0) for side in (0, 1)
+    )
+    return HeadRotation(g.matrix, _size_ratio(anchor, model))
+
+
+def _size_ratio(anchor: Tensor, model: Tensor) -> Tensor:
+    """``√(anchor / model)`` of squared norms; 1 where either shows nothing."""
+    shown = (anchor > 0) & (model > 0)
+    return torch.where(shown, anchor / torch.where(shown, model, 1.0), 1.0).sqrt()
+
+
+def _reordered_gains(gains: Sides, order: HeadOrder, shape: HeadShape) -> dict[str, list[Pair]]:
+    """Gains that every head has for itself move with the heads."""
+
+    def moved(axis: str, x: Tensor) -> Tensor:
+        return order.permutation(axis, shape.head_dim).transform(x) if axis in moved_axes(shape) else x
+
+    return {axis: [(a, moved(axis, b)) for a, b in side] for axis, side in gains.items()}
+
+
+def _neuron_scores(seen: Covariance, weights: Sides, *, scale: bool) -> Tensor:
+    """What each pair of neurons contributes when matched [neurons, neurons]."""
+    score = seen.cross
+    if scale:
+        score = seen.cross.abs() * seen.anchor.sqrt().unsqueeze(1) * _inverse_root(seen.model)
+    rows, columns = (torch.nonzero(x <= 0).flatten() for x in (seen.anchor, seen.model))
+    if len(rows) == 0 or len(columns) == 0:
+        return score
+    sides = [
+        (a.index_select(0, rows), b.index_select(0, columns))
+        for axis in ("gate", "up", "down")
+        for a, b in weights.get(axis, ())
+    ]
+    silent = Covariance.of_rows(sides).cross
+    silent = silent * (PRIOR * score.abs().mean() / silent.abs().max().clamp_min(torch.finfo(silent.dtype).tiny))
+    return score.index_put((rows.unsqueeze(1), columns), silent.to(score.dtype))
