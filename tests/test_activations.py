@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import State, load, merge_config, merged
+from mergekit.architecture import get_architecture_info
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
 from models import FAMILIES, EverythingInFloat64, make_model, perturbed, save, with_weights, word_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -21,9 +28,12 @@ from mergekit_symalign.activations.runner import LayerRunner
 from mergekit_symalign.activations.statistics import Stream, run_layer
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph import streaming
+from mergekit_symalign.graph.activations import RunLayer
+from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry import covariance
 from mergekit_symalign.symmetry.covariance import Covariance
+from mergekit_symalign.symmetry.options import Symmetries
 
 TOKENS, LENGTH = 2048, 24
 ALL_AXES = frozenset(("query", "key", "value", "attended", "down"))
@@ -92,7 +102,8 @@ def test_a_twin_is_recovered_from_activations_alone(
     assert sum(not torch.allclose(planted[name], x, atol=0.1) for name, x in anchor.items()) > len(anchor) / 3
 
 
-def test_a_twin_aligns_to_the_same_weights_as_the_original(twins: Twins, tmp_path: Path) -> None:
+def test_a_twin_aligns_to_the_same_weights_as_the_original(llama: Twins, tmp_path: Path) -> None:
+    twins = llama
     out = [twins.match(name, tmp_path / name) for name in ("sibling", "sibling-twin")]
     for name, x in out[0].items():
         torch.testing.assert_close(out[1][name], x, rtol=0, atol=1e-3 * float(x.abs().max()), msg=name)
@@ -194,3 +205,114 @@ def test_streamed_statistics_are_those_of_the_whole_models(family: str, monkeypa
     for key, sums in expected.items():
         for wanted, got in zip(sums, (found[key].cross, found[key].anchor, found[key].model), strict=True):
             assert (got - wanted).abs().max() <= 1e-6 * wanted.abs().max(), key
+
+
+def test_directions_without_evidence_are_left_where_weights_put_them(llama: Twins, tmp_path: Path) -> None:
+    """One token says nothing about most directions of a head: the grain of weights finds the twin's rotations."""
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"text": "w9"}')
+    out = llama.match("anchor-twin", tmp_path / "out", calibration=str(one), permutation=False)
+    anchor, planted = load(llama.paths["anchor"]), load(llama.paths["anchor-twin"])
+    for name in (n for n in anchor if "v_proj" in n or "o_proj" in n):
+        assert (out[name] - anchor[name]).norm() <= 1e-2 * anchor[name].norm(), name
+        assert (planted[name] - anchor[name]).norm() > anchor[name].norm(), name
+
+
+def test_silent_neurons_are_matched_by_their_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(12, 40, generator=generator, dtype=torch.float64)
+    hidden[5:9] = 0
+    rows = {axis: torch.randn(12, 7, generator=generator, dtype=torch.float64) for axis in ("gate", "up", "down")}
+    order = torch.randperm(12, generator=generator)
+    sides = {axis: [(x, x[order])] for axis, x in rows.items()}
+    seen = Covariance.of_rows([(hidden, hidden[order])])
+    for scale in (False, True):
+        element = covariance.align_mlp_by(seen, sides, Symmetries(neuron_scaling=scale))
+        for axis, x in rows.items():
+            torch.testing.assert_close(element.actions[axis](x[order], 0), x, rtol=1e-9, atol=0)
+
+
+def test_signed_neuron_scales_are_undone_by_activations(tmp_path: Path) -> None:
+    anchor = make_model("llama", 0)
+    layout = resolve(anchor.config, model="m")
+    twin = transform(anchor.state_dict(), layout, random_elements(layout, 2, Planted(neuron_scaling=True)))
+    states = [anchor.state_dict(), twin]
+    paths = [save(with_weights(anchor, state), tmp_path / str(i)) for i, state in enumerate(states)]
+    for path in paths:
+        word_tokenizer(97).save_pretrained(path)
+    settings = {"objective": "activations", "calibration": str(prompts(tmp_path / "p.jsonl")), "neuron_scaling": True}
+    out = merged(merge_config("rotation_match", paths[0], [paths[1]], parameters=settings), tmp_path / "out")
+    for name, x in load(paths[0]).items():
+        torch.testing.assert_close(out[name], x, rtol=0, atol=1e-3 * float(x.abs().max()), msg=name)
+
+
+def test_the_command_the_file_and_a_second_run_agree(
+    llama: Twins, tmp_path: Path, mergekit_yaml: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """mergekit-yaml on a run that was killed and started again, and a merge from the file that the first one saved."""
+    settings = {
+        "objective": "activations",
+        "calibration": str(llama.prompts),
+        "save_alignment": str(tmp_path / "saved"),
+    }
+    paths = llama.paths
+    config = merge_config("aligned_task_arithmetic", paths["anchor"], [paths["sibling-twin"]], parameters=settings)
+    config["parameters"]["weight"] = 1.0
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"half of a model that was killed")
+    done = mergekit_yaml(config, tmp_path / "out", "--no-copy-tokenizer")
+    assert done.returncode == 0, done.stderr
+    again = merged(config, tmp_path / "again")
+    file = str(tmp_path / "saved" / "sibling-twin.safetensors")
+    models = [{"model": paths["sibling-twin"], "parameters": {"alignment": file}}]
+    from_file = merged(
+        merge_config("aligned_task_arithmetic", paths["anchor"], models, parameters={"weight": 1.0}), tmp_path / "file"
+    )
+    for name, x in load(tmp_path / "out").items():
+        assert torch.equal(x, again[name]), name
+        assert torch.equal(x, from_file[name]), name
+
+
+def test_two_models_and_a_third_by_weights(llama: Twins, tmp_path: Path) -> None:
+    """One run serves all models; blocks that are matched by weights are what they are without any prompts."""
+    paths = llama.paths
+    by = [{"filter": "layers.2.", "value": "weights"}, {"value": "activations"}]
+    settings = {"objective": by, "calibration": str(llama.prompts), "weight": 1.0}
+    models = [
+        paths["anchor-twin"],
+        {"model": paths["sibling-twin"]},
+        {"model": paths["sibling"], "parameters": {"align": False}},
+    ]
+
+    def merge(models: list[Any], name: str, **parameters: Any) -> State:
+        config = merge_config("aligned_task_arithmetic", paths["anchor"], models, parameters=parameters)
+        return merged(config, tmp_path / name)
+
+    mixed, weights = merge(models, "mixed", **settings), merge(models, "weights", weight=1.0)
+    same = {name: torch.equal(x, weights[name]) for name, x in mixed.items() if "self_attn" in name}
+    assert {name for name, equal in same.items() if equal} == {name for name in same if "layers.2." in name}
+    for name, x in mixed.items():
+        torch.testing.assert_close(x, weights[name], rtol=0, atol=0.1 * float(x.abs().max()), msg=name)
+
+
+def test_deep_models_hold_one_layer_at_a_time(tmp_path: Path) -> None:
+    """Replay the executor's schedule of a twelve-layer merge: layers in order, one of each model alive."""
+    models = [save(make_model("llama", i, num_hidden_layers=12), tmp_path / str(i)) for i in range(2)]
+    for path in models:
+        word_tokenizer(97).save_pretrained(path)
+    settings = {"weight": 1.0, "objective": "activations", "calibration": str(prompts(tmp_path / "p.jsonl", tokens=50))}
+    config = merge_config("aligned_task_arithmetic", models[0], models[1:], parameters=settings)
+    merge, options = MergeConfiguration.model_validate(config), MergeOptions()
+    LoaderCache().setup(options)
+    planner = MergePlanner(merge, get_architecture_info(merge, options), options, merge.base_model.config())
+    executor = Executor(planner.plan_to_disk(str(tmp_path / "out")))
+    last_use, alive, ran = executor.schedule.last_use_index, {}, []
+    for step, handle in enumerate(executor.schedule.tasks):
+        task = handle.task()
+        if isinstance(task, LoadFinite) and ".layers." in task.tensor:
+            alive[handle] = int(task.tensor.split(".")[2])
+        if isinstance(task, RunLayer):
+            ran.append(task.layer)
+        assert len(set(alive.values())) <= 1, (step, set(alive.values()))
+        alive = {h: layer for h, layer in alive.items() if last_use[h] > step}
+    assert ran == list(range(12))

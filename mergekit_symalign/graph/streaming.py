@@ -19,6 +19,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoTokenizer
 
 from mergekit_symalign.activations.calibration import Calibration, calibrate
+from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
 from mergekit_symalign.errors import CalibrationError, ConfigError, ParameterError
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.activations import SEEN, EmbedPrompts, Part, RunLayer
@@ -86,7 +87,7 @@ def plan_streaming(
     loads = _Loads(planned, checkpoints)
     last = max(w.layer for w in wanted)
     loads.require(models, last)
-    calibration = _calibration(planned, models, options, checkpoints[anchor].layout.geometry.hidden)
+    calibration = _calibration(planned, models, options, checkpoints)
     key = _key(planned, models, calibration)
     shared: dict[str, Any] = {"key": key, "models": models, "trust_remote_code": options.trust_remote_code}
     embed = EmbedPrompts(layer=_OUTSIDE, loads=loads.of(models, _OUTSIDE), calibration=calibration, **shared)
@@ -154,18 +155,25 @@ def _labelled(task: ExecuteMergeMethodTask, label: str) -> ExecuteMergeMethodTas
 
 
 def _calibration(
-    planned: list[Planned], models: tuple[ModelReference, ...], options: MergeOptions, hidden: int
+    planned: list[Planned],
+    models: tuple[ModelReference, ...],
+    options: MergeOptions,
+    checkpoints: Mapping[ModelReference, Checkpoint],
 ) -> Calibration:
     path, tokens, length = (_shared(name, planned) for name in SHARED)
     if path is None:
         raise CalibrationError(
             "parameter calibration", "objective: activations compares what models do on prompts, and none are given",
-            "Add calibration: prompts.jsonl",
+            "Add calibration: prompts.jsonl, or calibration: default for the small set that ships with the package",
         )  # fmt: skip
     tokenizers = {str(model): _tokenizer(model, options) for model in models}
     anchor = tokenizers.pop(str(models[0]))
-    found = calibrate(Path(path), anchor, tokenizers, tokens=tokens, length=length)
+    file = DEFAULT_PROMPTS if path == "default" else Path(path)
+    found = calibrate(file, anchor, tokenizers, tokens=tokens, length=length)
+    for model in models:
+        _require_embedded(found, checkpoints[model])
     LOG.info("Calibration: %d tokens of %d prompts", found.tokens, len(found.sequences))
+    hidden = checkpoints[models[0]].layout.geometry.hidden
     if found.tokens < hidden:
         LOG.warning(
             "calibration %s has only %d tokens, fewer than the models' hidden size of %d: directions that no token "
@@ -175,6 +183,20 @@ def _calibration(
             hidden,
         )
     return found
+
+
+def _require_embedded(calibration: Calibration, checkpoint: Checkpoint) -> None:
+    """Every token must have its row in the embedding."""
+    largest = max(map(max, calibration.sequences))
+    for name, spec in checkpoint.layout.outside.items():
+        if spec.axes[0] == "vocabulary" and not spec.optional and name in checkpoint.headers:
+            rows = checkpoint.headers[name].shape[0]
+            if largest >= rows:
+                raise CalibrationError(
+                    f"model {checkpoint.model}",
+                    f"the prompts have token {largest}, and {name} has only {rows} rows",
+                    "Check that the tokenizers belong to these models",
+                )
 
 
 def _shared(name: str, planned: list[Planned]) -> Any:

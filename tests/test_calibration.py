@@ -1,0 +1,150 @@
+"""Prompts: what is read, what bounds it, and what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import merge_config, merged
+from models import make_model, perturbed, save, word_tokenizer
+
+from mergekit_symalign.activations.calibration import BATCH_TOKENS, calibrate, read_prompts
+from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
+from mergekit_symalign.errors import CalibrationError, ConfigError, ParameterError
+
+WORDS = word_tokenizer(97)
+
+
+def _file(folder: Path, *lines: str, name: str = "prompts.jsonl") -> Path:
+    path = folder / name
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_forms_of_prompts(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "w5"}]
+    lines = [json.dumps(x) for x in ({"text": "w3 w4"}, {"prompt": "w6"}, {"messages": messages})]
+    assert read_prompts(_file(tmp_path, lines[0], "", *lines[1:])) == ["w3 w4", "w6", messages]
+    assert read_prompts(_file(tmp_path, "w3", "", "w4 w5", name="p.txt")) == ["w3", "w4 w5"]
+
+
+def test_messages_go_through_the_anchors_template(tmp_path: Path) -> None:
+    path = _file(tmp_path, json.dumps({"messages": [{"role": "user", "content": "w5"}]}))
+    with pytest.raises(CalibrationError, match="chat template"):
+        calibrate(path, WORDS, {})
+    anchor = word_tokenizer(97)
+    anchor.chat_template = "{% for m in messages %}w9 {{ m['content'] }}{% endfor %} w8"
+    assert calibrate(path, anchor, {"model": WORDS}).sequences == ((9, 5, 8),)
+
+
+def test_tokens_and_lengths_are_bounded(tmp_path: Path) -> None:
+    path = _file(tmp_path, *(json.dumps({"text": " ".join(["w7"] * n)}) for n in (5, 30, 10, 10)))
+    found = calibrate(path, WORDS, {}, tokens=22, length=8)
+    assert [len(s) for s in found.sequences] == [5, 8, 8, 1]
+    assert found.tokens == 22
+    assert calibrate(path, WORDS, {}).tokens == 55
+    with pytest.raises(CalibrationError, match="calibration_tokens: it is 0"):
+        calibrate(path, WORDS, {}, tokens=0)
+
+
+def test_batches_hold_every_token_once(tmp_path: Path) -> None:
+    lengths = [1 + (i * 37) % 90 for i in range(200)]
+    path = _file(tmp_path, *(json.dumps({"text": " ".join([f"w{3 + i % 90}"] * n)}) for i, n in enumerate(lengths)))
+    found = calibrate(path, WORDS, {})
+    batches = list(found.batches())
+    assert len(batches) > 1
+    assert all(batch.ids.numel() <= BATCH_TOKENS for batch in batches)
+    rows = [tuple(i[v].tolist()) for b in batches for i, v in zip(b.ids, b.valid, strict=True)]
+    assert sorted(rows) == sorted(found.sequences)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("p.csv", "w3", "neither .jsonl nor .txt"),
+        ("p.jsonl", "", "holds no prompt"),
+        ("p.jsonl", '{"text": "w3"}\nnot json', "line 2: it is no JSON"),
+        ("p.jsonl", '{"question": "w3"}', "line 1: it has no text, prompt or messages"),
+        ("p.jsonl", '{"text": " "}', "no tokens"),
+    ],
+)
+def test_unusable_files(name: str, content: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=reason):
+        calibrate(_file(tmp_path, content, name=name), WORDS, {})
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        calibrate(tmp_path / "absent.txt", WORDS, {})
+
+
+def test_other_tokens_are_refused_with_the_first_prompt_that_differs(tmp_path: Path) -> None:
+    path = _file(tmp_path, '{"text": "w3 w4"}', '{"text": "w4 w95 w7"}', '{"text": "w96"}')
+    with pytest.raises(CalibrationError, match=r"prompt 2: .*other turn it .*from token 1 on \[95, 7\].*'w4 w95 w7'"):
+        calibrate(path, WORDS, {"same": WORDS, "other": word_tokenizer(90)})
+
+
+def test_the_default_set() -> None:
+    lines = [json.loads(line) for line in DEFAULT_PROMPTS.read_text("utf-8").splitlines()]
+    assert len({line["prompt"] for line in lines}) == len(lines) >= 64
+    kinds = [line["kind"] for line in lines]
+    assert {kind for kind in kinds if kinds.count(kind) >= 16} == {"mathematics", "code", "reading", "instructions"}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    anchor = make_model("llama", 0)
+    paths = [save(anchor, folder / "anchor"), save(perturbed(anchor, 0.1, 1), folder / "model")]
+    for path in paths:
+        WORDS.save_pretrained(path)
+    return paths
+
+
+def _merge(paths: list[Path], out: Path, **parameters: Any) -> dict[str, torch.Tensor]:
+    settings = {"objective": "activations"} | parameters
+    return merged(merge_config("rotation_match", paths[0], [paths[1]], parameters=settings), out)
+
+
+def test_refused_before_any_work(paths: list[Path], tmp_path: Path) -> None:
+    prompts = _file(tmp_path, '{"text": "w3 w4"}')
+    out = tmp_path / "out"
+    with pytest.raises(CalibrationError, match="none are given"):
+        _merge(paths, out)
+    halves = [{"filter": "layers.1", "value": str(prompts)}, {"value": "other.txt"}]
+    with pytest.raises(ParameterError, match="whole model"):
+        _merge(paths, out, calibration=halves)
+    with pytest.raises(ParameterError, match="cannot be 'outputs'"):
+        _merge(paths, out, calibration=str(prompts), objective="outputs")
+    bare = [save(make_model("llama", i), tmp_path / f"bare{i}") for i in range(2)]
+    with pytest.raises(CalibrationError, match="tokenizer cannot be loaded"):
+        _merge(bare, out, calibration=str(prompts))
+    large = [save(make_model("llama", i), tmp_path / f"large{i}") for i in range(2)]
+    for path in large:
+        word_tokenizer(200).save_pretrained(path)
+    with pytest.raises(CalibrationError, match=r"token 150, and model\.embed_tokens\.weight has only 97 rows"):
+        _merge(large, out, calibration=str(_file(tmp_path, '{"text": "w150"}', name="large.jsonl")))
+    assert not out.exists()
+
+
+def test_slices_that_skip_layers_are_refused(paths: list[Path], tmp_path: Path) -> None:
+    prompts = _file(tmp_path, '{"text": "w3 w4"}')
+    sources = [{"model": str(path), "layer_range": [1, 3], "parameters": {"weight": 1.0}} for path in paths]
+    config = {
+        "merge_method": "rotation_match",
+        "base_model": str(paths[0]),
+        "slices": [{"sources": sources}],
+        "parameters": {"objective": "activations", "calibration": str(prompts)},
+    }
+    with pytest.raises(ConfigError, match="need all layers below"):
+        merged(config, tmp_path / "out")
+
+
+def test_few_tokens_warn_and_stay_finite(paths: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the prompts show nothing, the weights decide: near the weights' own alignment, and never a NaN."""
+    prompts = _file(tmp_path, '{"text": "w3 w4 w5"}')
+    with caplog.at_level(logging.WARNING):
+        out = _merge(paths, tmp_path / "out", calibration=str(prompts), neuron_scaling=True)
+    assert "only 3 tokens, fewer than the models' hidden size of 48" in caplog.text
+    assert all(torch.isfinite(x).all() for x in out.values())
