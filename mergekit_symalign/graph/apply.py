@@ -9,7 +9,7 @@ from mergekit.graph import Task
 
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock
-from mergekit_symalign.symmetry.element import Axes, BlockElement
+from mergekit_symalign.symmetry.element import BlockElement, TensorAxes
 
 
 class ApplyBlock(Task[torch.Tensor]):
@@ -19,8 +19,7 @@ class ApplyBlock(Task[torch.Tensor]):
     """
 
     load: LoadFinite
-    axes: Axes
-    offset: float = 0.0
+    axes: TensorAxes
     solution: SolveBlock
 
     def arguments(self) -> Dict[str, Task]:
@@ -33,4 +32,4 @@ class ApplyBlock(Task[torch.Tensor]):
         return True
 
     def execute(self, tensor: torch.Tensor, solution: Dict[str, Any]) -> torch.Tensor:
-        return BlockElement.unpack(solution)(tensor, self.axes, self.offset)
+        return BlockElement.unpack(solution)(tensor, self.axes)
