@@ -32,4 +32,4 @@ class ApplyBlock(Task[torch.Tensor]):
         return True
 
     def execute(self, tensor: torch.Tensor, solution: Dict[str, Any]) -> torch.Tensor:
-        return BlockElement.unpack(solution)(tensor, self.axes)
+        return BlockElement.unpack(solution["actions"])(tensor, self.axes)

@@ -19,8 +19,9 @@ from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Sides, Symme
 class SolveBlock(Task[Dict[str, Any]]):
     """Aligns one attention block or MLP of a model to the anchor's.
 
-    It depends on the loads of the merge itself, so that every tensor is read once. The result holds only tensors in
-    dicts and tuples (`BlockElement.pack`); an axis whose optimum is the identity is left out.
+    It depends on the loads of the merge itself, so that every tensor is read once. The result is
+    ``{"actions": …, "facts": …}``: the element as tensors in dicts and tuples (`BlockElement.pack`; an axis whose
+    optimum is the identity is left out), and what is known of the solve as a flat dict of plain numbers and strings.
 
     Attributes:
         kind: attention or MLP.
@@ -58,12 +59,13 @@ class SolveBlock(Task[Dict[str, Any]]):
 
     def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
         sides = self._sides(tensors)
+        facts: Dict[str, Any] = {}
         with readable_errors():
             if self.kind is BlockKind.mlp:
                 element = align_mlp(sides, self.mlp, self.use)
             else:
                 element = align_attention(sides, self.heads, self.use)
-        return without_identities(element).pack()
+        return {"actions": without_identities(element).pack(), "facts": facts}
 
     def _sides(self, tensors: Dict[str, torch.Tensor]) -> Sides:
         """For each axis the tensors that have it, as rows [axis, columns], anchor and model."""
