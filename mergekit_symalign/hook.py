@@ -72,6 +72,7 @@ _EXPECTED: dict[str, dict[str, tuple[str, ...] | None]] = {
     "mergekit.plan": {
         "MergePlanner._plan": ("self",),
         "MergePlanner.plan_to_disk": ("self", "out_path"),
+        "MergePlanner.plan_tensor": ("weight", "weights_in", "models", "cfg_reader"),
         "MergePlanner": ("config", "arch_info", "options", "out_model_config"),
         "ExecuteMergeMethodTask": (
             "method_name",
@@ -159,9 +160,37 @@ def _plan_aligned(planner: Any, original: Any) -> None:
     check_layers(planner.config, planner.arch_info, planner.options.trust_remote_code)
     plan = AlignedPlan(planner.config, planner.options, planner._method, listed_models(planner.config))
     planner.config = planner.config.model_copy(deep=True)
+    _know_other_names(planner, plan)
     original(planner)
     planner._tensors = plan.rewrite(planner._tensors)
     setattr(planner, _PLAN, plan)
+
+
+def _know_other_names(planner: Any, plan: Any) -> None:
+    """Let MergeKit find tensors under the older names that checkpoints may have for them."""
+    from mergekit.plan import MergePlanner
+
+    original = planner.plan_tensor
+    broken = "[w_in.name] + (w_in.aliases or [])" in inspect.getsource(MergePlanner.plan_tensor)
+    sequence: Any = _AddableTuple if broken else tuple
+
+    def known(info: Any, model: Any) -> Any:
+        names = (*(info.aliases or ()), *plan.other_names(info, model))
+        return info.model_copy(update={"aliases": sequence(names) if names else None})
+
+    @functools.wraps(original)
+    def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
+        infos = [known(info, model) for info, model in zip(weights_in, models, strict=True)]
+        original(weight=weight, weights_in=infos, models=models, cfg_reader=cfg_reader)
+
+    planner.plan_tensor = plan_tensor
+
+
+class _AddableTuple(tuple[str, ...]):
+    """MergeKit 0.1.5 adds the aliases of an optional tensor, a tuple, to a list, which fails for a plain tuple."""
+
+    def __radd__(self, other: list[str]) -> list[str]:
+        return [*other, *self]
 
 
 def _hook_raw_pytorch(script: Any) -> None:

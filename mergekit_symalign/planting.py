@@ -25,7 +25,7 @@ from mergekit_symalign.symmetry.groups import (
     Scaling,
 )
 from mergekit_symalign.symmetry.heads import HeadOrder
-from mergekit_symalign.symmetry.options import GainScope, HeadShape
+from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
 
 Elements = dict[tuple[int, BlockKind], BlockElement]
 
@@ -45,11 +45,10 @@ class Planted:
 def random_elements(layout: ModelLayout, seed: int, what: Planted | None = None) -> Elements:
     """A random element of the exact group of every block of a model."""
     draw = _Draw(torch.Generator().manual_seed(seed), what or Planted())
-    gated = layout.family.mlp is MlpKind.gated
     return {
         (layer, kind): draw.attention(layout.head_shape(layer))
         if kind is BlockKind.attention
-        else draw.mlp(layout.geometry.neurons, gated=gated)
+        else draw.mlp(layout.mlp_shape(), gated=layout.family.mlp is MlpKind.gated)
         for layer in range(layout.layers)
         for kind in BlockKind
     }
@@ -65,7 +64,7 @@ def transform(state: Mapping[str, Tensor], layout: ModelLayout, elements: Elemen
             result[name] = x
         else:
             element = elements[claim.layer, kind]
-            result[name] = element(x, layout.axes(claim.spec), claim.spec.offset).to(x.dtype)
+            result[name] = element(x, layout.axes(claim.spec)).to(x.dtype)
     return result
 
 
@@ -78,20 +77,26 @@ class _Draw:
         value = self._heads(shape.kv_heads, shape.head_dim)
         actions: dict[str, AxisAction] = {"value": value, "attended": per_query_head(value.dual(), shape)}
         if shape.qk_norm:
-            sign = Scaling(self._paired(self._signs(shape.kv_heads, shape.head_dim // 2)).flatten())
+            sign = Scaling(self._norm_signs(shape))
             actions |= {"query": per_query_head(sign, shape), "key": sign} | self._gains(shape)
         else:
             query = self._query(shape)
             actions |= {"query": per_query_head(query, shape), "key": query.dual()}
         return BlockElement(self._after_head_permutation(actions, shape))
 
-    def mlp(self, neurons: int, *, gated: bool) -> BlockElement:
-        index = torch.randperm(neurons, generator=self.generator) if self.what.permutation else torch.arange(neurons)
-        gate = Permutation(index)
+    def mlp(self, shape: MlpShape, *, gated: bool) -> BlockElement:
+        neurons, experts, permute = shape.neurons, shape.experts, self.what.permutation
+        order = self._order(experts) if permute else torch.arange(experts)
+        inside = [self._order(neurons) if permute else torch.arange(neurons) for _ in range(experts)]
+        gate = Permutation(torch.cat([x + j * neurons for x, j in zip(inside, order.tolist(), strict=True)]))
         up: AxisAction = gate
-        if self.what.neuron_scaling and gated:
-            up = Chain((gate, Scaling(self._scale(neurons) * self._signs(neurons))))
-        return BlockElement({"gate": gate, "up": up, "down": up.dual()} if gated else {"up": up, "down": up.dual()})
+        if self.what.neuron_scaling and shape.scale is not NeuronScale.none:
+            factor = self._scale(experts * neurons)
+            signs = self._signs(experts * neurons) if shape.scale is NeuronScale.signed else torch.ones(())
+            up = Chain((gate, Scaling(factor * signs)))
+        actions: dict[str, AxisAction] = {"up": up, "down": up.dual()}
+        actions |= {"gate": gate} if gated else {}
+        return BlockElement(actions | ({"expert": Permutation(order)} if experts > 1 else {}))
 
     def _query(self, shape: HeadShape) -> AxisAction:
         if shape.rotary == 0:
@@ -106,10 +111,9 @@ class _Draw:
         return partial.of(planes, self._heads(shape.kv_heads, shape.head_dim - shape.rotary))
 
     def _gains(self, shape: HeadShape) -> dict[str, AxisAction]:
-        heads = shape.kv_heads if shape.norm is GainScope.all else 1
-        group = shape.queries_per_kv if shape.norm is GainScope.all else 1
+        heads, group = (shape.kv_heads, shape.queries_per_kv) if shape.norm.per_head else (1, 1)
         half = (heads, shape.head_dim // 2)
-        factor = self._paired(self._scale(*half) * self._signs(*half))
+        factor = self._paired(self._scale(*half) * self._signs(*half), shape)
         return {
             "query_gain": Scaling(factor.repeat_interleave(group, dim=0).flatten()),
             "key_gain": Scaling(1 / factor.flatten()),
@@ -133,9 +137,20 @@ class _Draw:
             rotation = torch.linalg.qr(self._normal(heads, d, d)).Q
         return HeadRotation(rotation, self._scale(heads))
 
-    def _paired(self, planes: Tensor) -> Tensor:
-        """The same number for both coordinates of each plane of the half-split layout [*, d/2] to [*, d]."""
-        return torch.cat((planes, planes), dim=-1)
+    def _norm_signs(self, shape: HeadShape) -> Tensor:
+        """±1 for every coordinate of the KV heads: for each plane, or for each head if the norm subtracts the mean."""
+        if shape.norm is GainScope.centred:
+            return self._signs(shape.kv_heads).repeat_interleave(shape.head_dim)
+        return self._paired(self._signs(shape.kv_heads, shape.head_dim // 2), shape).flatten()
+
+    def _paired(self, planes: Tensor, shape: HeadShape) -> Tensor:
+        """The same number for both coordinates of each plane [*, d/2] to [*, d]."""
+        return torch.cat((planes, planes), dim=-1).index_select(-1, torch.argsort(torch.tensor(shape.planes())))
+
+    def _order(self, n: int) -> Tensor:
+        """A random order that is not the identity (of more than one)."""
+        order = torch.randperm(n, generator=self.generator)
+        return order.roll(1) if bool((order == torch.arange(n)).all()) else order
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)

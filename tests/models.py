@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ SIZES = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
+ENCODER = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": True}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 COHERE_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 # Name -> transformers class, what its config has beyond SIZES, and which of SIZES it does not know.
@@ -71,6 +75,40 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi2": ("PhiForCausalLM", {"head_dim": None, "partial_rotary_factor": 0.5}),
+    "gpt-neox": ("GPTNeoXForCausalLM", {"num_key_value_heads": None, "head_dim": None, "rotary_pct": 0.5}),
+    "cohere": ("CohereForCausalLM", {"head_dim": None, "pad_token_id": 0, "tie_word_embeddings": True}),
+    "cohere-qk-norm": (
+        "CohereForCausalLM",
+        {"head_dim": None, "pad_token_id": 0, "tie_word_embeddings": True, "use_qk_norm": True},
+    ),
+    "bert": ("BertModel", ENCODER),
+    "bert-classifier": ("BertForSequenceClassification", ENCODER),
+    "roberta": ("RobertaForMaskedLM", ENCODER | {"hidden_act": "relu"}),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        ENCODER
+        | {"hidden_size": None, "intermediate_size": None, "num_hidden_layers": None, "num_attention_heads": None}
+        | {"dim": 48, "hidden_dim": 80, "n_layers": 3, "n_heads": 6},
+    ),
+    "modernbert": ("ModernBertForMaskedLM", ENCODER | TOKENS | {"local_attention": 8}),
+    "deberta-v3": (
+        "DebertaV2ForMaskedLM",
+        ENCODER
+        | {"relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True}
+        | {"pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0},
+    ),
+    "deberta-v2": (
+        "DebertaV2Model",
+        ENCODER | {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]},
+    ),
+    "vit": ("ViTModel", ENCODER | {"vocab_size": None, "image_size": 16, "patch_size": 4}),
+    "vit-classifier": (
+        "ViTForImageClassification",
+        ENCODER | {"vocab_size": None, "image_size": 16, "patch_size": 4, "num_labels": 7},
+    ),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", MOE | {"moe_intermediate_size": 24}),
+    "olmoe": ("OlmoeForCausalLM", MOE | {"head_dim": None, "intermediate_size": 40}),
 }
 
 
@@ -79,13 +117,17 @@ def make_model(family: str, seed: int, **overrides: object) -> PreTrainedModel:
     class_name, own = FAMILIES[family]
     model_type = getattr(transformers, class_name)
     sizes = {key: value for key, value in (SIZES | own | overrides).items() if value is not None}
-    model = model_type(model_type.config_class(**sizes, architectures=[class_name])).double().eval()
+    model = (
+        model_type(model_type.config_class(**sizes, architectures=[class_name], experts_implementation="eager"))
+        .double()
+        .eval()
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.ndim == 2:
-                parameter.copy_(noise * 1.5 / parameter.shape[1] ** 0.5)
+            if parameter.ndim >= 2 and "norm" not in name:
+                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             else:
@@ -130,13 +172,15 @@ class EverythingInFloat64(TorchFunctionMode):
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, seed: int = 0) -> torch.Tensor:
-    """Logits on random tokens, [batch, sequence, vocabulary], in the model's dtype."""
+    """Logits (or last hidden states) on random tokens or images, in the model's dtype."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(model.config.vocab_size, (3, 24), generator=generator)
-    if model.dtype is not torch.float64:
-        return model(tokens).logits
-    with EverythingInFloat64():
-        return model(tokens).logits
+    if hasattr(model.config, "image_size"):
+        size = (3, model.config.num_channels, model.config.image_size, model.config.image_size)
+        inputs = torch.randn(size, generator=generator, dtype=torch.float64).to(model.dtype)
+    else:
+        inputs = torch.randint(3, model.config.vocab_size, (3, 24), generator=generator)  # 0 to 2 may be special
+    with EverythingInFloat64() if model.dtype is torch.float64 else nullcontext():
+        return model(inputs)[0]
 
 
 def relative_deviation(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -33,8 +33,10 @@ from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry import covariance
 from mergekit_symalign.symmetry.covariance import Covariance
-from mergekit_symalign.symmetry.options import Symmetries
+from mergekit_symalign.symmetry.options import MlpShape, Symmetries
 
+UNSUPPORTED = ("deberta", "vit", "mixtral", "qwen3-moe", "olmoe")
+RUNNABLE = [family for family in FAMILIES if not family.startswith(UNSUPPORTED)]
 TOKENS, LENGTH = 2048, 24
 ALL_AXES = frozenset(("query", "key", "value", "attended", "down"))
 
@@ -80,7 +82,7 @@ def _tokenizers_as_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "AutoTokenizer", PreTrainedTokenizerFast)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=RUNNABLE)
 def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twins:
     return Twins(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -227,7 +229,7 @@ def test_silent_neurons_are_matched_by_their_weights() -> None:
     sides = {axis: [(x, x[order])] for axis, x in rows.items()}
     seen = Covariance.of_rows([(hidden, hidden[order])])
     for scale in (False, True):
-        element = covariance.align_mlp_by(seen, sides, Symmetries(neuron_scaling=scale))
+        element = covariance.align_mlp_by(seen, sides, MlpShape(12), Symmetries(neuron_scaling=scale))
         for axis, x in rows.items():
             torch.testing.assert_close(element.actions[axis](x[order], 0), x, rtol=1e-9, atol=0)
 

@@ -22,7 +22,7 @@ from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry.element import BlockElement
 
-FAMILIES = ["llama", "phi4-mini", "olmo2", "cohere2", "gpt2"]
+FAMILIES = ["llama", "phi4-mini", "olmo2", "cohere2", "gpt2", "bert", "mixtral"]
 
 
 class Pair:
@@ -35,6 +35,10 @@ class Pair:
         self.twin = with_weights(self.model, transform(perturbed(self.model, 0.1, 1).state_dict(), layout, planted))
         self.anchor_path, self.twin_path = save(self.model, folder / "anchor"), save(self.twin, folder / "twin")
         self.file = folder / "solved.safetensors"
+
+    def loaded(self, path: Path) -> State:
+        """A checkpoint as transformers loads it, whatever its tensors are called."""
+        return dict(type(self.model).from_pretrained(path, dtype=torch.float32).state_dict())
 
     def solve(self, *args: str) -> Result:
         return command("solve", self.anchor_path, self.twin_path, "-o", self.file, "--quiet", *args)
@@ -68,7 +72,8 @@ def test_a_merge_saves_what_a_merge_from_the_file_uses(pair: Pair, tmp_path: Pat
     assert [p.name for p in (tmp_path / "saved").iterdir()] == ["twin.safetensors"]
     from_file = _match(pair, tmp_path / "b", alignment=str(tmp_path / "saved" / "twin.safetensors"))
     assert all(torch.equal(x, from_file[name]) for name, x in saving.items())
-    assert any(not torch.equal(x, load(pair.twin_path)[name]) for name, x in saving.items())
+    twin = pair.loaded(pair.twin_path)
+    assert any(not torch.equal(x, twin[name]) for name, x in pair.loaded(tmp_path / "a").items())
 
 
 def test_apply_keeps_the_function_and_invert_undoes_it(pair: Pair, tmp_path: Path) -> None:
@@ -79,16 +84,16 @@ def test_apply_keeps_the_function_and_invert_undoes_it(pair: Pair, tmp_path: Pat
     for args in ((pair.file, pair.twin_path, "-o", out), (pair.file, out, "-o", back, "--invert")):
         done = command("apply", *args, "--quiet")
         assert done.exit_code == 0, done.output
-    aligned, original, undone = load(out), load(pair.twin_path), load(back)
+    aligned, original, undone = (pair.loaded(path) for path in (out, pair.twin_path, back))
     merge = _match(pair, tmp_path / "merge")
-    assert all(torch.equal(x, aligned[name]) for name, x in merge.items())
+    assert all(torch.equal(merge[name], x) for name, x in load(out).items() if name in merge)
     assert (out / "config.json").read_text() == (pair.twin_path / "config.json").read_text()
-    embedding = next(name for name in aligned if name.endswith(("embed_tokens.weight", "wte.weight")))
-    full = {name: aligned.get(name, aligned[embedding]) for name in pair.twin.state_dict()}
-    assert relative_deviation(logits(pair.twin), logits(with_weights(pair.model, full))) < 1e-3
+    if hasattr(pair.twin, "lm_head"):
+        assert relative_deviation(logits(pair.twin), logits(with_weights(pair.model, aligned))) < 1e-3
     eps = torch.finfo(torch.float32).eps
     for name, x in original.items():
         assert (undone[name] - x).abs().max() <= 32 * eps * x.abs().max(), name
+    assert any((aligned[name] - x).abs().max() > 0.1 * x.abs().max() for name, x in original.items())
 
 
 def test_equal_numbers_are_stored_once(llama: Pair) -> None:

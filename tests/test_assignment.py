@@ -7,9 +7,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons, best_assignment, signed_scale
+from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons, best_assignment, neuron_factors
 from mergekit_symalign.symmetry.certificate import certified_permutation
 from mergekit_symalign.symmetry.groups import Chain, Permutation, Scaling
+from mergekit_symalign.symmetry.options import NeuronScale
 
 NEURONS, HIDDEN = 40, 24
 
@@ -28,7 +29,7 @@ def test_planted_permutation_is_recovered(noise: float) -> None:
     anchor = _mlp(0)
     order = torch.randperm(NEURONS, generator=torch.Generator().manual_seed(1))
     model = [(a + noise * b)[order] for a, b in zip(anchor, _mlp(2), strict=True)]
-    gate, up = align_neurons(_pairs(anchor, model), permute=True, scale=False)
+    gate, up = align_neurons(_pairs(anchor, model), permute=True, scale=NeuronScale.none)
     assert isinstance(gate, Permutation)
     assert gate is up
     assert torch.equal(order[gate.index], torch.arange(NEURONS))
@@ -47,7 +48,7 @@ def test_equal_and_dead_neurons_stay_where_they_are() -> None:
     for x in anchor:
         x[5:9] = 0
         x[20] = x[21]
-    gate, _ = align_neurons(_pairs(anchor, [x.clone() for x in anchor]), permute=True, scale=False)
+    gate, _ = align_neurons(_pairs(anchor, [x.clone() for x in anchor]), permute=True, scale=NeuronScale.none)
     assert gate.is_identity()
 
 
@@ -58,7 +59,7 @@ def test_planted_signed_scales_are_recovered_with_the_permutation() -> None:
     factor = (torch.rand(NEURONS, generator=g) * 3 + 0.3) * torch.where(torch.rand(NEURONS, generator=g) < 0.5, -1, 1)
     planted = Chain((Permutation(order), Scaling(factor.double())))
     model = [Permutation(order)(anchor[0], 0), planted(anchor[1], 0), planted.dual()(anchor[2], 0)]
-    gate, up = align_neurons(_pairs(anchor, model), permute=True, scale=True)
+    gate, up = align_neurons(_pairs(anchor, model), permute=True, scale=NeuronScale.signed)
     assert isinstance(gate, Permutation)
     assert torch.equal(order[gate.index], torch.arange(NEURONS))
     for x, y, action in zip(anchor, model, (gate, up, up.dual()), strict=True):
@@ -68,7 +69,7 @@ def test_planted_signed_scales_are_recovered_with_the_permutation() -> None:
 def test_scale_without_permutation_keeps_the_order() -> None:
     anchor = _mlp(0)
     model = [anchor[0], -2 * anchor[1], anchor[2] / -2]
-    gate, up = align_neurons(_pairs(anchor, model), permute=False, scale=True)
+    gate, up = align_neurons(_pairs(anchor, model), permute=False, scale=NeuronScale.signed)
     assert gate.is_identity()
     torch.testing.assert_close(up(model[1], 0), anchor[1])
 
@@ -77,7 +78,7 @@ def test_pairs_are_scored_at_their_own_best_factor() -> None:
     """The score of the assignment is that of the best factor of each pair: checked against a grid of factors."""
     anchor, model = _mlp(0), _mlp(1)
     model[1] = model[1] * 3
-    gate, up = align_neurons(_pairs(anchor, model), permute=True, scale=True)
+    gate, up = align_neurons(_pairs(anchor, model), permute=True, scale=NeuronScale.signed)
 
     def cost(index: Tensor) -> float:
         total = (anchor[0] - model[0][index]).square().sum(-1)
@@ -139,7 +140,7 @@ def test_signed_scale_beats_a_grid() -> None:
     g = torch.Generator().manual_seed(0)
     p, q = (2 * torch.randn(300, generator=g, dtype=torch.float64) for _ in range(2))
     b, o = (torch.rand(300, generator=g, dtype=torch.float64) + 0.05 for _ in range(2))
-    c = signed_scale((p, b), (q, o))
+    c = neuron_factors((p, b), (q, o), signed=True)
     grid = torch.logspace(-7, 7, 8001, base=2.0, dtype=torch.float64)[:, None]
 
     def f(c: Tensor) -> Tensor:

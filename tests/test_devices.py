@@ -23,11 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 import mergekit_symalign
+from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph import solve
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock
-from mergekit_symalign.symmetry import assignment, blocks
+from mergekit_symalign.symmetry import assignment, blocks, experts
 from mergekit_symalign.symmetry.heads import HeadOrder
 from mergekit_symalign.symmetry.options import HeadShape
 
@@ -62,7 +63,18 @@ def paths(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [save(make_model(request.param, i, num_hidden_layers=1), folder / str(i)) for i in range(3)]
 
 
-OTHERS = ["gemma3", "phi4-mini", "olmo2", "smollm3", "starcoder2", "cohere2", "glm4"]
+OTHERS = [
+    "gemma3",
+    "phi4-mini",
+    "olmo2",
+    "smollm3",
+    "starcoder2",
+    "cohere2",
+    "glm4",
+    "cohere-qk-norm",
+    "gpt-neox",
+    "mixtral",
+]
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -87,6 +99,7 @@ def test_solve_and_apply_stay_on_fake_cuda(
     monkeypatch.setattr(assignment, "certified_permutation", lambda pairs: None)
     order = lambda problem, m: _reversed_heads(problem.shape) if found else None  # noqa: E731
     monkeypatch.setattr(blocks, "match_heads", order)
+    monkeypatch.setattr(experts, "match_experts", lambda problem: list(range(problem.experts))[::-1])
     identities = (lambda element: element) if found else (lambda element: type(element)({}))
     monkeypatch.setattr(solve, "without_identities", identities)
     with FakeTensorMode():
@@ -110,9 +123,10 @@ def _reversed_heads(shape: HeadShape) -> HeadOrder:
 
 
 def _shape(load: LoadFinite) -> tuple[int, ...]:
-    from mergekit_symalign.graph.headers import read_headers
-
-    return read_headers(LoaderCache().get(load.model).index)[load.tensor].shape
+    layout = resolve(load.model.config(), model="m")
+    claim = layout.claim(load.tensor)
+    assert claim is not None
+    return tuple(n or 97 for n in layout.shape(claim.spec))
 
 
 def test_fake_cuda_would_catch_a_mixed_device() -> None:

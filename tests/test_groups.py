@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mergekit_symalign.errors import ShapeError
-from mergekit_symalign.symmetry.element import BlockElement, unpack
+from mergekit_symalign.symmetry.element import BlockElement, TensorAxes, unpack
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
     Chain,
@@ -125,7 +125,8 @@ def test_wrong_length_names_shape(element: AxisAction) -> None:
 def test_block_element_passes_untouched_tensors_through() -> None:
     block = BlockElement({"gate": _elements()["permutation"]})
     x = _random(24, 4).bfloat16()
-    assert block(x, ("up", "residual")) is x
-    torch.testing.assert_close(block.inverse()(block(x, ("gate", "residual")), ("gate", "residual")), x.float())
+    assert block(x, TensorAxes(("up", "residual"))) is x
+    gate = TensorAxes(("gate", "residual"))
+    torch.testing.assert_close(block.inverse()(block(x, gate), gate), x.float())
     unpacked = BlockElement.unpack(block.pack())
-    torch.testing.assert_close(unpacked(x, ("gate", "residual")), block(x, ("gate", "residual")))
+    torch.testing.assert_close(unpacked(x, gate), block(x, gate))

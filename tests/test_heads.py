@@ -36,7 +36,7 @@ def _sides(anchor: State, model: State, layout: ModelLayout) -> Sides:
     sides: dict[str, list] = {}
     for part, spec in layout.block(BlockKind.attention).items():
         a, b = (state[layout.name(1, part)] for state in (anchor, model))
-        first, second = (rows_by_axis(x, layout.axes(spec), spec.offset) for x in (a, b))
+        first, second = (rows_by_axis(x, layout.axes(spec)) for x in (a, b))
         for axis in first.keys() & BlockKind.attention.axes:
             sides.setdefault(axis, []).append((first[axis], second[axis]))
     return sides

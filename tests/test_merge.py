@@ -21,7 +21,7 @@ class Trio:
     """Anchor, sibling, skill sibling; and the sibling in foreign coordinates: its planted twin."""
 
     def __init__(self, family: str, folder: Path, planted: Planted | None = None, **overrides: Any) -> None:
-        self.folder = folder
+        self.family, self.folder = family, folder
         self.anchor = make_model(family, 0, **overrides)
         self.sibling, self.skill = perturbed(self.anchor, 0.1, 1), perturbed(self.anchor, 0.1, 2)
         layout = resolve(self.anchor.config, model=family)
@@ -50,10 +50,9 @@ def _float32(model: PreTrainedModel) -> State:
     return {name: x.float() for name, x in model.state_dict().items()}
 
 
-def _model_of(state: State, like: PreTrainedModel) -> PreTrainedModel:
-    embedding = next(name for name in state if name.endswith(("embed_tokens.weight", "wte.weight")))
-    full = {name: state.get(name, state[embedding]) for name in like.state_dict()}
-    return with_weights(like, full)
+def _model_at(path: Path, like: PreTrainedModel) -> PreTrainedModel:
+    """A merged model as transformers loads it (its own conversions of names and layouts included)."""
+    return type(like).from_pretrained(path, dtype=torch.float32).eval()
 
 
 def test_planted_model_computes_the_same(trio: Trio) -> None:
@@ -61,32 +60,37 @@ def test_planted_model_computes_the_same(trio: Trio) -> None:
 
 
 def test_rotation_match_brings_a_twin_back(trio: Trio, tmp_path: Path) -> None:
-    out = merged(merge_config("rotation_match", trio.path("anchor"), [trio.path("twin")]), tmp_path)
-    distance = squared_distance(out, _float32(trio.anchor))
-    before = squared_distance({k: _float32(trio.sibling)[k] for k in out}, _float32(trio.anchor))
-    planted = squared_distance({k: _float32(trio.twin)[k] for k in out}, _float32(trio.anchor))
-    assert distance**0.5 <= 1.005 * before**0.5
-    assert planted > 10 * before  # the planting moved it far away
-    function = logits(_model_of(out, trio.anchor))
-    assert relative_deviation(logits(trio.sibling), function) < 1e-3
+    merged(merge_config("rotation_match", trio.path("anchor"), [trio.path("twin")]), tmp_path)
+    out = _model_at(tmp_path, trio.anchor)
+    anchor = _float32(trio.anchor)
+    distance, before, planted = (
+        squared_distance(anchor, _float32(model)) ** 0.5 for model in (out, trio.sibling, trio.twin)
+    )
+    assert distance <= 1.005 * before
+    assert planted > 3 * before  # the planting moved it far away
+    assert relative_deviation(logits(trio.sibling), logits(out)) < 1e-3
+
+
+# MergeKit's own methods cannot merge these: buffers and norms it asks for are not there, its aliases fail, or (ViT) it
+# does not know the names in the checkpoint and leaves the tensors out. Ours with nothing aligned stand in.
+NOT_PLAINLY = ("bert", "cohere", "gpt-neox", "vit", "vit-classifier")
 
 
 def test_aligned_merge_of_a_twin_is_the_merge_of_the_original(trio: Trio, tmp_path: Path) -> None:
-    def merge(method: str, model: str) -> State:
+    def merge(model: str, *, align: bool) -> State:
+        ours = align or trio.family in NOT_PLAINLY
+        aligned, unaligned = ({"align": x} if ours else {} for x in (align, False))
         models = [
-            {"model": trio.path(model), "parameters": {"weight": 1.0}},
-            {"model": trio.path("skill"), "parameters": {"weight": 1.0} | _unaligned(method)},
+            {"model": trio.path(model), "parameters": {"weight": 1.0} | aligned},
+            {"model": trio.path("skill"), "parameters": {"weight": 1.0} | unaligned},
         ]
-        return merged(merge_config(method, trio.path("anchor"), models), tmp_path / f"{method}-{model}")
+        method = "aligned_task_arithmetic" if ours else "task_arithmetic"
+        return merged(merge_config(method, trio.path("anchor"), models), tmp_path / f"{align}-{model}")
 
-    wanted = merge("task_arithmetic", "sibling")
-    plain_error = squared_distance(merge("task_arithmetic", "twin"), wanted) ** 0.5
-    aligned_error = squared_distance(merge("aligned_task_arithmetic", "twin"), wanted) ** 0.5
+    wanted = merge("sibling", align=False)
+    plain_error = squared_distance(merge("twin", align=False), wanted) ** 0.5
+    aligned_error = squared_distance(merge("twin", align=True), wanted) ** 0.5
     assert aligned_error < 0.1 * plain_error
-
-
-def _unaligned(method: str) -> dict[str, bool]:
-    return {"align": False} if method.startswith("aligned") else {}
 
 
 def test_a_twin_aligns_to_the_same_weights_as_the_original(trio: Trio, tmp_path: Path) -> None:
@@ -108,7 +112,7 @@ def test_signed_neuron_scales_are_undone(tmp_path: Path) -> None:
     before = squared_distance({k: _float32(trio.sibling)[k] for k in anchor}, anchor)
     assert squared_distance(with_scales, anchor) <= 1.01 * before
     assert squared_distance(without, anchor) > 2 * before
-    assert relative_deviation(logits(trio.sibling), logits(_model_of(with_scales, trio.anchor))) < 1e-3
+    assert relative_deviation(logits(trio.sibling), logits(with_weights(trio.anchor, with_scales))) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -183,7 +187,7 @@ def test_each_symmetry_alone(llama: Trio, parameters: dict[str, Any], moved: set
         if part in ("mlp", "self_attn")
     }
     assert changed == moved
-    assert relative_deviation(logits(llama.sibling), logits(_model_of(out, llama.anchor))) < 1e-3
+    assert relative_deviation(logits(llama.sibling), logits(with_weights(llama.anchor, out))) < 1e-3
     anchor = _float32(llama.anchor)
     assert squared_distance(out, anchor) <= squared_distance(twin, anchor)
 
@@ -198,9 +202,10 @@ def test_rotation_full_warns_and_changes_the_function(
         full = merged(config | {"parameters": {"rotation": "full"}}, tmp_path / "full")
     assert "does not commute with RoPE" in caplog.text
     anchor = _float32(llama.anchor)
-    assert squared_distance(full, anchor) < squared_distance(exact, anchor)  # it fits better, and
-    assert relative_deviation(logits(llama.sibling), logits(_model_of(exact, llama.anchor))) < 1e-3
-    assert relative_deviation(logits(llama.sibling), logits(_model_of(full, llama.anchor))) > 1e-2  # breaks the model
+    assert squared_distance(full, anchor) < squared_distance(exact, anchor)  # it fits better
+    assert relative_deviation(logits(llama.sibling), logits(with_weights(llama.anchor, exact))) < 1e-3
+    broken = logits(with_weights(llama.anchor, full))
+    assert relative_deviation(logits(llama.sibling), broken) > 1e-2
 
 
 def test_parameters_at_every_level(llama: Trio, tmp_path: Path) -> None:

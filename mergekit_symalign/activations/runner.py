@@ -21,7 +21,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_symalign.families.resolve import ModelLayout
-from mergekit_symalign.symmetry.element import Segments
+from mergekit_symalign.symmetry.element import Fused, fused_parts
 
 OUTPUTS = frozenset(("query", "key", "value"))  # axes seen where a tensor writes them
 INPUTS = frozenset(("attended", "down"))  # axes seen where a tensor reads them
@@ -76,7 +76,7 @@ class LayerRunner:
         with init_empty_weights(include_buffers=False):
             model = build(config, attn_implementation="eager")
         self.model = model.eval().requires_grad_(False)
-        path = layout.family.layer_prefix.format(layer=0).rstrip(".").rpartition(".")[0]
+        path = layout.name(0, "").rstrip(".").rpartition(".")[0]
         self.layers: nn.ModuleList = self.model.get_submodule(path)
 
     @torch.inference_mode()
@@ -157,14 +157,15 @@ def _watched(layer: nn.Module, layout: ModelLayout, seen: frozenset[str]) -> Ite
     handles = []
     for part, spec in layout.inside.items():
         name, _, kind = part.rpartition(".")
-        if kind != "weight" or len(spec.axes) != 2:
+        axes = layout.axes(spec)
+        if kind != "weight" or len(axes.names) != 2 or axes.joined is not None:
             continue
         module = layer.get_submodule(name)
-        first, second = (_segments(axis) for axis in layout.axes(spec))
+        first, second = axes.names
         written, read = (second, first) if isinstance(module, Conv1D) else (first, second)
-        if any(axis in seen & OUTPUTS for axis, _ in written):
+        if seen & OUTPUTS & _names(written):
             handles.append(module.register_forward_hook(_note_output(written, activations)))
-        if any(axis in seen & INPUTS for axis, _ in read):
+        if seen & INPUTS & _names(read):
             handles.append(module.register_forward_pre_hook(_note_input(read, activations)))
     try:
         yield activations
@@ -173,27 +174,26 @@ def _watched(layer: nn.Module, layout: ModelLayout, seen: frozenset[str]) -> Ite
             handle.remove()
 
 
-def _segments(axis: str | Segments) -> Segments:
-    return ((axis, -1),) if isinstance(axis, str) else axis
+def _names(axis: str | Fused) -> set[str]:
+    return {axis} if isinstance(axis, str) else {name for name, _ in axis.parts}
 
 
-def _note_output(axes: Segments, activations: dict[str, Tensor]) -> Any:
+def _note_output(axis: str | Fused, activations: dict[str, Tensor]) -> Any:
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        _note(output, axes, activations)
+        _note(output, axis, activations)
 
     return hook
 
 
-def _note_input(axes: Segments, activations: dict[str, Tensor]) -> Any:
+def _note_input(axis: str | Fused, activations: dict[str, Tensor]) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        _note(args[0], axes, activations)
+        _note(args[0], axis, activations)
 
     return hook
 
 
-def _note(x: Tensor, axes: Segments, activations: dict[str, Tensor]) -> None:
-    parts: Sequence[Tensor] = (x,) if len(axes) == 1 else x.split([length for _, length in axes], dim=-1)
-    activations.update({axis: part for (axis, _), part in zip(axes, parts, strict=True)})
+def _note(x: Tensor, axis: str | Fused, activations: dict[str, Tensor]) -> None:
+    activations.update({axis: x} if isinstance(axis, str) else fused_parts(x, x.ndim - 1, axis))
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,20 @@ import tempfile
 from pathlib import Path
 
 import click
+from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import FinalizeModel, LoaderCache, LoadTensor, SaveTensor, TensorWriterTask
 from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.alignment_file import AlignmentFile, block_name
-from mergekit_symalign.errors import AlignmentFileError, ConfigError
-from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.errors import CheckpointError, ConfigError
+from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.fingerprint import fingerprint
 from mergekit_symalign.graph.alignments import ReadBlock, sizes_of
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.headers import Header
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
 
@@ -76,15 +78,18 @@ def run_apply(
 
 def _checked(file: AlignmentFile, model: ModelReference, options: MergeOptions, *, invert: bool) -> Checkpoint:
     config = model.config(trust_remote_code=options.trust_remote_code)
-    checkpoint = Checkpoint.open(model, resolve(config, model=str(model)))
+    checkpoint = Checkpoint.open(model, config.model_type, resolve(config, model=str(model)))
     file.require_family(checkpoint.layout.family.name, sizes_of(checkpoint), str(model))
     if not invert:
         file.require_model(str(model), fingerprint(LoaderCache().get(model).index))
-    for name, header in checkpoint.headers.items():
-        claim = checkpoint.layout.claim(name)
-        block = claim is not None and claim.layer is not None and claim.spec.block is not None
-        if block and header.dtype is None:
-            raise AlignmentFileError(file.label, f"tensor {name} of model {model} is quantised", "Use plain weights")
+    for layer in range(checkpoint.layout.layers):
+        for part, spec in checkpoint.layout.inside.items():
+            name = checkpoint.layout.name(layer, part)
+            header = checkpoint.stored(_info(name))
+            if header is None and not spec.optional:
+                raise CheckpointError(f"tensor {name} of model {model}", "it is missing", "Download the model again")
+            if header is not None and header.dtype is None:
+                raise CheckpointError(f"tensor {name} of model {model}", "it is quantised", "Use plain weights")
     return checkpoint
 
 
@@ -98,32 +103,54 @@ def _tasks(
         use_async=options.async_write,
         max_write_threads=options.write_threads,
     )
+    moved = _moved(checkpoint, file, invert)
+    used = {piece for name in moved for piece in (name, *checkpoint.pieces(name))}
+    rest = {name: LoadTensor(model=checkpoint.model, tensor=name) for name in checkpoint.headers if name not in used}
     saves = tuple(
         SaveTensor(
             tensor_name=name,
-            tensor_task=_moved(name, checkpoint, file, invert),
+            tensor_task=task,
             writer_task=writer,
             clone=options.clone_tensors,
-            dtype=dtype or str(header.dtype).removeprefix("torch.") if header.dtype is not None else None,
+            dtype=_dtype(checkpoint.stored(_info(name)), dtype),
         )
-        for name, header in checkpoint.headers.items()
+        for name, task in {**moved, **rest}.items()
     )
     return [*saves, FinalizeModel(tensor_save_tasks=saves, writer_task=writer)]
 
 
-def _moved(name: str, checkpoint: Checkpoint, file: AlignmentFile, invert: bool) -> Task:
-    """The tensor as the alignment leaves it."""
-    layout = checkpoint.layout
+def _moved(checkpoint: Checkpoint, file: AlignmentFile, invert: bool) -> dict[str, Task]:
+    """The tensors of every block of the file, under the names of the family, as the alignment leaves them."""
+    layout, tasks = checkpoint.layout, {}
+    for layer in range(layout.layers):
+        for part, spec in layout.inside.items():
+            name = layout.name(layer, part)
+            if spec.block is None or checkpoint.stored(_info(name)) is None:
+                continue
+            block = block_name(layer, spec.block.value)
+            if block in file.blocks:
+                load = LoadFinite(model=checkpoint.model, tensor=name, aliases=_plain_names(layout, name))
+                label = layout.name(layer, "")
+                solution = ReadBlock(path=str(file.path), sha256=file.sha256, block=block, label=label, inverse=invert)
+                tasks[name] = ApplyBlock(load=load, axes=layout.axes(spec), solution=solution)
+    return tasks
+
+
+def _info(name: str) -> WeightInfo:
+    return WeightInfo(name=name)
+
+
+def _plain_names(layout: ModelLayout, name: str) -> tuple[str, ...] | None:
     claim = layout.claim(name)
-    if claim is None or claim.layer is None or claim.spec.block is None:
-        return LoadTensor(model=checkpoint.model, tensor=name)
-    block = block_name(claim.layer, claim.spec.block.value)
-    load = LoadFinite(model=checkpoint.model, tensor=name)
-    if block not in file.blocks:
-        return load
-    label = layout.name(claim.layer, "")
-    solution = ReadBlock(path=str(file.path), sha256=file.sha256, block=block, label=label, inverse=invert)
-    return ApplyBlock(load=load, axes=layout.axes(claim.spec), offset=claim.spec.offset, solution=solution)
+    assert claim is not None
+    return tuple(other for other in layout.stored_as(claim) if "*" not in other) or None
+
+
+def _dtype(header: Header | None, wanted: str | None) -> str | None:
+    """What a tensor is written in: what the user asked for, else as it was stored."""
+    if header is None or header.dtype is None:
+        return None
+    return wanted or str(header.dtype).removeprefix("torch.")
 
 
 def _copy_the_rest(source: Path, folder: Path) -> None:

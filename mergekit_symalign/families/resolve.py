@@ -13,9 +13,12 @@ from typing import Any
 import yaml
 
 from mergekit_symalign.errors import ArchitectureError
-from mergekit_symalign.families.schema import BlockKind, Family, Positions, TensorSpec
-from mergekit_symalign.symmetry.element import Axes
-from mergekit_symalign.symmetry.options import GainScope, HeadShape
+from mergekit_symalign.families.schema import MLP_AXES, BlockKind, Family, MlpKind, Positions, TensorSpec
+from mergekit_symalign.symmetry.element import Fused, TensorAxes
+from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
+
+_COUNTED_APART = MLP_AXES - {"expert"} | {"query_gain", "key_gain"}  # may have their experts or heads as another axis
+_POSITIVELY_HOMOGENEOUS = frozenset(("relu",))
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,11 @@ class Geometry:
     kv_heads: int
     head_dim: int
     neurons: int
+    experts: int = 1
 
     def length(self, axis: str, gains: GainScope = GainScope.head) -> int | None:
-        """Length of an axis, or None where any is right (vocabulary, labels)."""
-        every = gains is GainScope.all
+        """Whole length of an axis of a block, or None where any is right (vocabulary, labels)."""
+        every = gains.per_head
         return {
             "query": self.query_heads * self.head_dim,
             "attended": self.query_heads * self.head_dim,
@@ -38,9 +42,10 @@ class Geometry:
             "value": self.kv_heads * self.head_dim,
             "query_gain": self.head_dim * (self.query_heads if every else 1),
             "key_gain": self.head_dim * (self.kv_heads if every else 1),
-            "gate": self.neurons,
-            "up": self.neurons,
-            "down": self.neurons,
+            "gate": self.experts * self.neurons,
+            "up": self.experts * self.neurons,
+            "down": self.experts * self.neurons,
+            "expert": self.experts,
             "residual": self.hidden,
         }.get(axis)
 
@@ -75,6 +80,9 @@ class ModelLayout:
         inside: tensors of every layer, by the rest of their name.
         rotary: coordinates of each head that RoPE turns, in layers that have it.
         without_rope: layers that have none.
+        norm: normalisation of queries and keys.
+        neuron_scale: which factors the neurons have.
+        absent: tensors that the family knows and this config does not have, by the rest of their name.
     """
 
     family: Family
@@ -84,11 +92,18 @@ class ModelLayout:
     inside: Mapping[str, TensorSpec]
     rotary: int
     without_rope: frozenset[int] = frozenset()
+    norm: GainScope = GainScope.none
+    neuron_scale: NeuronScale = NeuronScale.signed
+    absent: frozenset[str] = frozenset()
 
     @cached_property
     def _layer_name(self) -> re.Pattern[str]:
-        prefix = re.escape(self.family.layer_prefix).replace(re.escape("{layer}"), r"(\d+)")
+        prefix = re.escape(self._layer_prefix).replace(re.escape("{layer}"), r"(\d+)")
         return re.compile(prefix + "(.+)")
+
+    @property
+    def _layer_prefix(self) -> str:
+        return self.family.prefix + self.family.layer_prefix
 
     def claim(self, name: str) -> Claim | None:
         """The one rule that claims this tensor, or None if the family does not know it."""
@@ -103,40 +118,85 @@ class ModelLayout:
         """Whether old checkpoints carry this beside the weights."""
         return any(fnmatchcase(name, pattern) for pattern in self.family.buffers)
 
+    def is_absent(self, name: str) -> bool:
+        """Whether models of this family have such a tensor, but not with this config."""
+        match = self._layer_name.fullmatch(name)
+        return match is not None and match[2] in self.absent
+
     def name(self, layer: int, part: str) -> str:
         """Full name of a tensor inside a layer."""
-        return self.family.layer_prefix.format(layer=layer) + part
+        return self._layer_prefix.format(layer=layer) + part
+
+    def stored_as(self, claim: Claim) -> tuple[str, ...]:
+        """Other names (or patterns, for tensors stored in pieces) that checkpoints may have for a tensor."""
+        if claim.layer is None:
+            return claim.spec.stored_as
+        inside, whole = self.name(claim.layer, ""), self.family.prefix
+        return tuple(
+            whole + pattern.format(layer=claim.layer) if "{layer}" in pattern else inside + pattern
+            for pattern in claim.spec.stored_as
+        )
 
     def block(self, kind: BlockKind) -> dict[str, TensorSpec]:
         """The tensors of a block, by their name inside the layer."""
         return {part: spec for part, spec in self.inside.items() if spec.block is kind}
 
     def shape(self, spec: TensorSpec) -> tuple[int | None, ...]:
-        """The shape a tensor must have; None where any length is right."""
-        return tuple(self._length(axis) for axis in spec.axes)
+        """The shape a tensor must be stored in; None where any length is right."""
+        lengths = [self._length(self._named(axis, spec)) for axis in spec.axes]
+        if (joined := _joined(spec)) is not None:
+            i, j = joined
+            whole = lengths[j] or 0
+            lengths[i] = self.geometry.experts if spec.axes[i] == "expert" else whole // self.geometry.head_dim
+            lengths[j] = whole // (lengths[i] or 1)
+        return tuple(lengths)
 
-    def axes(self, spec: TensorSpec) -> Axes:
-        """The names of a tensor's axes; a fused axis with the lengths of its parts."""
-        return tuple(
-            axis if isinstance(axis, str) else tuple((part, self._length(part) or 0) for part in axis)
-            for axis in spec.axes
-        )
+    def axes(self, spec: TensorSpec) -> TensorAxes:
+        """What the axes of a stored tensor are."""
+        names = [self._named(axis, spec) for axis in spec.axes]
+        if (joined := _joined(spec)) is None:
+            return TensorAxes(tuple(names), None, spec.offset)
+        i, j = joined
+        names[i] = names.pop(j)
+        return TensorAxes(tuple(names), (i, j, self.shape(spec)[j] or 0), spec.offset)
 
     def head_shape(self, layer: int) -> HeadShape:
         """The heads of a layer, and how positions enter its queries and keys."""
         g, attention = self.geometry, self.family.attention
         rotary = 0 if layer in self.without_rope or attention.positions is Positions.none else self.rotary
         interleaved = attention.positions is Positions.rope_interleaved
-        return HeadShape(g.query_heads, g.kv_heads, g.head_dim, rotary, interleaved, attention.norm)
+        return HeadShape(g.query_heads, g.kv_heads, g.head_dim, rotary, interleaved, self.norm)
 
-    def _length(self, axis: str | tuple[str, ...]) -> int | None:
+    def mlp_shape(self) -> MlpShape:
+        """The neurons of a layer, and which factors they have."""
+        return MlpShape(self.geometry.neurons, self.geometry.experts, self.neuron_scale)
+
+    def _named(self, axis: str | tuple[str, ...], spec: TensorSpec) -> str | Fused:
         if isinstance(axis, str):
-            return self.geometry.length(axis, self.family.attention.norm)
-        return sum(self._length(part) or 0 for part in axis)
+            return axis
+        groups = self.geometry.experts if "expert" in spec.axes else 1
+        groups = self.geometry.kv_heads if spec.fused_per_head else groups
+        return Fused(tuple((part, self.geometry.length(part, self.norm) or 0) for part in axis), groups)
+
+    def _length(self, axis: str | Fused) -> int | None:
+        if isinstance(axis, str):
+            return self.geometry.length(axis, self.norm)
+        return sum(length for _, length in axis.parts)
 
     @property
     def has_qk_norm(self) -> bool:
-        return self.family.attention.norm is not GainScope.none
+        return self.norm is not GainScope.none
+
+
+def _joined(spec: TensorSpec) -> tuple[int, int] | None:
+    """The positions of ``expert`` or ``head`` and of the axis it belongs to, if the tensor has both."""
+    first = next((i for i, axis in enumerate(spec.axes) if axis in ("expert", "head")), None)
+    second = next((i for i, axis in enumerate(spec.axes) if _names(axis) & _COUNTED_APART), None)
+    return None if first is None or second is None else (first, second)
+
+
+def _names(axis: str | tuple[str, ...]) -> set[str]:
+    return {axis} if isinstance(axis, str) else set(axis)
 
 
 @cache
@@ -159,11 +219,18 @@ def supported_architectures() -> tuple[str, ...]:
 
 def is_block_tensor(name: str) -> bool:
     """Whether any family takes a tensor of this name for part of an attention block or MLP."""
-    return any(
-        spec.block is not None and re.search(rf"(^|\.)\d+\.{re.escape(part)}$", name)
-        for family in families().values()
-        for part, spec in family.layer.items()
-    )
+    return any(re.search(pattern, name) for pattern in _block_patterns())
+
+
+@cache
+def _block_patterns() -> tuple[str, ...]:
+    patterns = set()
+    for family in families().values():
+        for part, spec in family.layer.items():
+            if spec.block is not None:
+                inside = [part, *(name.rpartition("{layer}.")[2] for name in spec.stored_as)]
+                patterns |= {rf"(^|\.)\d+\.{re.escape(name).replace(re.escape('*'), '[0-9]+')}$" for name in inside}
+    return tuple(sorted(patterns))
 
 
 def resolve(config: Any, *, model: str) -> ModelLayout:
@@ -186,17 +253,33 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
                 f"{', '.join(map(repr, allowed))}",
                 "Use MergeKit's own method for this model",
             )
-    layers = lookup(config, family.sizes.layers)
-
-    def present(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-        return {name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)}
-
     geometry = _geometry(config, family, model)
-    rotary = _rotary(config, family, geometry, model)
-    exception = family.attention.without_rope
+    attention, exception = family.attention, family.attention.without_rope
     values = lookup(config, exception.key) or () if exception is not None else ()
-    without = frozenset(i for i, x in enumerate(values) if exception is not None and x == exception.value)
-    return ModelLayout(family, geometry, layers, present(family.tensors), present(family.layer), rotary, without)
+    normalised = attention.norm_when is None or lookup(config, attention.norm_when)
+    return ModelLayout(
+        family=family,
+        geometry=geometry,
+        layers=lookup(config, family.sizes.layers),
+        outside=_present(config, {family.prefix + k: x for k, x in family.tensors.items()} | family.task_heads),
+        inside=_present(config, family.layer),
+        rotary=_rotary(config, family, geometry, model),
+        without_rope=frozenset(i for i, x in enumerate(values) if exception is not None and x == exception.value),
+        norm=attention.norm if normalised else GainScope.none,
+        neuron_scale=_neuron_scale(config, family),
+        absent=frozenset(family.layer) - _present(config, family.layer).keys(),
+    )
+
+
+def _present(config: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    return {name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)}
+
+
+def _neuron_scale(config: Any, family: Family) -> NeuronScale:
+    if family.mlp is MlpKind.gated:
+        return NeuronScale.signed
+    activation = lookup(config, family.activation) if family.activation is not None else None
+    return NeuronScale.positive if activation in _POSITIVELY_HOMOGENEOUS else NeuronScale.none
 
 
 def _geometry(config: Any, family: Family, model: str) -> Geometry:
@@ -206,6 +289,7 @@ def _geometry(config: Any, family: Family, model: str) -> Geometry:
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["query_heads"]
     sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["query_heads"]
     sizes["neurons"] = sizes["neurons"] or 4 * sizes["hidden"]
+    sizes["experts"] = sizes["experts"] or 1
     geometry = Geometry(**sizes)
     if geometry.query_heads % geometry.kv_heads:
         raise ArchitectureError(

@@ -11,14 +11,19 @@ axis                 length                                      moved by
 ``attended``         query heads × head dimension (read by o)    its dual
 ``query_gain``       head dimension (× query heads)              gain scale (QK-norm)
 ``key_gain``         head dimension (× KV heads)                 its dual
-``gate``             neurons                                     neuron permutation
-``up``               neurons                                     permutation, then scale
+``gate``             neurons (of every expert)                   neuron permutation
+``up``               neurons (of every expert)                   permutation, then scale
 ``down``             neurons (read by down)                      dual of ``up``
+``expert``           experts                                     expert permutation
+``head``             query or KV heads (beside a gain)           with the gain
 ``residual``         hidden size                                 nothing (yet)
 ``vocabulary``       vocabulary, whatever its size               nothing
 ``position``         learned positions                           nothing
-``label``            classes of a task head                      nothing
+``other``            anything else (labels, pixels, …)           nothing
 ===================  ==========================================  =================================
+
+``expert`` beside a neuron axis and ``head`` beside a gain are stored apart and belong together: the symmetry acts on
+experts × neurons, heads × coordinates.
 """
 
 from __future__ import annotations
@@ -40,14 +45,16 @@ Axis = Literal[
     "gate",
     "up",
     "down",
+    "expert",
+    "head",
     "residual",
     "vocabulary",
     "position",
-    "label",
+    "other",
 ]
 
 ATTENTION_AXES: frozenset[str] = frozenset(("query", "key", "value", "attended", "query_gain", "key_gain"))
-MLP_AXES: frozenset[str] = frozenset(("gate", "up", "down"))
+MLP_AXES: frozenset[str] = frozenset(("gate", "up", "down", "expert"))
 
 
 class BlockKind(str, Enum):
@@ -85,15 +92,20 @@ class TensorSpec(_Data):
 
     Attributes:
         axes: one name for each axis of the stored tensor, in order; several for an axis that is fused of them.
+        fused_per_head: the parts of a fused axis follow one another for each KV head, not once.
         when: config key; the tensor exists only where that is true.
         optional: the tensor may be absent (tied embeddings).
+        stored_as: names that checkpoints may have instead (inside a layer: by the rest of the name, or in full with
+            ``{layer}``); with ``*``, for tensors that are stored in pieces and joined when they are loaded.
         offset: what is added to the stored numbers to get the weights (1 for gains stored as γ − 1).
         read_by: for a norm: the tensors of the same layer (or the model) that read its output.
     """
 
     axes: tuple[Union[Axis, tuple[Axis, ...]], ...]
+    fused_per_head: bool = False
     when: Optional[str] = None
     optional: bool = False
+    stored_as: tuple[str, ...] = ()
     offset: float = 0.0
     read_by: tuple[str, ...] = ()
 
@@ -117,6 +129,7 @@ class SizeKeys(_Data):
     kv_heads: Optional[str] = None
     head_dim: Optional[str] = None
     neurons: str
+    experts: Optional[str] = None
 
 
 class LayersWithoutRope(_Data):
@@ -134,12 +147,14 @@ class AttentionSpec(_Data):
         rotary_factor: config keys of the share of each head that RoPE turns; the first that is there counts.
         without_rope: layers that are an exception.
         norm: normalisation of queries and keys.
+        norm_when: config key; the normalisation is there only where that is true.
     """
 
     positions: Positions
     rotary_factor: tuple[str, ...] = ()
     without_rope: Optional[LayersWithoutRope] = None
     norm: GainScope = GainScope.none
+    norm_when: Optional[str] = None
 
 
 class Family(_Data):
@@ -152,9 +167,12 @@ class Family(_Data):
         sizes: config keys.
         attention: what decides the admissible group of the heads.
         mlp: what a neuron is.
+        activation: config key of a plain MLP's activation, which decides whether its neurons have a scale.
         variants: config key -> the values this family was checked for (None: the key is absent); any other is refused.
         tensors: outside the layers, by full name.
         layer_prefix: what the names inside a layer start with; ``{layer}`` is its index.
+        prefix: what models with a task head put before the names above.
+        task_heads: tensors of those heads, by full name; none of them is in every model.
         layer: inside a layer, by the rest of the name.
         buffers: names that old checkpoints carry beside the weights, and that are never merged.
     """
@@ -165,16 +183,19 @@ class Family(_Data):
     sizes: SizeKeys
     attention: AttentionSpec
     mlp: MlpKind = MlpKind.gated
+    activation: Optional[str] = None
     variants: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     tensors: dict[str, TensorSpec]
     layer_prefix: str
     layer: dict[str, TensorSpec]
+    prefix: str = ""
+    task_heads: dict[str, TensorSpec] = Field(default_factory=dict)
     buffers: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _readers_exist(self) -> Family:
-        known = {*self.tensors, *self.layer}
-        for name, spec in {**self.tensors, **self.layer}.items():
+        known = {*self.tensors, *self.layer, *self.task_heads}
+        for name, spec in {**self.tensors, **self.layer, **self.task_heads}.items():
             if missing := set(spec.read_by) - known:
                 raise ValueError(f"family {self.name}: {name} is read by {sorted(missing)}, which it does not list")
         if "{layer}" not in self.layer_prefix:

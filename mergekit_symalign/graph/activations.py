@@ -12,7 +12,8 @@ from mergekit.graph import Task
 from mergekit_symalign.activations.calibration import Calibration
 from mergekit_symalign.activations.runner import Batch, LayerRunner, Recorded
 from mergekit_symalign.activations.statistics import Stream, run_layer
-from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.errors import ArchitectureError
+from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
@@ -32,6 +33,26 @@ def runner_of(model: ModelReference, trust_remote_code: bool) -> LayerRunner:
     """The model without weights, built once for all its layers."""
     config = model.config(trust_remote_code=trust_remote_code)
     return LayerRunner(config, resolve(config, model=str(model)))
+
+
+def require_runnable(layout: ModelLayout, model: str) -> None:
+    """
+    Raises:
+        ArchitectureError: if a model cannot be matched by what it does on prompts.
+    """
+    if all("vocabulary" not in spec.axes for spec in layout.outside.values()):
+        reason = "it does not read text"
+    elif layout.geometry.experts > 1:
+        reason = "its experts see different tokens in different models"
+    elif layout.family.name.startswith("deberta"):
+        reason = "its queries and keys are computed from positions as well"
+    else:
+        return
+    raise ArchitectureError(
+        f"model {model}",
+        f"objective: activations does not know {layout.family.title}: {reason}",
+        "Use objective: weights",
+    )
 
 
 class _Streaming(Task[Dict[str, Any]]):
@@ -179,8 +200,9 @@ class SolveActivations(SolveBlock):
         seen = {axis: Covariance(*numbers) for axis, numbers in statistics.items()}
         with readable_errors():
             if self.kind is BlockKind.mlp:
-                element = align_mlp_by(seen["down"], sides, self.use)
+                element = align_mlp_by(seen["down"], sides, self.mlp, self.use)
             else:
                 attention = {axis: seen[axis] for axis in SEEN[BlockKind.attention]}
-                element = align_attention_by(attention, sides, self.shape, self.use)
-        return without_identities(element).pack()
+                element = align_attention_by(attention, sides, self.heads, self.use)
+        facts = {"objective": "activations"}
+        return {"actions": without_identities(element).pack(), "facts": facts}

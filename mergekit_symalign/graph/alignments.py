@@ -54,7 +54,7 @@ class ReadBlock(Task[Dict[str, Any]]):
             if file.sha256 != self.sha256:
                 raise AlignmentFileError(file.label, "it was replaced while it was in use", "Start again")
         element = file.element(self.block)
-        return (element.inverse() if self.inverse else element).pack()
+        return {"actions": (element.inverse() if self.inverse else element).pack(), "facts": {}}
 
 
 class SaveAlignment(Task[str]):
@@ -74,7 +74,7 @@ class SaveAlignment(Task[str]):
         return dict(self.solutions)
 
     def execute(self, **solutions: Dict[str, Any]) -> str:
-        elements = {block: BlockElement.unpack(packed) for block, packed in solutions.items()}
+        elements = {block: BlockElement.unpack(s["actions"]) for block, s in solutions.items()}
         save_alignment(Path(self.path), Origin(**json.loads(self.origin)), elements)
         return self.path
 

@@ -8,7 +8,7 @@ import torch
 from mergekit.graph import Task
 
 from mergekit_symalign.graph.load import LoadFinite
-from mergekit_symalign.symmetry.element import Axes, BlockElement
+from mergekit_symalign.symmetry.element import BlockElement, TensorAxes
 
 
 class ApplyBlock(Task[torch.Tensor]):
@@ -23,8 +23,7 @@ class ApplyBlock(Task[torch.Tensor]):
     """
 
     load: LoadFinite
-    axes: Axes
-    offset: float = 0.0
+    axes: TensorAxes
     solution: Task
 
     def arguments(self) -> Dict[str, Task]:
@@ -37,4 +36,4 @@ class ApplyBlock(Task[torch.Tensor]):
         return True
 
     def execute(self, tensor: torch.Tensor, solution: Dict[str, Any]) -> torch.Tensor:
-        return BlockElement.unpack(solution)(tensor, self.axes, self.offset)
+        return BlockElement.unpack(solution["actions"])(tensor, self.axes)

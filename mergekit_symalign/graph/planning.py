@@ -20,7 +20,7 @@ from mergekit.tokenizer.truncate import TruncatedVocabulary
 
 from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError, ParameterError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
-from mergekit_symalign.families.schema import BlockKind, MlpKind
+from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.activations import SolveActivations
 from mergekit_symalign.graph.alignments import Alignments, ReadBlock, SourceBlock, require_same_layers
 from mergekit_symalign.graph.apply import ApplyBlock
@@ -29,7 +29,7 @@ from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock
 from mergekit_symalign.graph.streaming import SHARED, StreamingPlan, Wanted, gather_of, in_order, plan_streaming
 from mergekit_symalign.methods import ALIGNMENT_NAMES, AlignedMethod
-from mergekit_symalign.symmetry.options import HeadShape, Rotation, Symmetries
+from mergekit_symalign.symmetry.options import HeadShape, NeuronScale, Rotation, Symmetries
 
 LOG = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class AlignedPlan:
     options: MergeOptions
     method: AlignedMethod
     listed: frozenset[ModelReference]
+    _layouts: dict[ModelReference, ModelLayout] = field(default_factory=dict)
     _checkpoints: dict[ModelReference, Checkpoint] = field(default_factory=dict)
 
     _streaming: StreamingPlan | None = None
@@ -64,9 +65,21 @@ class AlignedPlan:
         """What the merge does beside writing tensors to ``out_path``."""
         return self._alignments.save_tasks()
 
+    def other_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
+        """Names under which this model's checkpoint may have a tensor, beside those that MergeKit knows.
+
+        Raises:
+            ArchitectureError, CheckpointError: no family describes this model, or it is quantised.
+        """
+        layout = self._layout(model)
+        claim = layout.claim(info.name)
+        return tuple(name for name in layout.stored_as(claim) if "*" not in name) if claim is not None else ()
+
     def rewrite(self, planned: list[Planned]) -> list[tuple[WeightInfo, Task]]:
         """Check everything that headers can tell, then give every block's tensors to their aligned tasks."""
         self._open_checkpoints(planned)
+        planned = [(weight, task) for weight, task in planned if not self._is_superfluous(task)]
+        self._check(planned)
         streamed = any(task.parameters["objective"] == "activations" for _, task in planned)
         planned = in_order(planned) if streamed else planned
         blocks: dict[BlockKey, list[Planned]] = defaultdict(list)
@@ -85,13 +98,28 @@ class AlignedPlan:
     # Checks
 
     def _open_checkpoints(self, planned: list[Planned]) -> None:
+        for model in dict.fromkeys(m for _, task in planned for m in gather_of(task).weight_info):
+            model_type = model.config(trust_remote_code=self.options.trust_remote_code).model_type
+            self._checkpoints[model] = Checkpoint.open(model, model_type, self._layout(model))
+
+    def _is_superfluous(self, task: ExecuteMergeMethodTask) -> bool:
+        """Whether MergeKit's architecture file asks for a tensor that models of this config do not have.
+
+        Old buffers are superfluous as soon as one model has none; what the config leaves out (a switched-off norm, an
+        unused task head), if no model has it.
+        """
+        infos = gather_of(task).weight_info.items()
+        there = [self._checkpoints[model].stored(info) is not None for model, info in infos]
+        layouts = [(self._checkpoints[model].layout, info.name) for model, info in infos]
+        if all(layout.is_buffer(name) for layout, name in layouts):
+            return not all(there)
+        return not any(there) and all(layout.is_absent(name) or _may_lack(layout, name) for layout, name in layouts)
+
+    def _check(self, planned: list[Planned]) -> None:
         used: dict[ModelReference, dict[str, WeightInfo]] = defaultdict(dict)
         for _, task in planned:
             for model, info in gather_of(task).weight_info.items():
                 used[model][info.name] = info
-        for model in used:
-            layout = self._layout(model)
-            self._checkpoints[model] = Checkpoint.open(model, layout)
         for anchor, model in dict.fromkeys((_anchor(task), m) for _, task in planned for m in task.model_order):
             _check_geometry(self._checkpoints[anchor], self._checkpoints[model])
         for model, infos in used.items():
@@ -100,6 +128,11 @@ class AlignedPlan:
             self._check_vocabulary(weight, task)
 
     def _layout(self, model: ModelReference) -> ModelLayout:
+        if model not in self._layouts:
+            self._layouts[model] = self._resolved(model)
+        return self._layouts[model]
+
+    def _resolved(self, model: ModelReference) -> ModelLayout:
         config = model.config(trust_remote_code=self.options.trust_remote_code)
         if getattr(config, "quantization_config", None) is not None:
             raise CheckpointError(
@@ -140,7 +173,6 @@ class AlignedPlan:
         _check_possible(use, kind, layout)
         specs = [layout.claim(weight.name).spec for weight, _ in members]  # type: ignore[union-attr]
         axes = tuple(layout.axes(spec) for spec in specs)
-        offsets = tuple(spec.offset for spec in specs)
         loads = [GatherAligned(**dict(gather_of(task))).loads() for _, task in members]
         result: dict[str, dict[ModelReference, ApplyBlock]] = {weight.name: {} for weight, _ in members}
         for model in members[0][1].model_order:
@@ -153,17 +185,15 @@ class AlignedPlan:
                 ref=model,
                 kind=kind,
                 axes=axes,
-                offsets=offsets,
                 anchor=anchor_loads,
                 model=model_loads,
-                shape=shape,
+                heads=shape,
+                mlp=layout.mlp_shape(),
                 use=use,
             )
             self._record(model, kind, members, solution)
             for i, (weight, _) in enumerate(members):
-                result[weight.name][model] = ApplyBlock(
-                    load=model_loads[i], axes=axes[i], offset=offsets[i], solution=solution
-                )
+                result[weight.name][model] = ApplyBlock(load=model_loads[i], axes=axes[i], solution=solution)
         return result
 
     def _stream(self, planned: list[Planned], blocks: dict[BlockKey, list[Planned]]) -> None:
@@ -325,13 +355,18 @@ def _check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> No
             "a rotation before the norm's gains breaks the model",
             "Use rotation: exact",
         )
-    if kind is BlockKind.mlp and use.neuron_scaling and layout.family.mlp is MlpKind.plain:
+    if kind is BlockKind.mlp and use.neuron_scaling and layout.neuron_scale is NeuronScale.none:
         raise ConfigError(
             "parameter neuron_scaling",
             f"{layout.family.title} has a plain MLP: its activation stands between the two projections, and a scale "
             "would change the function",
             "Leave neuron_scaling out",
         )
+
+
+def _may_lack(layout: ModelLayout, name: str) -> bool:
+    claim = layout.claim(name)
+    return claim is not None and claim.spec.optional
 
 
 def _anchor(task: ExecuteMergeMethodTask) -> ModelReference:

@@ -12,32 +12,33 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
-from mergekit_symalign.symmetry.element import Axes, BlockElement, rows_by_axis
-from mergekit_symalign.symmetry.options import HeadShape, Sides, Symmetries
+from mergekit_symalign.symmetry.element import BlockElement, TensorAxes, rows_by_axis
+from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Sides, Symmetries
 
 
 class SolveBlock(Task[Dict[str, Any]]):
     """Aligns one attention block or MLP of a model to the anchor's.
 
-    It depends on the loads of the merge itself, so that every tensor is read once. The result holds only tensors in
-    dicts and tuples (`BlockElement.pack`); an axis whose optimum is the identity is left out.
+    It depends on the loads of the merge itself, so that every tensor is read once. The result is
+    ``{"actions": …, "facts": …}``: the element as tensors in dicts and tuples (`BlockElement.pack`; an axis whose
+    optimum is the identity is left out), and what is known of the solve as a flat dict of plain numbers and strings.
 
     Attributes:
         kind: attention or MLP.
         axes: of each tensor of the block.
-        offsets: what is added to each stored tensor (gains stored as γ − 1).
         anchor: the anchor's loads, in the same order.
         model: the model's loads, in the same order.
-        shape: heads of the attention.
+        heads: shape of the attention.
+        mlp: shape of the MLP.
         use: symmetries that are admitted.
     """
 
     kind: BlockKind
-    axes: Tuple[Axes, ...]
-    offsets: Tuple[float, ...]
+    axes: Tuple[TensorAxes, ...]
     anchor: Tuple[LoadFinite, ...]
     model: Tuple[LoadFinite, ...]
-    shape: HeadShape
+    heads: HeadShape
+    mlp: MlpShape
     use: Symmetries
 
     @model_validator(mode="after")
@@ -58,18 +59,19 @@ class SolveBlock(Task[Dict[str, Any]]):
 
     def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
         sides = self._sides(tensors)
+        facts: Dict[str, Any] = {}
         with readable_errors():
             if self.kind is BlockKind.mlp:
-                element = align_mlp(sides, self.use)
+                element = align_mlp(sides, self.mlp, self.use)
             else:
-                element = align_attention(sides, self.shape, self.use)
-        return without_identities(element).pack()
+                element = align_attention(sides, self.heads, self.use)
+        return {"actions": without_identities(element).pack(), "facts": facts}
 
     def _sides(self, tensors: Dict[str, torch.Tensor]) -> Sides:
         """For each axis the tensors that have it, as rows [axis, columns], anchor and model."""
         sides: Dict[str, Any] = {}
-        for i, (axes, offset) in enumerate(zip(self.axes, self.offsets, strict=True)):
-            anchor, model = (rows_by_axis(tensors[f"{side}{i}"], axes, offset) for side in ("anchor", "model"))
+        for i, axes in enumerate(self.axes):
+            anchor, model = (rows_by_axis(tensors[f"{side}{i}"], axes) for side in ("anchor", "model"))
             for axis in anchor.keys() & self.kind.axes:
                 sides.setdefault(axis, []).append((anchor[axis], model[axis]))
         return sides

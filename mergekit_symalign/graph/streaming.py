@@ -22,7 +22,7 @@ from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
 from mergekit_symalign.errors import CalibrationError, ConfigError, ParameterError
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.graph.activations import SEEN, EmbedPrompts, Part, RunLayer
+from mergekit_symalign.graph.activations import SEEN, EmbedPrompts, Part, RunLayer, require_runnable
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 
@@ -84,6 +84,8 @@ def plan_streaming(
     anchor = next(iter(anchors))
     assert anchor is not None  # graph/config_checks.py
     models = (anchor, *dict.fromkeys(w.model for w in wanted))
+    for model in models:
+        require_runnable(checkpoints[model].layout, str(model))
     loads = _Loads(planned, checkpoints)
     last = max(w.layer for w in wanted)
     loads.require(models, last)

@@ -6,7 +6,7 @@ moves a tensor there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.certificate import certified_permutation
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling, compute_dtype
+from mergekit_symalign.symmetry.options import NeuronScale
 from mergekit_symalign.symmetry.scale import joint_log_scale, newton_step, quartic_scale
 
 _BLOCK = 1 << 22  # pairs of neurons whose scales are solved at once
@@ -37,11 +38,11 @@ class NeuronPairs:
     divided: Sequence[Pair]
 
 
-def align_neurons(pairs: NeuronPairs, *, permute: bool, scale: bool) -> tuple[AxisAction, AxisAction]:
+def align_neurons(pairs: NeuronPairs, *, permute: bool, scale: NeuronScale) -> tuple[AxisAction, AxisAction]:
     """The permutation of neurons, and with ``scale`` their signed scales, that come closest to the anchor.
 
-    Maximises ``Σ_i S[i, π(i)]``, ``S = G_A G_Bᵀ + U_A U_Bᵀ + D_Aᵀ D_B``. With ``scale`` the score of a pair is that of
-    its own best factor ``c ≠ 0`` for ``u → c u, d → d / c``, so that permutation and factors are optimal together.
+    Maximises ``Σ_i S[i, π(i)]``, ``S = G_A G_Bᵀ + U_A U_Bᵀ + D_Aᵀ D_B``. With a scale the score of a pair is that of
+    its own best factor for ``u → c u, d → d / c``, so that permutation and factors are optimal together.
 
     Returns:
         The actions that gate rows and up rows carry; down columns carry the dual of the latter.
@@ -49,15 +50,16 @@ def align_neurons(pairs: NeuronPairs, *, permute: bool, scale: bool) -> tuple[Ax
     neurons, device = pairs.scaled[0][0].shape[0], pairs.scaled[0][0].device
     index = best_permutation(pairs, scale=scale) if permute else torch.arange(neurons, device=device)
     permutation = Permutation(index)
-    if not scale:
+    if scale is NeuronScale.none:
         return permutation, permutation
-    factor = signed_scale(_paired(pairs.scaled, index), _paired(pairs.divided, index))
+    signed = scale is NeuronScale.signed
+    factor = neuron_factors(_paired(pairs.scaled, index), _paired(pairs.divided, index), signed=signed)
     return permutation, Chain((permutation, Scaling(factor)))
 
 
-def best_permutation(pairs: NeuronPairs, *, scale: bool) -> Tensor:
+def best_permutation(pairs: NeuronPairs, *, scale: NeuronScale) -> Tensor:
     """The optimal permutation: proven by nearest neighbours if they can, else from the full assignment problem."""
-    if not scale:
+    if scale is NeuronScale.none:
         index = certified_permutation([*pairs.fixed, *pairs.scaled, *pairs.divided])
         if index is not None:
             return index
@@ -86,15 +88,55 @@ def best_assignment(score: Tensor) -> Tensor:
     return identity if bool(gain <= noise) else index
 
 
-def signed_scale(scaled: tuple[Tensor, Tensor], divided: tuple[Tensor, Tensor]) -> Tensor:
-    """The best factor ``c ≠ 0`` of each pair: minimises ``c² b + o / c² − 2 (c p + q / c)``.
+def identity_is_optimal(unmoved: Tensor, bounds: Tensor) -> bool:
+    """Whether no pair off the diagonal can be cheaper than the diagonal one already is without any element.
+
+    Args:
+        unmoved: [n] costs of the diagonal pairs as they are.
+        bounds: [n, n] lower bounds of every pair's cost.
+    """
+    off = bounds.masked_fill(torch.eye(len(bounds), dtype=torch.bool, device=bounds.device), torch.inf)
+    return bool((unmoved <= off.amin(1)).all())
+
+
+def lazy_assignment(bounds: Tensor, cost: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The assignment with the least total cost, asking for the cost of as few pairs as possible.
+
+    Pairs whose cost was not asked for stand in with their lower bound: an optimum that uses known pairs only is an
+    optimum of the true costs.
+
+    Args:
+        bounds: [n, n] lower bounds of every pair's cost.
+        cost: from rows and columns [m] of some pairs to their costs [m].
+
+    Returns:
+        The column of each row, int64 [n].
+    """
+    costs = bounds.clone()
+    known = torch.zeros_like(costs, dtype=torch.bool)
+    rows = torch.arange(len(costs), device=costs.device)
+    index = rows
+    while True:
+        missing = rows[~known[rows, index]]
+        if len(missing) == 0:
+            return index
+        costs[missing, index[missing]] = cost(missing, index[missing]).to(costs.dtype)
+        known[missing, index[missing]] = True
+        index = best_assignment(-costs)
+
+
+def neuron_factors(scaled: tuple[Tensor, Tensor], divided: tuple[Tensor, Tensor], *, signed: bool) -> Tensor:
+    """The best factor of each pair: minimises ``c² b + o / c² − 2 (c p + q / c)`` over ``c ≠ 0``, or ``c > 0``.
 
     Args:
         scaled: ``p`` (inner products of anchor and model) and ``b`` (squared norms of the model) of the up rows.
         divided: the same, ``q`` and ``o``, of the down columns.
+        signed: whether ``c`` may be negative.
     """
     (p, b), (q, o) = scaled, divided
     p, b, q, o = torch.broadcast_tensors(p.double(), b.double(), q.double(), o.double())
+    if not signed:
+        return quartic_scale(b, o, p, q)
 
     def g(t: Tensor) -> Tensor:
         return (torch.exp(t) * p.unsqueeze(-1) + torch.exp(-t) * q.unsqueeze(-1)).abs()
@@ -106,18 +148,19 @@ def signed_scale(scaled: tuple[Tensor, Tensor], divided: tuple[Tensor, Tensor]) 
     return factor
 
 
-def _scores(pairs: NeuronPairs, *, scale: bool) -> Tensor:
+def _scores(pairs: NeuronPairs, *, scale: NeuronScale) -> Tensor:
     """What each pair of neurons (anchor's row, model's column) contributes when matched."""
     fixed, scaled, divided = (_products(side) for side in (pairs.fixed, pairs.scaled, pairs.divided))
-    if not scale:
+    if scale is NeuronScale.none:
         return fixed + scaled + divided
     b, o = (_squares(side) for side in (pairs.scaled, pairs.divided))
     rows = max(1, _BLOCK // scaled.shape[1])
-    blocks = [_best_saving(p, b, q, o) for p, q in zip(scaled.split(rows), divided.split(rows), strict=True)]
-    return fixed + torch.cat(blocks)
+    signed = scale is NeuronScale.signed
+    blocks = zip(scaled.split(rows), divided.split(rows), strict=True)
+    return fixed + torch.cat([_best_saving(p, b, q, o, signed=signed) for p, q in blocks])
 
 
-def _best_saving(p: Tensor, b: Tensor, q: Tensor, o: Tensor) -> Tensor:
+def _best_saving(p: Tensor, b: Tensor, q: Tensor, o: Tensor, *, signed: bool) -> Tensor:
     """``max_c c p + q/c − (c² b + o/c²) / 2`` for every pair, plus ``(b + o) / 2``, which no permutation changes.
 
     Every stationary point lies between ``c = p/b`` and ``c = o/q``: Newton from both ends, from the point where the
@@ -126,6 +169,7 @@ def _best_saving(p: Tensor, b: Tensor, q: Tensor, o: Tensor) -> Tensor:
     Args:
         p, q: [rows, neurons] inner products.
         b, o: [neurons] squared norms of the model's rows.
+        signed: whether ``c`` may be negative.
     """
     b, o = (x.to(p.dtype).clamp_min(torch.finfo(p.dtype).tiny) for x in (b, o))
     balance = (torch.log(o / b) / 4).expand_as(p)
@@ -137,11 +181,12 @@ def _best_saving(p: Tensor, b: Tensor, q: Tensor, o: Tensor) -> Tensor:
     )
     best = torch.full_like(p, -torch.inf)
     for t in starts:
-        sign = torch.where(torch.exp(t) * p + torch.exp(-t) * q < 0, -1.0, 1.0)
+        sign = torch.where(torch.exp(t) * p + torch.exp(-t) * q < 0, -1.0 if signed else 1.0, 1.0)
         for _ in range(5):
             t = newton_step(t, b, o, sign * p, sign * q, longest=0.5)
         c = torch.exp(t)
-        best = torch.maximum(best, (c * p + q / c).abs() - (c.square() * b + o / c.square()) / 2)
+        gain = (c * p + q / c).abs() if signed else c * p + q / c
+        best = torch.maximum(best, gain - (c.square() * b + o / c.square()) / 2)
     return best + (b + o) / 2
 
 

@@ -75,9 +75,13 @@ def solve_gains(sides: Sides, shape: HeadShape, use: Symmetries) -> dict[str, Ax
     """The factors that the gains of a QK-norm trade: one set for the layer, or one for each KV head."""
     if not use.scaling or not shape.qk_norm:
         return {}
-    n = shape.kv_heads if shape.norm is GainScope.all else 1
-    query, key = (tuple(x.reshape(n, -1, shape.head_dim) for x in sides[axis][0]) for axis in GAIN_AXES)
+    n = shape.kv_heads if shape.norm.per_head else 1
+    planes = torch.tensor(shape.planes(), device=sides["query_gain"][0][0].device)
+    query, key = (
+        tuple(x.reshape(n, -1, shape.head_dim).index_select(-1, planes) for x in sides[axis][0]) for axis in GAIN_AXES
+    )
     factor = align_gains((query[0], query[1]), (key[0], key[1]), signed=use.rotation is not Rotation.none)
+    factor = factor.index_select(-1, torch.argsort(planes))
     wide = factor.repeat_interleave(query[0].shape[1], dim=0)
     return {"query_gain": Scaling(wide.flatten()), "key_gain": Scaling(1 / factor.flatten())}
 
@@ -95,7 +99,7 @@ def solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisA
     """What query rows carry: the largest group that positions and norms admit."""
     rotate = use.rotation is not Rotation.none
     if shape.qk_norm:
-        return align_signs(m.query, m.key) if rotate else None
+        return align_signs(m.query, m.key, of_heads=shape.norm is GainScope.centred) if rotate else None
     if not (rotate or use.scaling):
         return None
     if use.rotation is Rotation.full:

@@ -13,9 +13,10 @@ import torch
 from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons
 from mergekit_symalign.symmetry.attention import GAIN_AXES, attention_moments, per_query_head, solve_gains, solve_heads
 from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.experts import align_experts
 from mergekit_symalign.symmetry.groups import AxisAction, Chain
 from mergekit_symalign.symmetry.heads import HeadOrder, HeadProblem, match_heads
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, Pair, Sides, Symmetries
+from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Pair, Sides, Symmetries
 
 HEAD_AXES = ("query", "key", "value", "attended")
 
@@ -45,22 +46,30 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> BlockEle
     return BlockElement(actions if order is None else after(order, actions, shape))
 
 
-def align_mlp(sides: Sides, use: Symmetries) -> BlockElement:
-    """Match the neurons of an MLP (axes gate, up, down; a plain MLP has no gate).
+def align_mlp(sides: Sides, shape: MlpShape, use: Symmetries) -> BlockElement:
+    """Match the neurons of an MLP, and its experts if it has several.
 
-    The signed scale is a symmetry of gated MLPs only.
+    Args:
+        sides: axes gate, up, down (a plain MLP has no gate), [experts × neurons, …]; with experts also expert (router).
+        shape: neurons and experts, and which factors the neurons have.
+        use: what is admitted.
     """
-    if not (use.permutation or use.neuron_scaling):
+    scale = shape.scale if use.neuron_scaling else NeuronScale.none
+    if not use.permutation and scale is NeuronScale.none:
         return BlockElement({})
-    pairs = NeuronPairs(sides.get("gate", ()), sides["up"], sides["down"])
-    gate, up = align_neurons(pairs, permute=use.permutation, scale=use.neuron_scaling)
+    actions: dict[str, AxisAction] = {}
+    if shape.experts > 1:
+        actions["expert"], gate, up = align_experts(sides, shape.experts, permute=use.permutation, scale=scale)
+    else:
+        pairs = NeuronPairs(sides.get("gate", ()), sides["up"], sides["down"])
+        gate, up = align_neurons(pairs, permute=use.permutation, scale=scale)
     up = up.snapped(_tolerance(sides["up"]))
-    return BlockElement({"gate": gate, "up": up, "down": up.dual()})
+    return BlockElement(actions | {"gate": gate, "up": up, "down": up.dual()})
 
 
 def moved_axes(shape: HeadShape) -> tuple[str, ...]:
     """The axes that a permutation of heads moves."""
-    return HEAD_AXES + (GAIN_AXES if shape.norm is GainScope.all else ())
+    return HEAD_AXES + (GAIN_AXES if shape.norm.per_head else ())
 
 
 def _reordered(sides: Sides, order: HeadOrder, shape: HeadShape) -> Sides:

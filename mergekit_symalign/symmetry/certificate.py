@@ -44,7 +44,7 @@ def certified_permutation(pairs: Sequence[Pair]) -> Tensor | None:
 
 def _settle(pairs: Sequence[Pair], rows: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Which rows of the anchor have a proven nearest neighbour, and the best candidate of every row."""
-    anchor, model = (torch.cat([_columns(pair[i], share) for pair in pairs], dim=1) for i in range(2))
+    anchor, model = (torch.cat([spread_columns(pair[i], share) for pair in pairs], dim=1) for i in range(2))
     norms = model.square().sum(1)
     settled, candidates = [], []
     for block in rows.split(_ROWS):
@@ -60,7 +60,7 @@ def _settle(pairs: Sequence[Pair], rows: Tensor, share: float) -> tuple[Tensor, 
     return torch.cat(settled), torch.cat(candidates)
 
 
-def _columns(rows: Tensor, share: float) -> Tensor:
+def spread_columns(rows: Tensor, share: float) -> Tensor:
     """Evenly spaced columns of a matrix, at least one, in float32."""
     count = max(1, round(share * rows.shape[1]))
     at = torch.linspace(0, rows.shape[1] - 1, count, device=rows.device).long()

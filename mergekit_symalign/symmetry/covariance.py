@@ -27,10 +27,11 @@ from mergekit_symalign.symmetry.blocks import HEAD_AXES, after, moved_axes
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling, compute_dtype
 from mergekit_symalign.symmetry.heads import GroupMoments, HeadOrder, HeadProblem, match_heads
-from mergekit_symalign.symmetry.options import HeadShape, Pair, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Pair, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.procrustes import Moments, align_heads
 
 PRIOR = 1e-5  # weight of the weights beside the activations, both in units of their own norm
+_SILENT = 1e-5  # largest score of neurons that no prompt wakes, in units of the others' mean
 _TOLERANCE = 1e-6  # below this an angle or a factor's distance from 1 is rounding of sums in float32
 
 
@@ -118,7 +119,7 @@ def align_attention_by(seen: Covariances, weights: Sides, shape: HeadShape, use:
     return BlockElement(actions if order is None else after(order, actions, shape))
 
 
-def align_mlp_by(seen: Covariance, weights: Sides, use: Symmetries) -> BlockElement:
+def align_mlp_by(seen: Covariance, weights: Sides, shape: MlpShape, use: Symmetries) -> BlockElement:
     """Match the neurons of an MLP by what they hand to the down projection.
 
     Maximises ``Σ_i C[i, π(i)]`` of the cross-covariance ``C``. With ``neuron_scaling`` each pair has the factor that
@@ -128,19 +129,23 @@ def align_mlp_by(seen: Covariance, weights: Sides, use: Symmetries) -> BlockElem
     Args:
         seen: axis down.
         weights: the rows of axes gate (if gated), up and down.
+        shape: which factors the neurons have.
         use: what is admitted.
     """
-    if not (use.permutation or use.neuron_scaling):
+    scale = shape.scale if use.neuron_scaling else NeuronScale.none
+    if not use.permutation and scale is NeuronScale.none:
         return BlockElement({})
     index = torch.arange(len(seen.anchor), device=seen.cross.device)
     if use.permutation:
-        index = best_assignment(_neuron_scores(seen, weights, scale=use.neuron_scaling))
+        index = best_assignment(_neuron_scores(seen, weights, scale))
     gate = Permutation(index)
     up: AxisAction = gate
-    if use.neuron_scaling:
+    if scale is not NeuronScale.none:
         cross = seen.cross.gather(1, index.unsqueeze(1)).squeeze(1)
         size = _size_ratio(seen.anchor, seen.model.index_select(0, index))
-        up = Chain((gate, Scaling(torch.where(cross < 0, -size, size)))).snapped(_TOLERANCE)
+        up = Chain(
+            (gate, Scaling(torch.where(cross < 0, -size, size) if scale is NeuronScale.signed else size))
+        ).snapped(_TOLERANCE)
     return BlockElement({"gate": gate, "up": up, "down": up.dual()})
 
 
@@ -251,11 +256,12 @@ def _reordered_gains(gains: Sides, order: HeadOrder, shape: HeadShape) -> dict[s
     return {axis: [(a, moved(axis, b)) for a, b in side] for axis, side in gains.items()}
 
 
-def _neuron_scores(seen: Covariance, weights: Sides, *, scale: bool) -> Tensor:
+def _neuron_scores(seen: Covariance, weights: Sides, scale: NeuronScale) -> Tensor:
     """What each pair of neurons contributes when matched [neurons, neurons]."""
     score = seen.cross
-    if scale:
-        score = seen.cross.abs() * seen.anchor.sqrt().unsqueeze(1) * _inverse_root(seen.model)
+    if scale is not NeuronScale.none:
+        score = score.abs() if scale is NeuronScale.signed else score
+        score = score * seen.anchor.sqrt().unsqueeze(1) * _inverse_root(seen.model)
     rows, columns = (torch.nonzero(x <= 0).flatten() for x in (seen.anchor, seen.model))
     if len(rows) == 0 or len(columns) == 0:
         return score
@@ -265,5 +271,5 @@ def _neuron_scores(seen: Covariance, weights: Sides, *, scale: bool) -> Tensor:
         for a, b in weights.get(axis, ())
     ]
     silent = Covariance.of_rows(sides).cross
-    silent = silent * (PRIOR * score.abs().mean() / silent.abs().max().clamp_min(torch.finfo(silent.dtype).tiny))
+    silent = silent * (_SILENT * score.abs().mean() / silent.abs().max().clamp_min(torch.finfo(silent.dtype).tiny))
     return score.index_put((rows.unsqueeze(1), columns), silent.to(score.dtype))

@@ -23,8 +23,58 @@ from mergekit_symalign.symmetry.groups import (
     compute_dtype,
 )
 
-Segments = tuple[tuple[str, int], ...]  # axes that lie one after another along one fused axis, with their lengths
-Axes = tuple[str | Segments, ...]
+
+@dataclass(frozen=True)
+class Fused:
+    """Several axes that lie one after another along one stored axis.
+
+    Attributes:
+        parts: name and whole length of each.
+        groups: how often the sequence is repeated, each time with the next share of every part: 1 for ``[q, k, v]``,
+            the number of heads for ``[q₁, k₁, v₁, q₂, …]`` (GPT-NeoX) and of experts for packed expert weights.
+    """
+
+    parts: tuple[tuple[str, int], ...]
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class TensorAxes:
+    """What the axes of a stored tensor are.
+
+    Attributes:
+        names: of each axis, after joining.
+        joined: two stored axes ``(i, j)``, ``i < j``, that are one axis of the block (experts and their neurons, heads
+            and their coordinates), with the size of the second; None if each stands for itself.
+        offset: what is added to the stored numbers to get the weights (1 for gains stored as γ − 1).
+    """
+
+    names: tuple[str | Fused, ...]
+    joined: tuple[int, int, int] | None = None
+    offset: float = 0.0
+
+    def all_names(self) -> set[str]:
+        """Every axis, fused ones by their parts."""
+        return {
+            name for axis in self.names for name in ([axis] if isinstance(axis, str) else [n for n, _ in axis.parts])
+        }
+
+    def read(self, stored: Tensor) -> Tensor:
+        """The weights, with joined axes joined; in the compute dtype if there is an offset."""
+        x = stored.to(compute_dtype(stored.dtype)) + self.offset if self.offset else stored
+        if self.joined is None:
+            return x
+        i, j, _ = self.joined
+        return x.movedim(j, i + 1).flatten(i, i + 1)
+
+    def write(self, weights: Tensor) -> Tensor:
+        """The inverse of `read`."""
+        x = weights - self.offset if self.offset else weights
+        if self.joined is None:
+            return x
+        i, j, size = self.joined
+        return x.unflatten(i, (-1, size)).movedim(i + 1, j)
+
 
 _KINDS: dict[str, Any] = {
     cls.kind: cls
@@ -46,11 +96,6 @@ def unpack(packed: Sequence[Mapping[str, Sequence[Tensor]]]) -> AxisAction:
     return steps[0] if len(steps) == 1 else Chain(steps)
 
 
-def names_of(axes: Axes) -> set[str]:
-    """Every axis of a tensor, fused ones by their parts."""
-    return {name for axis in axes for name in ([axis] if isinstance(axis, str) else [n for n, _ in axis])}
-
-
 @dataclass(frozen=True, eq=False)
 class BlockElement:
     """A symmetry of one attention block or MLP: an action for each axis that it moves.
@@ -62,29 +107,23 @@ class BlockElement:
 
     actions: Mapping[str, AxisAction]
 
-    def __call__(self, x: Tensor, axes: Axes, offset: float = 0.0) -> Tensor:
-        """Transform a tensor whose axes have these names; untouched tensors come back as they are.
-
-        Args:
-            x: the stored tensor.
-            axes: the name of each axis, or for a fused axis the names and lengths of its parts.
-            offset: what is added to the stored numbers to get the weights (1 for gains stored as γ − 1).
-        """
-        if not names_of(axes) & self.actions.keys():
+    def __call__(self, x: Tensor, axes: TensorAxes) -> Tensor:
+        """Transform a stored tensor; one that this does not touch comes back as it is."""
+        if not axes.all_names() & self.actions.keys():
             return x
-        weights = x.to(compute_dtype(x.dtype)) + offset if offset else x
-        for dim, axis in enumerate(axes):
+        weights = axes.read(x)
+        for dim, axis in enumerate(axes.names):
             weights = self._along(weights, dim, axis)
-        return weights - offset if offset else weights
+        return axes.write(weights)
 
-    def _along(self, x: Tensor, dim: int, axis: str | Segments) -> Tensor:
+    def _along(self, x: Tensor, dim: int, axis: str | Fused) -> Tensor:
         if isinstance(axis, str):
             return self.actions[axis](x, dim) if axis in self.actions else x
-        if not self.actions.keys() & {name for name, _ in axis}:
+        if not self.actions.keys() & {name for name, _ in axis.parts}:
             return x
         x = x.to(compute_dtype(x.dtype))
-        parts = x.split([length for _, length in axis], dim=dim)
-        return torch.cat([self._along(part, dim, name) for part, (name, _) in zip(parts, axis, strict=True)], dim=dim)
+        parts = [self._along(part, dim, name) for name, part in fused_parts(x, dim, axis).items()]
+        return torch.cat([x.unflatten(dim, (axis.groups, -1)) for x in parts], dim=dim + 1).flatten(dim, dim + 1)
 
     def inverse(self) -> BlockElement:
         return BlockElement({axis: action.inverse() for axis, action in self.actions.items()})
@@ -98,15 +137,18 @@ class BlockElement:
         return BlockElement({axis: unpack(action) for axis, action in packed.items()})
 
 
-def rows_by_axis(x: Tensor, axes: Axes, offset: float = 0.0) -> dict[str, Tensor]:
-    """The weights of a tensor as rows of each of its axes [axis, columns], fused axes taken apart."""
+def rows_by_axis(x: Tensor, axes: TensorAxes) -> dict[str, Tensor]:
+    """The weights of a stored tensor as rows of each of its axes [axis, columns], fused axes taken apart."""
     result = {}
-    weights = x.to(compute_dtype(x.dtype)) + offset if offset else x
-    for dim, axis in enumerate(axes):
-        rows = weights.movedim(dim, 0).reshape(x.shape[dim], -1)
-        if isinstance(axis, str):
-            result[axis] = rows
-        else:
-            parts = rows.split([length for _, length in axis])
-            result.update({name: part for part, (name, _) in zip(parts, axis, strict=True)})
+    weights = axes.read(x)
+    for dim, axis in enumerate(axes.names):
+        rows = weights.movedim(dim, 0).flatten(1) if weights.ndim > 1 else weights.unsqueeze(1)
+        result.update({axis: rows} if isinstance(axis, str) else fused_parts(rows, 0, axis))
     return result
+
+
+def fused_parts(x: Tensor, dim: int, fused: Fused) -> dict[str, Tensor]:
+    """A fused axis taken apart: each part of its whole length."""
+    grouped = x.unflatten(dim, (fused.groups, -1))
+    parts = grouped.split([length // fused.groups for _, length in fused.parts], dim=dim + 1)
+    return {name: part.flatten(dim, dim + 1) for part, (name, _) in zip(parts, fused.parts, strict=True)}

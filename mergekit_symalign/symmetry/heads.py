@@ -8,7 +8,6 @@ and a pair is solved only when the assignment wants it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -16,7 +15,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment import best_assignment
+from mergekit_symalign.symmetry.assignment import best_assignment, identity_is_optimal, lazy_assignment
 from mergekit_symalign.symmetry.attention import (
     AttentionMoments,
     HeadActions,
@@ -68,39 +67,14 @@ def match_heads(problem: HeadProblem, m: AttentionMoments) -> HeadOrder | None:
     bounds, group = problem.lower_bounds(), shape.queries_per_kv
     kv = torch.arange(shape.kv_heads, device=bounds.device)
     unmoved = remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
-    if _identity_is_optimal(unmoved, bounds):
+    if identity_is_optimal(unmoved, bounds):
         inner = problem.pairs(kv, kv).order
     else:
-        kv = _lazy_assignment(bounds, problem.cost)
+        kv = lazy_assignment(bounds, problem.cost)
         inner = torch.stack([problem.inner[i, j] for i, j in enumerate(kv.tolist())])
     query = (kv.unsqueeze(1) * group + inner).flatten()
     same = all(bool((order == torch.arange(len(order), device=order.device)).all()) for order in (kv, query))
     return None if same else HeadOrder(kv, query)
-
-
-def _identity_is_optimal(unmoved: Tensor, bounds: Tensor) -> bool:
-    """Whether no pair off the diagonal can be cheaper than the diagonal one already is without any element."""
-    off = bounds.masked_fill(torch.eye(len(bounds), dtype=torch.bool, device=bounds.device), torch.inf)
-    return bool((unmoved <= off.amin(1)).all())
-
-
-def _lazy_assignment(bounds: Tensor, cost: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The assignment with the least total cost, asking for the cost of as few pairs as possible.
-
-    Pairs whose cost was not asked for stand in with their lower bound: an optimum that uses known pairs only is an
-    optimum of the true costs.
-    """
-    costs = bounds.clone()
-    known = torch.zeros_like(costs, dtype=torch.bool)
-    rows = torch.arange(len(costs), device=costs.device)
-    index = rows
-    while True:
-        missing = rows[~known[rows, index]]
-        if len(missing) == 0:
-            return index
-        costs[missing, index[missing]] = cost(missing, index[missing]).to(costs.dtype)
-        known[missing, index[missing]] = True
-        index = best_assignment(-costs)
 
 
 class HeadProblem:

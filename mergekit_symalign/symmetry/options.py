@@ -35,8 +35,37 @@ class GainScope(str, Enum):
     """Whether queries and keys are normalised, and over what."""
 
     none = "none"
-    head = "head"  # each head, with one gain per coordinate that all heads share
-    all = "all"  # all heads together, with a gain for each coordinate of each head
+    head = "head"  # each head (RMS), with one gain per coordinate that all heads share
+    all = "all"  # all heads together (RMS), with a gain for each coordinate of each head
+    centred = "centred"  # each head, less its mean (layer norm), with a gain for each coordinate of each head
+
+    @property
+    def per_head(self) -> bool:
+        """Whether every head has gains of its own, which move with it."""
+        return self in (GainScope.all, GainScope.centred)
+
+
+class NeuronScale(str, Enum):
+    """Which factors a neuron's up row may carry while its down column carries the inverse."""
+
+    none = "none"  # a nonlinear activation stands between the two
+    positive = "positive"  # one that positive factors pass (ReLU)
+    signed = "signed"  # a gated MLP: up enters as it is
+
+
+@dataclass(frozen=True)
+class MlpShape:
+    """The shape of an MLP.
+
+    Attributes:
+        neurons: of each expert.
+        experts: 1 for a dense MLP.
+        scale: which factors its neurons have.
+    """
+
+    neurons: int
+    experts: int = 1
+    scale: NeuronScale = NeuronScale.signed
 
 
 @dataclass(frozen=True)

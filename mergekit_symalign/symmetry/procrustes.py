@@ -117,13 +117,20 @@ def align_planes(first: Moments, second: Moments, *, rotate: bool, scale: bool) 
     return PlaneRotation(angle, s)
 
 
-def align_signs(first: Moments, second: Moments) -> Scaling:
+def align_signs(first: Moments, second: Moments, *, of_heads: bool) -> Scaling:
     """One sign for each rotary plane of each KV head: all that QK-norm leaves exact.
+
+    Args:
+        of_heads: one sign for each KV head as a whole, all that a norm leaves that also subtracts the mean.
 
     Returns:
         ±1 for every coordinate of every KV head, flattened; its own dual.
     """
-    sign = _sign(plane_correlation(first.cross + second.cross).real)
+    cross = first.cross + second.cross
+    if of_heads:
+        whole = _sign(cross.diagonal(dim1=-2, dim2=-1).sum(-1))
+        return Scaling(whole.repeat_interleave(cross.shape[-1]))
+    sign = _sign(plane_correlation(cross).real)
     return Scaling(torch.cat((sign, sign), dim=-1).flatten())
 
 

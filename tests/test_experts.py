@@ -1,0 +1,100 @@
+"""Experts and their neurons: planted orders come back, and nothing cheaper exists."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from mergekit_symalign.symmetry.assignment import best_assignment
+from mergekit_symalign.symmetry.blocks import align_mlp
+from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.experts import ExpertProblem
+from mergekit_symalign.symmetry.groups import Chain, Permutation, Scaling
+from mergekit_symalign.symmetry.options import MlpShape, NeuronScale, Symmetries
+
+E, N, H = 4, 9, 24
+NEURON_AXES = ("gate", "up", "down")
+SHAPE = MlpShape(N, E)
+Rows = dict[str, torch.Tensor]
+
+
+def _rows(seed: int) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"gate": E * N, "up": E * N, "down": E * N, "expert": E}
+    return {axis: torch.randn(n, H, generator=generator, dtype=torch.float64) for axis, n in sizes.items()}
+
+
+def _sides(anchor: Rows, model: Rows) -> dict:
+    return {axis: [(x, model[axis])] for axis, x in anchor.items()}
+
+
+def _moved(rows: Rows, element: BlockElement) -> Rows:
+    return {axis: element.actions[axis](x, 0) for axis, x in rows.items()}
+
+
+def _distance(a: Rows, b: Rows) -> float:
+    return float(sum((x - b[axis]).square().sum() for axis, x in a.items()))
+
+
+def _planted(seed: int, *, scale: bool) -> BlockElement:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(E, generator=generator)
+    gate = Permutation(torch.cat([torch.randperm(N, generator=generator) + j * N for j in order.tolist()]))
+    factor = torch.randn(E * N, generator=generator, dtype=torch.float64).exp()
+    up = Chain((gate, Scaling(factor * torch.randn(E * N, generator=generator).sign()))) if scale else gate
+    return BlockElement({"expert": Permutation(order), "gate": gate, "up": up, "down": up.dual()})
+
+
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
+def test_planted_order_of_experts_and_neurons_is_recovered(scale: bool, noise: float) -> None:
+    anchor = _rows(0)
+    sibling = {axis: x + noise * _rows(1)[axis] for axis, x in anchor.items()}
+    planted = _planted(2, scale=scale)
+    found = align_mlp(_sides(anchor, _moved(sibling, planted)), SHAPE, Symmetries(neuron_scaling=scale))
+    assert torch.equal(found.actions["expert"].index, planted.actions["expert"].inverse().index)
+    assert torch.equal(found.actions["gate"].index, planted.actions["gate"].inverse().index)
+    back = _moved(_moved(sibling, planted), found)
+    assert _distance(anchor, back) <= _distance(anchor, sibling) + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_optimum_over_all_orders_of_unrelated_experts(seed: int) -> None:
+    anchor, model = _rows(10 + seed), _rows(20 + seed)
+    found = _moved(model, align_mlp(_sides(anchor, model), SHAPE, Symmetries()))
+    best = min(_distance(anchor, _ordered(anchor, model, order)) for order in itertools.permutations(range(E)))
+    assert _distance(anchor, found) == pytest.approx(best, rel=1e-9)
+
+
+def _ordered(anchor: Rows, model: Rows, order: tuple[int, ...]) -> Rows:
+    """The model's experts in this order, each with its best order of neurons (scipy on the whole problem)."""
+    index = []
+    for i, j in enumerate(order):
+        block = {
+            axis: (anchor[axis][i * N : (i + 1) * N], model[axis][j * N : (j + 1) * N])
+            for axis in ("gate", "up", "down")
+        }
+        index.append(best_assignment(torch.stack([a @ b.mT for a, b in block.values()]).sum(0)) + j * N)
+    result = {axis: model[axis][torch.cat(index)] for axis in NEURON_AXES}
+    return result | {"expert": model["expert"][list(order)]}
+
+
+@pytest.mark.parametrize("scale", [NeuronScale.none, NeuronScale.signed])
+def test_lower_bounds_hold(scale: NeuronScale) -> None:
+    anchor = _rows(0)
+    for model in (_rows(1), {axis: x + 0.1 * _rows(2)[axis] for axis, x in anchor.items()}):
+        problem = ExpertProblem(_sides(anchor, model), E, True, scale)
+        i, j = (x.flatten() for x in torch.meshgrid(torch.arange(E), torch.arange(E), indexing="ij"))
+        costs = problem.costs(i, j)
+        assert (problem.lower_bounds().flatten() <= costs + 1e-9).all()
+        assert (problem.lower_bounds() > 0).all()
+
+
+def test_experts_keep_their_order_without_permutation() -> None:
+    anchor = _rows(0)
+    twin = _moved(anchor, _planted(2, scale=False))
+    found = align_mlp(_sides(anchor, twin), SHAPE, Symmetries(permutation=False, neuron_scaling=True))
+    assert bool(found.actions["expert"].is_identity() & found.actions["gate"].is_identity())
+    assert align_mlp(_sides(anchor, twin), SHAPE, Symmetries(permutation=False)).actions == {}
