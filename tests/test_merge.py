@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import State, load, merge_config, merged, squared_distance
+from mergekit.architecture import get_architecture_info
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
 from models import FAMILIES, logits, make_model, perturbed, relative_deviation, save, with_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -310,3 +315,16 @@ def test_many_models_each_aligned_to_the_anchor(llama: Trio, tmp_path: Path) -> 
     got = mean([llama.path("twin"), tmp_path / "second"], "g")
     scale = squared_distance(wanted, {k: torch.zeros_like(x) for k, x in wanted.items()})
     assert squared_distance(wanted, got) < 1e-9 * scale
+
+
+def test_merge_in_memory_is_the_merge_on_disk(llama: Trio, tmp_path: Path) -> None:
+    """As mergekit-evolve plans it; MergeKit 0.1.5 alone cannot."""
+    models = [{"model": llama.path("twin"), "parameters": {"weight": 0.5}}]
+    config = merge_config("aligned_task_arithmetic", llama.path("anchor"), models)
+    parsed, options = MergeConfiguration.model_validate(config), MergeOptions()
+    architecture = get_architecture_info(parsed, options)
+    planner = MergePlanner(parsed, architecture, options, out_model_config=llama.anchor.config)
+    out = {task.weight_info.name: x for task, x in Executor(planner.plan_in_memory()).run(quiet=True)}
+    on_disk = merged(config, tmp_path)
+    assert out.keys() == on_disk.keys()
+    assert all(torch.equal(x, out[name]) for name, x in on_disk.items())

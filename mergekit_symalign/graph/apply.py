@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Union
 
 import torch
 from mergekit.graph import Task
 
+from mergekit_symalign.graph.consensus import OneOfConsensus
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes
@@ -20,7 +21,7 @@ class ApplyBlock(Task[torch.Tensor]):
 
     load: LoadFinite
     axes: TensorAxes
-    solution: SolveBlock
+    solution: Union[SolveBlock, OneOfConsensus]
 
     def arguments(self) -> Dict[str, Task]:
         return {"tensor": self.load, "solution": self.solution}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from mergekit.architecture import WeightInfo
 from mergekit.common import ImmutableMap, ModelReference
@@ -22,6 +23,7 @@ from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint, merged_dtype
+from mergekit_symalign.graph.consensus import OneOfConsensus, SolveConsensus
 from mergekit_symalign.graph.load import GatherAligned
 from mergekit_symalign.graph.solve import SolveBlock
 from mergekit_symalign.methods import ALIGNMENT_NAMES, AlignedMethod
@@ -156,24 +158,27 @@ class AlignedPlan:
         _check_possible(use, kind, layout)
         specs = [layout.claim(weight.name).spec for weight, _ in members]  # type: ignore[union-attr]
         axes = tuple(layout.axes(spec) for spec in specs)
-        loads = [GatherAligned(**dict(_gather(task))).loads() for _, task in members]
-        result: dict[str, dict[ModelReference, ApplyBlock]] = {weight.name: {} for weight, _ in members}
-        for model in members[0][1].model_order:
-            if model == anchor_ref or not self._wants_alignment(model, members):
-                continue
-            anchor_loads, model_loads = (tuple(load[m] for load in loads) for m in (anchor_ref, model))
-            solution = SolveBlock(
-                kind=kind,
-                axes=axes,
-                anchor=anchor_loads,
-                model=model_loads,
-                heads=self._head_shape(model, members[0]),
-                mlp=layout.mlp_shape(),
-                use=use,
-            )
-            for i, (weight, _) in enumerate(members):
-                result[weight.name][model] = ApplyBlock(load=model_loads[i], axes=axes[i], solution=solution)
-        return result
+        block = {"kind": kind, "axes": axes, "mlp": layout.mlp_shape(), "use": use}
+        gathered = [GatherAligned(**dict(_gather(task))).loads() for _, task in members]
+        moved = [m for m in members[0][1].model_order if m != anchor_ref and self._wants_alignment(m, members)]
+        loads = {m: tuple(load[m] for load in gathered) for m in (anchor_ref, *moved)}
+        heads = {m: self._head_shape(m, members[0]) for m in moved}
+        solutions: dict[ModelReference, SolveBlock | OneOfConsensus]
+        if moved and self._common(members, "anchor") == "consensus":
+            ordered = sorted(moved, key=str)
+            models = tuple(loads[m] for m in (anchor_ref, *ordered))
+            consensus = SolveConsensus(**block, models=models, heads=heads[moved[0]])
+            solutions = {m: OneOfConsensus(consensus=consensus, index=i) for i, m in enumerate(ordered, start=1)}
+        else:
+            solutions = {
+                m: SolveBlock(**block, anchor=loads[anchor_ref], model=loads[m], heads=heads[m]) for m in moved
+            }
+        return {
+            weight.name: {
+                m: ApplyBlock(load=loads[m][i], axes=axes[i], solution=solution) for m, solution in solutions.items()
+            }
+            for i, (weight, _) in enumerate(members)
+        }
 
     def _head_shape(self, model: ModelReference, member: Planned) -> HeadShape:
         """Heads and positions of the layers that are matched, which anchor and model must share."""
@@ -194,13 +199,16 @@ class AlignedPlan:
         return shape
 
     def _settings(self, members: list[Planned]) -> Symmetries:
+        chosen = {name: self._common(members, name) for name in SYMMETRY_NAMES}
+        return Symmetries(**chosen | {"rotation": Rotation(chosen["rotation"])})
+
+    def _common(self, members: list[Planned], name: str) -> Any:
+        """The value of a shared parameter, which all tensors of a block must have in common."""
         first_weight, first = members[0]
         for weight, task in members[1:]:
-            for name in SYMMETRY_NAMES:
-                if task.parameters[name] != first.parameters[name]:
-                    raise _disagreement(name, (first_weight, first.parameters[name]), (weight, task.parameters[name]))
-        chosen = {name: first.parameters[name] for name in SYMMETRY_NAMES}
-        return Symmetries(**chosen | {"rotation": Rotation(chosen["rotation"])})
+            if task.parameters[name] != first.parameters[name]:
+                raise _disagreement(name, (first_weight, first.parameters[name]), (weight, task.parameters[name]))
+        return first.parameters[name]
 
     def _wants_alignment(self, model: ModelReference, members: list[Planned]) -> bool:
         first_weight, first = members[0]
