@@ -73,6 +73,9 @@ _EXPECTED: dict[str, dict[str, tuple[str, ...] | None]] = {
         "MergePlanner._plan": ("self",),
         "MergePlanner.plan_to_disk": ("self", "out_path"),
         "MergePlanner.plan_tensor": ("weight", "weights_in", "models", "cfg_reader"),
+        "MergePlanner.plan_in_memory": ("self",),
+        "ReturnTensor": ("weight_info", "tensor_task", "dtype"),
+        "Task": None,
         "MergePlanner": ("config", "arch_info", "options", "out_model_config"),
         "ExecuteMergeMethodTask": (
             "method_name",
@@ -145,6 +148,29 @@ def _hook_planner(plan: Any) -> None:
         return targets if aligned is None else [*targets, *aligned.extra_tasks(out_path)]
 
     plan.MergePlanner.plan_to_disk = plan_to_disk
+    if plan.ReturnTensor.model_fields["tensor_task"].annotation is not plan.Task:
+        _repair_in_memory(plan)
+
+
+def _repair_in_memory(plan: Any) -> None:
+    """MergeKit 0.1.5 cannot plan a merge in memory: it asks for a task of an abstract class. For our methods it can."""
+    original = plan.MergePlanner.plan_in_memory
+
+    @functools.wraps(original)
+    def plan_in_memory(self: Any) -> Any:
+        from mergekit_symalign.methods import AlignedMethod
+
+        if not isinstance(self._method, AlignedMethod):
+            return original(self)
+        self._plan()
+        return [
+            plan.ReturnTensor.model_construct(
+                weight_info=weight, tensor_task=task, dtype=weight.force_dtype or self.config.out_dtype
+            )
+            for weight, task in self._tensors
+        ]
+
+    plan.MergePlanner.plan_in_memory = plan_in_memory
 
 
 def _plan_aligned(planner: Any, original: Any) -> None:

@@ -34,6 +34,14 @@ _UNALIGNABLE = frozenset(("passthrough",))
 ALIGNMENT_PARAMETERS = (
     ParameterSpec("align", bool, ParameterScope.NON_BASE, default=True, description="false: take this model as it is"),
     ParameterSpec(
+        "anchor",
+        Literal["base", "consensus"],
+        ParameterScope.SHARED,
+        default="base",
+        description="base: the coordinates of base_model; consensus: those that all models agree on, turned into "
+        "base_model's",
+    ),
+    ParameterSpec(
         "permutation", bool, ParameterScope.SHARED, default=True, description="match the neurons of the MLPs"
     ),
     ParameterSpec("heads", bool, ParameterScope.SHARED, default=True, description="match KV heads and query heads"),

@@ -15,7 +15,7 @@ from mergekit import merge_methods
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from models import make_model, save
 from safetensors.torch import save_file
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import BertConfig, BertForMaskedLM, OPTConfig, OPTForCausalLM
 
 from mergekit_symalign.errors import (
     ArchitectureError,
@@ -352,3 +352,69 @@ def test_raw_pytorch_merge(models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UnalignedCallError, match="needs the whole block"):
         plan_flat_merge(config, str(tmp_path / "out"), False, False, MergeOptions())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_task_head_that_mergekit_would_drop(tmp_path: Path, refused: Callable[..., str]) -> None:
+    """MergeKit's file for BertForMaskedLM lacks the head's transformation: the merged model would predict noise."""
+    config = BertConfig(vocab_size=31, hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    for name in "ab":
+        BertForMaskedLM(config).save_pretrained(tmp_path / name)
+    message = refused(CheckpointError, merge_config("rotation_match", tmp_path / "a", [tmp_path / "b"]))
+    assert "cls.predictions.transform" in message
+    assert "override_architecture" in message
+
+
+def test_an_expert_that_is_missing(tmp_path: Path, refused: Callable[..., str]) -> None:
+    paths = [save(make_model("qwen3-moe", i), tmp_path / str(i)) for i in range(2)]
+
+    def drop(state: dict[str, torch.Tensor]) -> None:
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            del state[f"model.layers.1.mlp.experts.3.{part}.weight"]
+
+    other = _edited(paths[1], tmp_path / "m", drop)
+    message = refused(CheckpointError, merge_config("rotation_match", paths[0], [other]))
+    assert "model.layers.1.mlp.experts" in message
+    assert "3 x " in message
+
+
+def test_one_model_without_the_qk_norm_of_the_other(tmp_path: Path, refused: Callable[..., str]) -> None:
+    paths = [save(make_model(family, 0), tmp_path / family) for family in ("cohere-qk-norm", "cohere")]
+    message = refused(GeometryError, merge_config("rotation_match", paths[0], [paths[1]]))
+    assert "q_norm" in message
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("olmoe", "clip_qkv", 8.0),
+        ("qwen3-moe", "mlp_only_layers", [0]),
+        ("deberta-v3", "conv_kernel_size", 3),
+        ("bert", "position_embedding_type", "relative_key"),
+        ("modernbert", "hidden_activation", "relu"),
+        ("gpt-neox", "hidden_act", "tanh"),
+        ("vit", "hidden_act", "tanh"),
+        ("distilbert", "activation", "tanh"),
+    ],
+)
+def test_variants_nobody_checked(
+    family: str, key: str, value: object, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    paths = [save(make_model(family, i), tmp_path / str(i)) for i in range(2)]
+    for path in paths:
+        file = path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    message = refused(ArchitectureError, merge_config("rotation_match", paths[0], [paths[1]]))
+    assert f"config.{key} is {value!r}" in message
+
+
+def test_neuron_scaling_needs_a_neuron_that_can_be_scaled(tmp_path: Path, refused: Callable[..., str]) -> None:
+    paths = [save(make_model("bert", i), tmp_path / str(i)) for i in range(2)]
+    config = merge_config("rotation_match", paths[0], [paths[1]], parameters={"neuron_scaling": True})
+    assert "BERT has a plain MLP" in refused(ConfigError, config)
+
+
+def test_anchor_must_be_base_or_consensus(models: dict[str, Path], refused: Callable[..., str]) -> None:
+    config = _pair(models, models["b"]) | {"parameters": {"anchor": "median"}}
+    message = refused(ParameterError, config)
+    assert "parameter anchor" in message
+    assert "consensus" in message

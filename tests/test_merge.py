@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import State, load, merge_config, merged, squared_distance
+from mergekit.architecture import get_architecture_info
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
 from models import FAMILIES, logits, make_model, perturbed, relative_deviation, save, with_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -103,16 +108,19 @@ def test_a_twin_aligns_to_the_same_weights_as_the_original(trio: Trio, tmp_path:
         torch.testing.assert_close(out[1][name], x, rtol=1e-4, atol=2e-5 * float(x.abs().max()))
 
 
-def test_signed_neuron_scales_are_undone(tmp_path: Path) -> None:
-    trio = Trio("llama", tmp_path, Planted(neuron_scaling=True))
+@pytest.mark.parametrize("family", ["llama", "roberta", "olmoe"])
+def test_neuron_scales_are_undone(family: str, tmp_path: Path) -> None:
+    """Signed in gated MLPs and experts, positive in plain ones with ReLU."""
+    trio = Trio(family, tmp_path, Planted(neuron_scaling=True))
     config = merge_config("rotation_match", trio.path("anchor"), [trio.path("twin")])
-    with_scales = merged(config | {"parameters": {"neuron_scaling": True}}, tmp_path / "with")
-    without = merged(config, tmp_path / "without")
+    merged(config | {"parameters": {"neuron_scaling": True}}, tmp_path / "with")
+    merged(config, tmp_path / "without")
+    with_scales, without = (_model_at(tmp_path / name, trio.anchor) for name in ("with", "without"))
     anchor = _float32(trio.anchor)
-    before = squared_distance({k: _float32(trio.sibling)[k] for k in anchor}, anchor)
-    assert squared_distance(with_scales, anchor) <= 1.01 * before
-    assert squared_distance(without, anchor) > 2 * before
-    assert relative_deviation(logits(trio.sibling), logits(with_weights(trio.anchor, with_scales))) < 1e-3
+    before = squared_distance(_float32(trio.sibling), anchor)
+    assert squared_distance(_float32(with_scales), anchor) <= 1.01 * before
+    assert squared_distance(_float32(without), anchor) > 2 * before
+    assert relative_deviation(logits(trio.sibling), logits(with_scales)) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -310,3 +318,16 @@ def test_many_models_each_aligned_to_the_anchor(llama: Trio, tmp_path: Path) -> 
     got = mean([llama.path("twin"), tmp_path / "second"], "g")
     scale = squared_distance(wanted, {k: torch.zeros_like(x) for k, x in wanted.items()})
     assert squared_distance(wanted, got) < 1e-9 * scale
+
+
+def test_merge_in_memory_is_the_merge_on_disk(llama: Trio, tmp_path: Path) -> None:
+    """As mergekit-evolve plans it; MergeKit 0.1.5 alone cannot."""
+    models = [{"model": llama.path("twin"), "parameters": {"weight": 0.5}}]
+    config = merge_config("aligned_task_arithmetic", llama.path("anchor"), models)
+    parsed, options = MergeConfiguration.model_validate(config), MergeOptions()
+    architecture = get_architecture_info(parsed, options)
+    planner = MergePlanner(parsed, architecture, options, out_model_config=llama.anchor.config)
+    out = {task.weight_info.name: x for task, x in Executor(planner.plan_in_memory()).run(quiet=True)}
+    on_disk = merged(config, tmp_path)
+    assert out.keys() == on_disk.keys()
+    assert all(torch.equal(x, out[name]) for name, x in on_disk.items())

@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import merge_config, merged, squared_distance
 from models import FAMILIES, logits, make_model, perturbed, relative_deviation, save, with_weights
 
-from mergekit_symalign.families.resolve import ModelLayout, resolve
-from mergekit_symalign.families.schema import MlpKind, Positions
+from mergekit_symalign.families.resolve import ModelLayout, families, resolve
+from mergekit_symalign.families.schema import Positions
 from mergekit_symalign.planting import random_elements, transform
-from mergekit_symalign.symmetry.options import GainScope
+from mergekit_symalign.symmetry.options import GainScope, NeuronScale
 
 OUT = Path(__file__).parent.parent / "docs" / "architectures.md"
 HEAD = """# Architectures
@@ -34,12 +34,28 @@ Value/output rotation and scale, head permutations and neuron permutations are u
 """
 
 
+CLASSES = """
+## All transformers classes
+
+{classes}
+
+Anything else is refused with this list. Inside a family, variants that nobody has checked (another activation, another
+kind of RoPE, clamped queries, …) are refused too, with the config key and its value.
+"""
+
+
+def classes() -> str:
+    """A line for each family: the classes it covers."""
+    return "\n".join(f"- {f.title}: {', '.join(f'`{a}`' for a in f.architectures)}" for f in families().values())
+
+
 def query_key(layout: ModelLayout) -> str:
     """What is exact for queries and keys."""
     attention, shape = layout.family.attention, layout.head_shape(0)
-    if attention.norm is not GainScope.none:
-        gains = "one set for all heads" if attention.norm is GainScope.head else "for each KV head"
-        return f"QK-norm: sign per plane, factor between gains ({gains})"
+    if shape.qk_norm:
+        gains = "for each KV head" if shape.norm.per_head else "one set for all heads"
+        sign = "head" if shape.norm is GainScope.centred else "plane"
+        return f"QK-norm: sign per {sign}, factor between gains ({gains})"
     if shape.rotary == 0:
         return "rotation and scale (no RoPE)"
     layout_name = "interleaved" if attention.positions is Positions.rope_interleaved else "half-split"
@@ -47,6 +63,19 @@ def query_key(layout: ModelLayout) -> str:
     if shape.rotary < shape.head_dim:
         text += f" on {shape.rotary} of {shape.head_dim} coordinates, rotation on the rest"
     return text + ("; full rotation in layers without RoPE" if layout.without_rope else "")
+
+
+MLP = {
+    NeuronScale.signed: "gated: permutation, signed scale",
+    NeuronScale.positive: "plain, ReLU: permutation, positive scale",
+    NeuronScale.none: "plain: permutation",
+}
+
+
+def mlp(layout: ModelLayout) -> str:
+    """What is exact for neurons."""
+    shape = layout.mlp_shape()
+    return MLP[shape.scale] + ("; experts with their router rows" if shape.experts > 1 else "")
 
 
 def measure(name: str, folder: Path) -> str:
@@ -58,19 +87,27 @@ def measure(name: str, folder: Path) -> str:
     twin = with_weights(sibling, transform(sibling.state_dict(), layout, random_elements(layout, 3)))
     deviation = relative_deviation(logits(sibling), logits(twin))
     paths = [save(model, folder / name / str(i)) for i, model in enumerate((anchor, twin))]
-    out = merged(merge_config("rotation_match", paths[0], [paths[1]]), folder / name / "out")
-    reference = {k: x.float() for k, x in anchor.state_dict().items() if k in out}
+    merged(merge_config("rotation_match", paths[0], [paths[1]]), folder / name / "out")
+    out = type(anchor).from_pretrained(folder / name / "out", dtype=torch.float32)
+    reference = {k: x.float() for k, x in anchor.state_dict().items()}
     before = squared_distance(reference, sibling.state_dict())
-    ratio = (squared_distance(reference, out) / before) ** 0.5
-    mlp = "gated: permutation, signed scale" if layout.family.mlp is MlpKind.gated else "plain: permutation"
-    row = (name, layout.family.title, f"`{class_name}`", query_key(layout), mlp, f"{deviation:.0e}", f"{ratio:.3f}")
+    ratio = (squared_distance(reference, out.state_dict()) / before) ** 0.5
+    row = (
+        name,
+        layout.family.title,
+        f"`{class_name}`",
+        query_key(layout),
+        mlp(layout),
+        f"{deviation:.0e}",
+        f"{ratio:.3f}",
+    )
     return f"| {' | '.join(row)} |"
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         rows = [measure(name, Path(folder)) for name in FAMILIES]
-    OUT.write_text(HEAD + "\n".join(rows) + "\n")
+    OUT.write_text(HEAD + "\n".join(rows) + "\n" + CLASSES.format(classes=classes()))
 
 
 if __name__ == "__main__":

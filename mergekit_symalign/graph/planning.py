@@ -25,6 +25,7 @@ from mergekit_symalign.graph.activations import SolveActivations
 from mergekit_symalign.graph.alignments import Alignments, ReadBlock, SourceBlock, require_same_layers
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint, merged_dtype
+from mergekit_symalign.graph.consensus import OneOfConsensus, SolveConsensus
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock
 from mergekit_symalign.graph.streaming import SHARED, StreamingPlan, Wanted, gather_of, in_order, plan_streaming
@@ -173,28 +174,43 @@ class AlignedPlan:
         _check_possible(use, kind, layout)
         specs = [layout.claim(weight.name).spec for weight, _ in members]  # type: ignore[union-attr]
         axes = tuple(layout.axes(spec) for spec in specs)
-        loads = [GatherAligned(**dict(gather_of(task))).loads() for _, task in members]
-        result: dict[str, dict[ModelReference, ApplyBlock]] = {weight.name: {} for weight, _ in members}
-        for model in members[0][1].model_order:
-            if model == anchor_ref or not self._wants_alignment(model, members):
-                continue
-            anchor_loads, model_loads = (tuple(load[m] for load in loads) for m in (anchor_ref, model))
-            shape = self._head_shape(model, members[0])
-            solution = self._saved(model, kind, members, model_loads[0]) or self._solver(
-                members,
-                ref=model,
-                kind=kind,
-                axes=axes,
-                anchor=anchor_loads,
-                model=model_loads,
-                heads=shape,
-                mlp=layout.mlp_shape(),
-                use=use,
+        loads_of = [GatherAligned(**dict(gather_of(task))).loads() for _, task in members]
+        moved = [m for m in members[0][1].model_order if m != anchor_ref and self._wants_alignment(m, members)]
+        loads = {m: tuple(load[m] for load in loads_of) for m in (anchor_ref, *moved)}
+        heads = {m: self._head_shape(m, members[0]) for m in moved}
+        block: dict[str, Any] = {"kind": kind, "axes": axes, "mlp": layout.mlp_shape(), "use": use}
+        if moved and self._agreed("anchor", members) == "consensus":
+            self._require_weights_alone(moved, members)
+            ordered = sorted(moved, key=str)
+            models = tuple(loads[m] for m in (anchor_ref, *ordered))
+            consensus = SolveConsensus(**block, models=models, heads=heads[moved[0]])
+            solutions: dict[ModelReference, Task] = {
+                m: OneOfConsensus(consensus=consensus, index=i) for i, m in enumerate(ordered, start=1)
+            }
+        else:
+            solutions = {
+                m: self._saved(m, kind, members, loads[m][0])
+                or self._solver(members, m, **block, anchor=loads[anchor_ref], model=loads[m], heads=heads[m])
+                for m in moved
+            }
+        for m, solution in solutions.items():
+            self._record(m, kind, members, solution)
+        return {
+            weight.name: {
+                m: ApplyBlock(load=loads[m][i], axes=axes[i], solution=solution) for m, solution in solutions.items()
+            }
+            for i, (weight, _) in enumerate(members)
+        }
+
+    def _require_weights_alone(self, moved: list[ModelReference], members: list[Planned]) -> None:
+        """A consensus is found from the weights of all models at once: not from prompts, nor from one model's file."""
+        file = any(self._agreed("alignment", members, m) is not None for m in moved)
+        if file or self._agreed("objective", members) == "activations":
+            raise ConfigError(
+                "parameter anchor",
+                f"consensus does not go together with {'alignment' if file else 'objective: activations'}",
+                "Leave one of the two out",
             )
-            self._record(model, kind, members, solution)
-            for i, (weight, _) in enumerate(members):
-                result[weight.name][model] = ApplyBlock(load=model_loads[i], axes=axes[i], solution=solution)
-        return result
 
     def _stream(self, planned: list[Planned], blocks: dict[BlockKey, list[Planned]]) -> None:
         """Plan the run on prompts for all blocks that are to be matched by activations."""
@@ -232,7 +248,7 @@ class AlignedPlan:
         folder = self._agreed("save_alignment", members)
         if folder is not None:
             block = self._source_block("save_alignment", model, kind, members)
-            names = (*SYMMETRY_NAMES, "objective", *SHARED)
+            names = (*SYMMETRY_NAMES, "anchor", "objective", *SHARED)
             settings = {name: members[0][1].parameters[name] for name in names}
             self._alignments.record(folder, _anchor(members[0][1]), model, block, solution, settings)
 

@@ -61,10 +61,7 @@ class SolveBlock(Task[Dict[str, Any]]):
         sides = self._sides(tensors)
         facts: Dict[str, Any] = {}
         with readable_errors():
-            if self.kind is BlockKind.mlp:
-                element = align_mlp(sides, self.mlp, self.use)
-            else:
-                element = align_attention(sides, self.heads, self.use)
+            element = align(self.kind, sides, self.heads, self.mlp, self.use)
         return {"actions": without_identities(element).pack(), "facts": facts}
 
     def _sides(self, tensors: Dict[str, torch.Tensor]) -> Sides:
@@ -75,6 +72,11 @@ class SolveBlock(Task[Dict[str, Any]]):
             for axis in anchor.keys() & self.kind.axes:
                 sides.setdefault(axis, []).append((anchor[axis], model[axis]))
         return sides
+
+
+def align(kind: BlockKind, sides: Sides, heads: HeadShape, mlp: MlpShape, use: Symmetries) -> BlockElement:
+    """The best element for one block of one model."""
+    return align_mlp(sides, mlp, use) if kind is BlockKind.mlp else align_attention(sides, heads, use)
 
 
 def without_identities(element: BlockElement) -> BlockElement:

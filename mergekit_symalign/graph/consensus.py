@@ -1,0 +1,80 @@
+"""The tasks that find the alignment of one block of all models at once (``anchor: consensus``)."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from mergekit.graph import Task
+
+from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.graph.report import readable_errors
+from mergekit_symalign.graph.solve import align, without_identities
+from mergekit_symalign.symmetry.consensus import Rows, find_consensus
+from mergekit_symalign.symmetry.element import TensorAxes, rows_by_axis
+from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Symmetries
+
+
+class SolveConsensus(Task[Dict[str, Any]]):
+    """Aligns one block of several models to the mean that they agree on, in the coordinates of the base model.
+
+    Attributes:
+        kind: attention or MLP.
+        axes: of each tensor of the block.
+        models: the loads of every model, the base model first, the others in an order that does not depend on how
+            they are listed.
+        heads, mlp: shapes.
+        use: symmetries that are admitted.
+    """
+
+    kind: BlockKind
+    axes: Tuple[TensorAxes, ...]
+    models: Tuple[Tuple[LoadFinite, ...], ...]
+    heads: HeadShape
+    mlp: MlpShape
+    use: Symmetries
+
+    def arguments(self) -> Dict[str, Task]:
+        return {f"model{m}_{i}": load for m, loads in enumerate(self.models) for i, load in enumerate(loads)}
+
+    def group_label(self) -> Optional[str]:
+        return max(task.group_label() or "" for task in self.arguments().values())
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
+        models = [self._rows(tensors, m) for m in range(len(self.models))]
+        with readable_errors():
+            found = find_consensus(models, lambda sides: align(self.kind, sides, self.heads, self.mlp, self.use))
+        facts = {"consensus_rounds": len(found.spread) - 1}
+        return {
+            str(m): {"actions": without_identities(element).pack(), "facts": facts}
+            for m, element in enumerate(found.elements)
+        }
+
+    def _rows(self, tensors: Dict[str, torch.Tensor], model: int) -> Rows:
+        rows: Dict[str, Any] = {}
+        for i, axes in enumerate(self.axes):
+            for axis, part in rows_by_axis(tensors[f"model{model}_{i}"], axes).items():
+                if axis in self.kind.axes:
+                    rows.setdefault(axis, []).append(part)
+        return rows
+
+
+class OneOfConsensus(Task[Dict[str, Any]]):
+    """What a consensus found for one model, in the form of `SolveBlock`'s result."""
+
+    consensus: SolveConsensus
+    index: int
+
+    def arguments(self) -> Dict[str, Task]:
+        return {"consensus": self.consensus}
+
+    def group_label(self) -> Optional[str]:
+        return self.consensus.group_label()
+
+    def execute(self, consensus: Dict[str, Any]) -> Dict[str, Any]:
+        result: Dict[str, Any] = consensus[str(self.index)]
+        return result
