@@ -152,7 +152,7 @@ def test_few_tokens_warn_and_stay_finite(paths: list[Path], tmp_path: Path, capl
 
 def test_a_consensus_takes_neither_prompts_nor_files(paths: list[Path], tmp_path: Path) -> None:
     prompts = _file(tmp_path, '{"text": "w3 w4"}')
-    with pytest.raises(ConfigError, match="consensus does not go together with objective: activations"):
+    with pytest.raises(ConfigError, match="consensus compares weights, and objective is activations"):
         _merge(paths, tmp_path / "out", calibration=str(prompts), anchor="consensus")
 
 

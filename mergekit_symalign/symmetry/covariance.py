@@ -279,8 +279,8 @@ def _neuron_scores(seen: Covariance, weights: Sides, scale: NeuronScale) -> Tens
     if scale is not NeuronScale.none:
         score = score.abs() if scale is NeuronScale.signed else score
         score = score * seen.anchor.sqrt().unsqueeze(1) * _inverse_root(seen.model)
-    rows, columns = (torch.nonzero(x <= 0).flatten() for x in (seen.anchor, seen.model))
-    if len(rows) == 0 or len(columns) == 0:
+    rows, columns = _silent(seen.anchor), _silent(seen.model)
+    if rows is None or columns is None:
         return score
     sides = [
         (a.index_select(0, rows), b.index_select(0, columns))
@@ -290,3 +290,9 @@ def _neuron_scores(seen: Covariance, weights: Sides, scale: NeuronScale) -> Tens
     silent = Covariance.of_rows(sides).cross
     silent = silent * (_SILENT * score.abs().mean() / silent.abs().max().clamp_min(torch.finfo(silent.dtype).tiny))
     return score.index_put((rows.unsqueeze(1), columns), silent.to(score.dtype))
+
+
+def _silent(squares: Tensor) -> Tensor | None:
+    """Which neurons no token wakes, or None if there are none."""
+    index = torch.nonzero(squares <= 0).flatten()
+    return index if len(index) else None
