@@ -112,7 +112,8 @@ def _foreign(config: LlamaConfig, seed: int) -> Callable[[str, Tensor], Tensor]:
 
 
 def _normal(seed: int, name: str, size: torch.Size) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * (1 << 32) + zlib.crc32(name.encode()))
+    # torch's generator takes 32 bits of a seed: seed and name have to be mixed within them
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     return torch.randn(size, generator=generator)
 
 
