@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
-.PHONY: demo test lint architectures clean
+.PHONY: demo test lint architectures bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -18,6 +18,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# docs/performance.md, measured: about 40 minutes and 25 GB of disk. BENCH passes options, e.g. BENCH="--only siblings --runs 1".
+bench: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/run.py $(BENCH)
 
 # docs/architectures.md, measured
 architectures: $(VENV)/installed

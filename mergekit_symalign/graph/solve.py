@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -13,7 +15,9 @@ from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes, rows_by_axis
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Sides, Symmetries
+from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, Sides, Symmetries
+
+LOG = logging.getLogger(__name__)
 
 
 class SolveBlock(Task[Dict[str, Any]]):
@@ -61,7 +65,8 @@ class SolveBlock(Task[Dict[str, Any]]):
         sides = self._sides(tensors)
         facts: Dict[str, Any] = {}
         with readable_errors():
-            element = align(self.kind, sides, self.heads, self.mlp, self.use)
+            element = align(self.kind, sides, self.heads, self.mlp, self.use, facts)
+        LOG.info("solved %s of %s: %s", self.model[0].tensor, self.model[0].model, json.dumps(facts))
         return {"actions": without_identities(element).pack(), "facts": facts}
 
     def _sides(self, tensors: Dict[str, torch.Tensor]) -> Sides:
@@ -74,9 +79,13 @@ class SolveBlock(Task[Dict[str, Any]]):
         return sides
 
 
-def align(kind: BlockKind, sides: Sides, heads: HeadShape, mlp: MlpShape, use: Symmetries) -> BlockElement:
-    """The best element for one block of one model."""
-    return align_mlp(sides, mlp, use) if kind is BlockKind.mlp else align_attention(sides, heads, use)
+def align(
+    kind: BlockKind, sides: Sides, heads: HeadShape, mlp: MlpShape, use: Symmetries, facts: Facts | None = None
+) -> BlockElement:
+    """The best element for one block of one model; ``facts`` takes what is known of the solve."""
+    if kind is BlockKind.mlp:
+        return align_mlp(sides, mlp, use, facts)
+    return align_attention(sides, heads, use, facts)
 
 
 def without_identities(element: BlockElement) -> BlockElement:

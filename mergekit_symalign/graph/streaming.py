@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors
@@ -25,10 +24,10 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.activations import SEEN, EmbedPrompts, Part, RunLayer, require_runnable
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
+from mergekit_symalign.graph.planned import Planned, gather_of
 
 LOG = logging.getLogger(__name__)
 
-Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
 SHARED = ("calibration", "calibration_tokens", "calibration_sequence_length")  # one value for the whole merge
 _OUTSIDE = -1
 
@@ -142,12 +141,6 @@ class _Loads:
                         "Solve whole models first (mergekit-symalign solve) and use alignment: with the file, or use "
                         "objective: weights",
                     )
-
-
-def gather_of(task: ExecuteMergeMethodTask) -> GatherTensors:
-    """The loads behind a planned tensor, whatever MergeKit does to its vocabulary afterwards."""
-    inputs = task.gather_tensors
-    return inputs if isinstance(inputs, GatherTensors) else inputs.gather_tensors
 
 
 def _labelled(task: ExecuteMergeMethodTask, label: str) -> ExecuteMergeMethodTask:
