@@ -161,12 +161,12 @@ def _calibration(
             "parameter calibration", "objective: activations compares what models do on prompts, and none are given",
             "Add calibration: prompts.jsonl, or calibration: default for the small set that ships with the package",
         )  # fmt: skip
-    tokenizers = {str(model): _tokenizer(model, options) for model in models}
+    tokenizers = {str(model): tokenizer_of(model, options) for model in models}
     anchor = tokenizers.pop(str(models[0]))
     file = DEFAULT_PROMPTS if path == "default" else Path(path)
     found = calibrate(file, anchor, tokenizers, tokens=tokens, length=length)
     for model in models:
-        _require_embedded(found, checkpoints[model])
+        require_embedded(found, checkpoints[model])
     LOG.info("Calibration: %d tokens of %d prompts", found.tokens, len(found.sequences))
     hidden = checkpoints[models[0]].layout.geometry.hidden
     if found.tokens < hidden:
@@ -180,7 +180,7 @@ def _calibration(
     return found
 
 
-def _require_embedded(calibration: Calibration, checkpoint: Checkpoint) -> None:
+def require_embedded(calibration: Calibration, checkpoint: Checkpoint) -> None:
     """Every token must have its row in the embedding."""
     largest = max(map(max, calibration.sequences))
     for name, spec in checkpoint.layout.outside.items():
@@ -206,7 +206,11 @@ def _shared(name: str, planned: list[Planned]) -> Any:
     return next(iter(values))
 
 
-def _tokenizer(model: ModelReference, options: MergeOptions) -> Any:
+def tokenizer_of(model: ModelReference, options: MergeOptions) -> Any:
+    """
+    Raises:
+        CalibrationError: if it cannot be loaded.
+    """
     try:
         return AutoTokenizer.from_pretrained(
             model.model.path,
