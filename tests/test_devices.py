@@ -102,6 +102,7 @@ def test_solve_and_apply_stay_on_fake_cuda(
     monkeypatch.setattr(experts, "match_experts", lambda problem: list(range(problem.experts))[::-1])
     identities = (lambda element: element) if found else (lambda element: type(element)({}))
     monkeypatch.setattr(solve, "without_identities", identities)
+    monkeypatch.setattr(solve, "describe_block", lambda *_: {})  # plain numbers: asked of the device
     with FakeTensorMode():
         values: dict[Task, Any] = {
             t: torch.empty(_shape(t), device=CUDA, dtype=torch.bfloat16) for t in tasks if isinstance(t, LoadFinite)

@@ -27,11 +27,13 @@ class Block:
     """The planned tensors of one block of the output.
 
     Attributes:
+        layer: of the output.
         kind: attention or MLP.
         members: its tensors.
         checkpoints: of all models.
     """
 
+    layer: int
     kind: BlockKind
     members: tuple[Planned, ...]
     checkpoints: Mapping[ModelReference, Checkpoint]

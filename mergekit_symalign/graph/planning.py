@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from mergekit.architecture import WeightInfo
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
+from mergekit.io.tasks import FinalizeModel
 from mergekit.merge_methods.base import ParameterScope
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
@@ -25,6 +27,7 @@ from mergekit_symalign.graph.block import SYMMETRY_NAMES, Block
 from mergekit_symalign.graph.checkpoint_checks import merged_dtype
 from mergekit_symalign.graph.consensus import OneOfConsensus, SolveConsensus
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
+from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models, check_possible
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.graph.solve import SolveBlock
@@ -56,10 +59,12 @@ class AlignedPlan:
     def __post_init__(self) -> None:
         self._models = Models(self.options.trust_remote_code)
         self._alignments = Alignments(self._models.checkpoints)
+        self.reports = Reports()
 
-    def extra_tasks(self, out_path: str) -> list[Task]:
-        """What the merge does beside writing tensors to ``out_path``."""
-        return self._alignments.save_tasks()
+    def extra_tasks(self, out_path: str, targets: list[Task]) -> list[Task]:
+        """What the merge does beside ``targets``, which write tensors to ``out_path``."""
+        end = next((task for task in targets if isinstance(task, FinalizeModel)), None)
+        return [*self._alignments.save_tasks(), self.reports.task(out_path, self._head, end)]
 
     def other_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
         """Names under which this model's checkpoint may have a tensor, beside those that MergeKit knows."""
@@ -79,6 +84,7 @@ class AlignedPlan:
         for block in blocks:
             aligned.update(self._aligned(block))
         self._warn_if_inexact(planned)
+        self._head = self._report_head(planned)
         return [(weight, self._merge_task(weight, task, aligned.get(weight.name, {}))) for weight, task in planned]
 
     def _blocks(self, planned: list[Planned]) -> list[Block]:
@@ -87,7 +93,8 @@ class AlignedPlan:
             claim = self._models.checkpoints[anchor_of(task)].layout.claim(weight.name)
             if claim is not None and claim.layer is not None and claim.spec.block is not None:
                 members[claim.layer, claim.spec.block].append((weight, task))
-        return [Block(kind, tuple(found), self._models.checkpoints) for (_, kind), found in members.items()]
+        checkpoints = self._models.checkpoints
+        return [Block(layer, kind, tuple(found), checkpoints) for (layer, kind), found in members.items()]
 
     def _warn_if_inexact(self, planned: list[Planned]) -> None:
         if any(task.parameters["rotation"] == "full" for _, task in planned):
@@ -96,6 +103,17 @@ class AlignedPlan:
                 "no longer compute what the originals computed. rotation: exact keeps their function."
             )
 
+    def _report_head(self, planned: list[Planned]) -> dict[str, Any]:
+        """What the report says of the merge as a whole: the parameters where all tensors agree on them."""
+        settings: dict[str, Any] = {}
+        for name in planned[0][1].parameters:
+            values = {json.dumps(task.parameters[name], default=str) for _, task in planned}
+            if name in ALIGNMENT_NAMES:
+                settings[name] = json.loads(values.pop()) if len(values) == 1 else "differs between layers"
+        exact = all(task.parameters["rotation"] != "full" for _, task in planned)
+        anchors = dict.fromkeys(str(anchor_of(task)) for _, task in planned)
+        return {"method": self.method.spec.name, "anchor": list(anchors), "exact": exact, "settings": settings}
+
     def _aligned(self, block: Block) -> dict[str, dict[ModelReference, ApplyBlock]]:
         """For each tensor of a block (by output name) the aligned task of each model that is aligned."""
         check_possible(block.symmetries(), block.kind, block.layout)
@@ -103,6 +121,7 @@ class AlignedPlan:
         solutions = self._solutions(block, loads)
         for model, solution in solutions.items():
             self._record(block, model, solution)
+            self.reports.record(model, block.layer, block.kind, solution)
         return {
             weight.name: {
                 model: ApplyBlock(load=loads[model][i], axes=axes[i], solution=solution)

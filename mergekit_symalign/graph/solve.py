@@ -14,6 +14,7 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
+from mergekit_symalign.symmetry.describe import describe, describe_heads, describe_neurons
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes, rows_by_axis
 from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, Sides, Symmetries
 
@@ -66,8 +67,10 @@ class SolveBlock(Task[Dict[str, Any]]):
         facts: Dict[str, Any] = {}
         with readable_errors():
             element = align(self.kind, sides, self.heads, self.mlp, self.use, facts)
+        element = without_identities(element)
+        facts |= describe_block(self.kind, element, sides, self.heads, self.mlp)
         LOG.info("solved %s of %s: %s", self.model[0].tensor, self.model[0].model, json.dumps(facts))
-        return {"actions": without_identities(element).pack(), "facts": facts}
+        return {"actions": element.pack(), "facts": facts}
 
     def _sides(self, tensors: Dict[str, torch.Tensor]) -> Sides:
         """For each axis the tensors that have it, as rows [axis, columns], anchor and model."""
@@ -88,9 +91,15 @@ def align(
     return align_attention(sides, heads, use, facts)
 
 
+def describe_block(kind: BlockKind, element: BlockElement, sides: Sides, heads: HeadShape, mlp: MlpShape) -> Facts:
+    """What an element does to a block, in plain numbers (asks the device for values)."""
+    own = describe_neurons(element, mlp) if kind is BlockKind.mlp else describe_heads(element, heads)
+    return {**describe(element, sides), **own}
+
+
 def without_identities(element: BlockElement) -> BlockElement:
     """Leave out actions that change nothing, so that their tensors pass through untouched, bit for bit.
 
-    The only place of a solve, apart from the assignment, that asks the device for a value.
+    Asks the device for values, as the assignment and the facts do.
     """
     return BlockElement({axis: g for axis, g in element.actions.items() if not bool(g.is_identity())})
