@@ -96,9 +96,7 @@ def measured(
         raise click.UsageError(f"--layers: there is none of them; the models have layers 0 to {there[-1]}")
     device = options.device or "cpu"
     facts_of = {facts: (name, layer, kind) for name, layer, kind, facts in chosen}
-    executor = Executor(
-        list(facts_of), math_device=device, storage_device=device if options.low_cpu_memory else "cpu"
-    )
+    executor = Executor(list(facts_of), math_device=device, storage_device=device if options.low_cpu_memory else "cpu")
     found = [(*facts_of[t], value) for t, value in executor.run(quiet=options.quiet, desc="Inspecting")]
     found.sort(key=lambda block: (block[0], block[1], block[2].value))
     return json.loads(task.head) | {"models": by_model(found)}
