@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from matplotlib.figure import Figure
 from models import make_model, perturbed, save, with_weights, word_tokenizer
 
 from mergekit_symalign.cli import main
@@ -81,6 +83,21 @@ def test_height_of_a_barrier() -> None:
     at = (0.0, 0.25, 0.5, 0.75, 1.0)
     assert Curve("", at, (1.0, 2.0, 5.0, 3.0, 2.0)).height == pytest.approx(3.5)
     assert Curve("", at, (1.0, 1.0, 1.0, 1.0, 2.0)).height == pytest.approx(0.0)
+
+
+def test_a_full_disk_leaves_no_half_picture(
+    pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Figure, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    plot = tmp_path / "curve.png"
+    done = command(pair["a"], pair["sibling"], "--text", pair["text"], "--points", 2, "--plot", plot)
+    assert done.exit_code == 1
+    assert "No space left on device" in done.output
+    assert not plot.exists()
 
 
 def test_bad_input_is_exit_code_2(pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,4 +250,8 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     axes.set_title("Loss on the line from model A to model B")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError:
+        path.unlink(missing_ok=True)  # half a picture
+        raise
