@@ -1,0 +1,95 @@
+"""What the papers say, and what this study can say to it."""
+
+from __future__ import annotations
+
+from ..estimates import Estimate
+from ..findings import ALONE, DEVIATION, OWN, SKILL, Findings
+from .drift import changes, exact_variants
+from .markdown import DRIFT_TITLES, judged, table
+from .transfer import ARM
+
+ANSWERS = {"better": "confirmed here", "worse": "contradicted here"}
+HOROI, ZHANG = "Horoi et al.", "Zhang et al."
+Claim = tuple[str, str, str, str]  # paper, claim, answer, numbers
+
+
+def section(findings: Findings, others: list[Claim]) -> str:
+    rows = [*_transfer_claims(findings), _more_drift(findings), _full_rotation(findings), *_kinds(findings)]
+    rows += [_average(findings), *others]
+    return "## The papers' claims\n\n" + table_of(rows)
+
+
+def table_of(rows: list[Claim]) -> str:
+    return table(("claim", "paper", "at this scale", "numbers"), [(c, p, a, n) for p, c, a, n in rows])
+
+
+def answer(difference: Estimate, favourable: int) -> str:
+    return ANSWERS.get(difference.verdict(favourable), f"not confirmed ({difference.verdict(favourable)})")
+
+
+def _transfer_claims(findings: Findings) -> list[Claim]:
+    rows = []
+    for variant in ("weights", "activations"):
+        for what, metric in (("raises the skill", SKILL), ("keeps more of the target's own abilities", OWN)):
+            claim = f"aligning the target ({variant}) before the skill vector is added {what}"
+            if variant not in exact_variants(findings):
+                rows.append((HOROI, claim, "not tested", "not in this run"))
+                continue
+            difference = findings.difference("merge", ARM, variant, metric)
+            rows.append((HOROI, claim, answer(difference, 1), judged(difference, 1, unit=" points")))
+    return rows
+
+
+def _more_drift(findings: Findings) -> Claim:
+    shown = [
+        f"{what} at {DRIFT_TITLES[arm]}, {variant}: {d.text(2, signed=True)} ({verdict})"
+        for variant in exact_variants(findings)
+        for what, arm, d, verdict in changes(findings, findings.arms("merge"), variant)
+    ]
+    better = any("(better)" in entry for entry in shown)
+    return (
+        HOROI,
+        "alignment pays where target and reference have drifted apart",
+        "in part" if better else "not confirmed",
+        "; ".join(shown) or "no difference shown at any drift",
+    )
+
+
+def _full_rotation(findings: Findings) -> Claim:
+    change = findings.difference("merge", ARM, "full", ALONE)
+    moved = findings.estimate("merge", ARM, "full", DEVIATION)
+    return (
+        f"{HOROI}; {ZHANG}",
+        "one orthogonal matrix for query and key keeps the function (here: under RoPE)",
+        "contradicted here" if change.verdict(1) == "worse" or moved.mean > 0.1 else "not contradicted here",
+        f"logits moved by {moved.text(2)} standard deviations; the target's own tasks alone {change.text(signed=True)} points",
+    )
+
+
+def _kinds(findings: Findings) -> list[Claim]:
+    rows = []
+    for kind in ("rotation", "scale", "permutation"):
+        difference = findings.difference("merge", ARM, kind, SKILL)
+        rows.append(
+            (HOROI, f"{kind} alone helps the transfer", answer(difference, 1), judged(difference, 1, unit=" points"))
+        )
+    if findings.has("distance"):
+        gaps = {
+            arm: findings.difference("distance", arm, "rotation", lambda row: row["total_distance"], "permutation")
+            for arm in findings.arms("distance")
+        }
+        said = "; ".join(
+            f"{DRIFT_TITLES[arm]} {gap.text(3, signed=True)} ({gap.verdict(-1)})" for arm, gap in gaps.items()
+        )
+        verdicts = {gap.verdict(-1) for gap in gaps.values()}
+        held = "confirmed here" if verdicts == {"better"} else "in part" if "better" in verdicts else "not confirmed"
+        rows.append((ZHANG, "rotation lowers the distance more than permutation", held, said))
+    return rows
+
+
+def _average(findings: Findings) -> Claim:
+    shown = {arm: findings.barrier_difference(arm, "weights") for arm in findings.arms("merge")}
+    verdicts = [difference.verdict(-1) for difference in shown.values()]
+    held = "confirmed here" if set(verdicts) == {"better"} else "in part" if "better" in verdicts else "not confirmed"
+    said = "; ".join(f"{DRIFT_TITLES[arm]} {d.text(3, signed=True)} ({d.verdict(-1)})" for arm, d in shown.items())
+    return (ZHANG, "matching lowers the loss of an average (barrier, nats, small Llama models)", held, said)

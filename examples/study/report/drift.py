@@ -1,0 +1,148 @@
+"""Section 2: the drift sweep."""
+
+from __future__ import annotations
+
+from ..estimates import Estimate
+from ..findings import ALONE, OWN, SKILL, Findings, percent
+from .markdown import DRIFT_TITLES, VARIANT_TITLES, judged, listing, paragraphs, table
+
+EXACT = ("weights", "activations")
+
+
+def exact_variants(findings: Findings) -> list[str]:
+    return [v for v in EXACT if findings.has("merge", "branch-100", v)]
+
+
+def section(findings: Findings) -> str:
+    arms = findings.arms("merge")
+    return paragraphs(
+        "## 2 By how the target drifted",
+        _verdict(findings, arms),
+        "The target branches off at a share of the base training and goes on with its data in another order, then learns what the "
+        "target of section 1 learns; *longer* and *hotter* multiply steps or learning rate of that lesson "
+        f"({findings.settings['long_factor']} and {findings.settings['hot_factor']} times). *Barrier*: how far the loss on "
+        "the base mixture rises above the straight line between reference and target, largest of "
+        f"{len(findings.settings['mixing'])} points of averages.",
+        "![Share of the distance, barrier and transfer by drift](figures/drift.png)",
+        _distances(findings, arms),
+        _barriers(findings, arms),
+        _transfers(findings, arms),
+        _by_symmetry(findings, arms),
+        _full(findings, arms),
+    )
+
+
+def changes(findings: Findings, arms: list[str], variant: str) -> list[tuple[str, str, Estimate, str]]:
+    """(what, arm, difference, verdict) for barrier, skill and own tasks, wherever a difference is shown."""
+    found = []
+    for arm in arms:
+        if not findings.has("merge", arm, variant):
+            continue
+        for what, sign, difference in (
+            ("barrier", -1, findings.barrier_difference(arm, variant)),
+            ("skill", 1, findings.difference("merge", arm, variant, SKILL)),
+            ("own tasks", 1, findings.difference("merge", arm, variant, OWN)),
+        ):
+            if (verdict := difference.verdict(sign)) in ("better", "worse"):
+                found.append((what, arm, difference, verdict))
+    return found
+
+
+def _verdict(findings: Findings, arms: list[str]) -> str:
+    sentences = []
+    for variant in exact_variants(findings):
+        shown = changes(findings, arms, variant)
+        title = VARIANT_TITLES[variant].capitalize()
+        for verdict in ("better", "worse"):
+            cases = [
+                f"{what} at *{DRIFT_TITLES[arm]}* ({d.text(2, signed=True)})"
+                for what, arm, d, v in shown
+                if v == verdict
+            ]
+            sentences.append(
+                f"{title} made {verdict}: {listing(cases) if cases else 'nothing that five seeds can show'}."
+            )
+    return " ".join(sentences).replace("five seeds", f"{len(findings.settings['seeds'])} seeds")
+
+
+def _distances(findings: Findings, arms: list[str]) -> str:
+    variants = exact_variants(findings)
+    head = ["target", "distance to the reference"]
+    head += [
+        f"{what}, {VARIANT_TITLES[v].removeprefix('alignment ')}, %" for v in variants for what in ("removed", "of Q/K")
+    ]
+    head += [
+        f"{what} moved, {VARIANT_TITLES[v].removeprefix('alignment ')}, %"
+        for v in variants
+        for what in ("neurons", "KV heads")
+    ]
+    rows = []
+    for arm in arms:
+        cells = [findings.estimate("merge", arm, "plain", lambda row: row["total_distance"]).text(2)]
+        cells += [
+            findings.symmetric_share("merge", arm, v, d).text(2) for v in variants for d in ("total", "query_key")
+        ]
+        cells += [
+            findings.estimate("merge", arm, v, percent(f"moved_{what}")).text()
+            for v in variants
+            for what in ("neurons", "heads")
+        ]
+        rows.append((DRIFT_TITLES[arm], *cells))
+    return table(head, rows)
+
+
+def _barriers(findings: Findings, arms: list[str]) -> str:
+    variants = exact_variants(findings)
+    rows = []
+    for arm in arms:
+        plain = Estimate.of(list(findings.barrier(arm, "plain").values()))
+        rows.append(
+            (DRIFT_TITLES[arm], plain.text(3), *(judged(findings.barrier_difference(arm, v), -1, 3) for v in variants))
+        )
+    return table(("barrier, nats", "no alignment", *(f"{VARIANT_TITLES[v]}: difference" for v in variants)), rows)
+
+
+def _transfers(findings: Findings, arms: list[str]) -> str:
+    variants = exact_variants(findings)
+    head = ["after transfer", "skill, no alignment, %", *(f"{VARIANT_TITLES[v]}, points" for v in variants)]
+    head += ["own tasks, no alignment, %", *(f"{VARIANT_TITLES[v]}, points" for v in variants)]
+    rows = []
+    for arm in arms:
+        cells = []
+        for metric in (SKILL, OWN):
+            cells.append(findings.estimate("merge", arm, "plain", metric).text())
+            cells += [judged(findings.difference("merge", arm, v, metric), 1) for v in variants]
+        rows.append((DRIFT_TITLES[arm], *cells))
+    return table(head, rows)
+
+
+def _by_symmetry(findings: Findings, arms: list[str]) -> str:
+    """Share of the distance that each kind of symmetry removes by itself."""
+    kinds = ("permutation", "rotation", "scale")
+    if not findings.has("distance"):
+        return ""
+    rows = [
+        (
+            DRIFT_TITLES[arm],
+            *(findings.symmetric_share("distance", arm, kind).text(2) for kind in kinds),
+            findings.symmetric_share("merge", arm, "weights").text(2),
+        )
+        for arm in arms
+    ]
+    return table(("removed of the distance, %", *(VARIANT_TITLES[k] for k in kinds), "all of them"), rows)
+
+
+def _full(findings: Findings, arms: list[str]) -> str:
+    rows = [
+        (
+            DRIFT_TITLES[arm],
+            findings.symmetric_share("merge", arm, "full").text(2),
+            findings.estimate("merge", arm, "plain", ALONE).text(),
+            findings.estimate("merge", arm, "full", ALONE).text(),
+            judged(findings.difference("merge", arm, "full", SKILL), 1),
+            judged(findings.difference("merge", arm, "full", OWN), 1),
+        )
+        for arm in arms
+    ]
+    head = ("`rotation: full`", "removed of the distance, %", "own tasks of the target alone, before, %", "after, %")
+    return table((*head, "skill after transfer, points", "own tasks after transfer, points"), rows)
