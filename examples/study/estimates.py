@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+MOST_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,14 @@ class Estimate:
 
     @staticmethod
     def of(values: Sequence[float]) -> Estimate:
+        """The estimate from one number for each seed.
+
+        Raises:
+            ValueError: if there are none.
+        """
         n = len(values)
+        if n == 0:
+            raise ValueError("nothing was measured. Run the study before its report.")
         error = float(np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan")
         return Estimate(float(np.mean(values)), error, n)
 
@@ -35,11 +44,11 @@ class Estimate:
         return float(stats.t.ppf(0.5 + CONFIDENCE / 2, self.n - 1)) * self.error if self.n > 1 else float("inf")
 
     def text(self, digits: int = 1, *, signed: bool = False) -> str:
-        """Mean ± standard error, as in ``+1.5 ± 0.3``."""
-        form = f"{'+' if signed else ''}.{digits}f"
-        error = "n/a" if self.n < 2 else f"{self.error:.{digits}f}"
-        mean = format(self.mean, form)
-        return f"{mean.replace('-', '−')} ± {error}"
+        """Mean ± standard error, as in ``+1.5 ± 0.3``; more digits than asked for where the error needs them."""
+        if 0 < self.error < 10**-digits:
+            digits = min(MOST_DIGITS, -math.floor(math.log10(self.error)))
+        mean = format(self.mean, f"{'+' if signed else ''}.{digits}f").replace("-", "−")
+        return f"{mean} ± {'n/a' if self.n < 2 else format(self.error, f'.{digits}f')}"
 
     def verdict(self, favourable: int) -> str:
         """What this difference may be called; ``favourable`` is the sign of an improvement."""

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from .coordinates import CHANGES
 from .evaluation import abilities, deviation
-from .lineage import Lineage, drifts
+from .lineage import FINE_TUNED, Lineage, drifts
 from .merging import Merger, distances
 from .models import WEIGHTS, State, load_state, with_state
 from .settings import Settings
@@ -33,7 +33,7 @@ class Foreign:
 
     def _merge(self, change: str, variant: str) -> Row:
         settings, lineage = self.settings, self.lineage
-        target = lineage.target(next(d for d in drifts(settings) if d.name == "branch-100"))
+        target = lineage.target(next(d for d in drifts(settings) if d.name == FINE_TUNED))
         original = load_state(target)
         changed = CHANGES[change](original, settings)
         folder = _written(changed, target, lineage.work / f"foreign-{change}")

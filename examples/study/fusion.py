@@ -1,4 +1,5 @@
-"""Part 4: two encoders fine-tuned from all-MiniLM-L6-v2 on different pairs of texts, averaged with and without matching."""
+"""Part 4: two encoders fine-tuned from all-MiniLM-L6-v2 on different pairs of texts, averaged with and without
+matching."""
 
 from __future__ import annotations
 
@@ -71,13 +72,17 @@ class Fusion:
                         lambda s=seed, r=rate, k=kind: self._abilities(load_state(self._encoder(s, r, k))),
                     )
                 for variant in VARIANTS:
-                    self._measure("average", seed, rate, variant, lambda s=seed, r=rate, v=variant: self._average(s, r, v))
+                    self._measure(
+                        "average", seed, rate, variant, lambda s=seed, r=rate, v=variant: self._average(s, r, v)
+                    )
 
     def _measure(self, part: str, seed: int, arm: str, variant: str, measure: Callable[[], Row]) -> None:
         self.store.measure({"part": part, "seed": seed, "arm": arm, "variant": variant}, measure)
 
     def _average(self, seed: int, rate: str, variant: str) -> Row:
-        models = {name: self._encoder(seed, rate, kind) for name, kind in zip(("reference", "target"), KINDS, strict=True)}
+        models = {
+            name: self._encoder(seed, rate, kind) for name, kind in zip(("reference", "target"), KINDS, strict=True)
+        }
         merger = Merger(models, self.work / "merge", self.work / "prompts.jsonl")
         started = time.perf_counter()
         merged = merger.merge("average", variant)

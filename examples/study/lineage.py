@@ -14,6 +14,7 @@ from .models import load_state, new_model, save, with_state
 from .settings import Lesson, Settings
 from .training import Snapshot, Trainer
 
+FINE_TUNED = "branch-100"  # the drift of plain fine-tuning, the target of parts 1 and 3
 OTHER_START = 1000  # added to the seed of a model from another initialisation
 
 
@@ -33,10 +34,11 @@ class Drift:
 
 
 def drifts(settings: Settings) -> list[Drift]:
-    """From the least to the most that is shared."""
-    branched = [Drift(f"branch-{share}", share) for share in settings.branches]
-    harder = [Drift("long", 100, steps=settings.long_factor), Drift("hot", 100, rate=settings.hot_factor)]
-    return [Drift("other-start", None), *branched, *harder]
+    """Plain fine-tuning first, then the extremes, then what lies between."""
+    shares = sorted(settings.branches)
+    branches = [Drift(f"branch-{share}", share) for share in (shares[-1], shares[0], *shares[-2:0:-1])]
+    hot, long = Drift("hot", 100, rate=settings.hot_factor), Drift("long", 100, steps=settings.long_factor)
+    return [branches[0], hot, branches[1], Drift("other-start", None), *branches[2:], long]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,16 @@ from .data import text
 
 Pair = tuple[str, str]
 WORDS = 16
-MODULES = ("numpy", "scipy.linalg", "scipy.optimize", "scipy.signal", "scipy.special", "scipy.stats", "torch", "torch.nn")
+MODULES = (
+    "numpy",
+    "scipy.linalg",
+    "scipy.optimize",
+    "scipy.signal",
+    "scipy.special",
+    "scipy.stats",
+    "torch",
+    "torch.nn",
+)
 
 
 @cache

@@ -1,8 +1,8 @@
 """Part 5: the same numbers on SmolLM2-135M-Instruct and two fine-tunes of all its weights.
 
-The reference is the pretrained model itself, the skill is the demo's arithmetic adapter (trained from it), the target is
-fine-tuned on the ship's log, and a second fine-tune on the Python language reference is averaged with the target.
-"""
+The reference is the pretrained model itself, the skill is the demo's arithmetic adapter (trained from it), the
+target is fine-tuned on the ship's log, and a second fine-tune on the Python language reference is averaged with the
+target."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .data import ALPHABET, Mixture
 from .evaluation import abilities, deviation, loss
-from .lineage import Drift, Lineage, drifts
+from .lineage import FINE_TUNED, Drift, Lineage
 from .merging import Merger, available, distances, moved_heads, moved_neurons
 from .models import load_state, with_state
 from .settings import Settings
@@ -41,20 +41,20 @@ class Transfer:
     lineage: Lineage
     store: Store
 
-    def run(self) -> None:
+    def run(self, drift: Drift) -> None:
+        """Measure what is missing of one drift."""
         lineage = self.lineage
         alone = {"base": lineage.base, "reference": lineage.reference, "reasoner": lineage.reasoner}
         for name, folder in alone.items():
             self._measure("alone", name, "-", lambda f=folder: self._abilities(f()))
-        for drift in drifts(self.settings):
-            self._measure("alone", drift.name, "-", lambda d=drift: self._abilities(lineage.target(d)))
-            for variant in self._wanted(drift):
-                self._measure("merge", drift.name, variant, lambda d=drift, v=variant: self._merge(d, v))
-            for variant in ABLATED:
-                self._measure("distance", drift.name, variant, lambda d=drift, v=variant: self._distance(d, v))
+        self._measure("alone", drift.name, "-", lambda: self._abilities(lineage.target(drift)))
+        for variant in self._wanted(drift):
+            self._measure("merge", drift.name, variant, lambda v=variant: self._merge(drift, v))
+        for variant in ABLATED:
+            self._measure("distance", drift.name, variant, lambda v=variant: self._distance(drift, v))
 
     def _wanted(self, drift: Drift) -> Sequence[str]:
-        names = (*SWEPT, *ABLATED) if drift.name == "branch-100" else SWEPT
+        names = (*SWEPT, *ABLATED) if drift.name == FINE_TUNED else SWEPT
         return [name for name in names if available(name)]
 
     def _measure(self, part: str, arm: str, variant: str, measure) -> Row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..estimates import Estimate
 from ..findings import ALONE, DEVIATION, OWN, SKILL, Findings
 from .drift import changes, exact_variants
-from .markdown import DRIFT_TITLES, judged, table
+from .markdown import DRIFT_TITLES, in_order, judged, table
 from .transfer import ARM
 
 ANSWERS = {"better": "confirmed here", "worse": "contradicted here"}
@@ -20,7 +20,7 @@ def section(findings: Findings, others: list[Claim]) -> str:
 
 
 def table_of(rows: list[Claim]) -> str:
-    return table(("claim", "paper", "at this scale", "numbers"), [(c, p, a, n) for p, c, a, n in rows])
+    return table(("claim", "paper", "at this scale", "numbers"), [(c, p, a, n) for p, c, a, n in rows], text=4)
 
 
 def answer(difference: Estimate, favourable: int) -> str:
@@ -44,7 +44,7 @@ def _more_drift(findings: Findings) -> Claim:
     shown = [
         f"{what} at {DRIFT_TITLES[arm]}, {variant}: {d.text(2, signed=True)} ({verdict})"
         for variant in exact_variants(findings)
-        for what, arm, d, verdict in changes(findings, findings.arms("merge"), variant)
+        for what, arm, d, verdict in changes(findings, in_order(findings.arms("merge")), variant)
     ]
     better = any("(better)" in entry for entry in shown)
     return (
@@ -62,7 +62,8 @@ def _full_rotation(findings: Findings) -> Claim:
         f"{HOROI}; {ZHANG}",
         "one orthogonal matrix for query and key keeps the function (here: under RoPE)",
         "contradicted here" if change.verdict(1) == "worse" or moved.mean > 0.1 else "not contradicted here",
-        f"logits moved by {moved.text(2)} standard deviations; the target's own tasks alone {change.text(signed=True)} points",
+        f"largest logit moved by {moved.text()} standard deviations; the target's own tasks, alone: "
+        f"{judged(change, 1, unit=' points')}",
     )
 
 
@@ -76,7 +77,7 @@ def _kinds(findings: Findings) -> list[Claim]:
     if findings.has("distance"):
         gaps = {
             arm: findings.difference("distance", arm, "rotation", lambda row: row["total_distance"], "permutation")
-            for arm in findings.arms("distance")
+            for arm in in_order(findings.arms("distance"))
         }
         said = "; ".join(
             f"{DRIFT_TITLES[arm]} {gap.text(3, signed=True)} ({gap.verdict(-1)})" for arm, gap in gaps.items()
@@ -88,8 +89,14 @@ def _kinds(findings: Findings) -> list[Claim]:
 
 
 def _average(findings: Findings) -> Claim:
-    shown = {arm: findings.barrier_difference(arm, "weights") for arm in findings.arms("merge")}
+    shown = {arm: findings.barrier_difference(arm, "weights") for arm in in_order(findings.arms("merge"))}
     verdicts = [difference.verdict(-1) for difference in shown.values()]
     held = "confirmed here" if set(verdicts) == {"better"} else "in part" if "better" in verdicts else "not confirmed"
-    said = "; ".join(f"{DRIFT_TITLES[arm]} {d.text(3, signed=True)} ({d.verdict(-1)})" for arm, d in shown.items())
-    return (ZHANG, "matching lowers the loss of an average (barrier, nats, small Llama models)", held, said)
+    return (ZHANG, "matching lowers the loss of an average (barrier, nats, small Llama models)", held, _by_drift(shown))
+
+
+def _by_drift(differences: dict[str, Estimate]) -> str:
+    """One difference for each drift; less is better."""
+    return "; ".join(
+        f"{DRIFT_TITLES[arm]} {d.text(3, signed=True)} ({d.verdict(-1)})" for arm, d in differences.items()
+    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..estimates import Estimate
-from ..findings import ALONE, OWN, SKILL, Findings, percent
-from .markdown import DRIFT_TITLES, VARIANT_TITLES, judged, listing, paragraphs, table
+from ..findings import ALONE, OWN, SKILL, Findings, percent, plain_number
+from .markdown import DRIFT_TITLES, VARIANT_TITLES, in_order, judged, listing, paragraphs, table
 
 EXACT = ("weights", "activations")
 
@@ -14,15 +14,11 @@ def exact_variants(findings: Findings) -> list[str]:
 
 
 def section(findings: Findings) -> str:
-    arms = findings.arms("merge")
+    arms = in_order(findings.arms("merge"))
     return paragraphs(
         "## 2 By how the target drifted",
         _verdict(findings, arms),
-        "The target branches off at a share of the base training and goes on with its data in another order, then learns what the "
-        "target of section 1 learns; *longer* and *hotter* multiply steps or learning rate of that lesson "
-        f"({findings.settings['long_factor']} and {findings.settings['hot_factor']} times). *Barrier*: how far the loss on "
-        "the base mixture rises above the straight line between reference and target, largest of "
-        f"{len(findings.settings['mixing'])} points of averages.",
+        _setting(findings),
         "![Share of the distance, barrier and transfer by drift](figures/drift.png)",
         _distances(findings, arms),
         _barriers(findings, arms),
@@ -52,40 +48,44 @@ def _verdict(findings: Findings, arms: list[str]) -> str:
     sentences = []
     for variant in exact_variants(findings):
         shown = changes(findings, arms, variant)
-        title = VARIANT_TITLES[variant].capitalize()
         for verdict in ("better", "worse"):
             cases = [
                 f"{what} at *{DRIFT_TITLES[arm]}* ({d.text(2, signed=True)})"
                 for what, arm, d, v in shown
                 if v == verdict
             ]
-            sentences.append(
-                f"{title} made {verdict}: {listing(cases) if cases else 'nothing that five seeds can show'}."
-            )
-    return " ".join(sentences).replace("five seeds", f"{len(findings.settings['seeds'])} seeds")
+            what = listing(cases) if cases else f"nothing that {len(findings.settings['seeds'])} seeds can show"
+            sentences.append(f"**{VARIANT_TITLES[variant].capitalize()} made {verdict}:** {what}.")
+    return " ".join(sentences)
+
+
+def _setting(findings: Findings) -> str:
+    settings = findings.settings
+    return f"""\
+The target branches off at a share of the base training, goes on to its end with other data, and then learns what the
+target of section 1 learns; *hotter* and *longer* multiply the learning rate or the steps of that lesson by
+{settings["hot_factor"]} and {settings["long_factor"]}. *Removed*: by how much alignment lowers the Frobenius
+distance to the reference over all tensors, or over the query and key projections (*Q/K*). *Barrier*: how far the
+loss on the base mixture rises above the straight line between reference and target, at the worst of
+{len(settings["mixing"])} averages."""
 
 
 def _distances(findings: Findings, arms: list[str]) -> str:
     variants = exact_variants(findings)
-    head = ["target", "distance to the reference"]
-    head += [
-        f"{what}, {VARIANT_TITLES[v].removeprefix('alignment ')}, %" for v in variants for what in ("removed", "of Q/K")
-    ]
-    head += [
-        f"{what} moved, {VARIANT_TITLES[v].removeprefix('alignment ')}, %"
-        for v in variants
-        for what in ("neurons", "KV heads")
-    ]
+    head = ["target", "seeds", "distance to the reference"]
+    for what in ("removed, %", "removed of Q/K, %", "neurons moved, %", "KV heads moved, %"):
+        head += [f"{what} ({variant})" for variant in variants]
     rows = []
     for arm in arms:
-        cells = [findings.estimate("merge", arm, "plain", lambda row: row["total_distance"]).text(2)]
+        distance = findings.estimate("merge", arm, "plain", plain_number("total_distance"))
+        cells = [str(distance.n), distance.text(2)]
         cells += [
-            findings.symmetric_share("merge", arm, v, d).text(2) for v in variants for d in ("total", "query_key")
+            findings.symmetric_share("merge", arm, v, d).text(2) for d in ("total", "query_key") for v in variants
         ]
         cells += [
             findings.estimate("merge", arm, v, percent(f"moved_{what}")).text()
-            for v in variants
             for what in ("neurons", "heads")
+            for v in variants
         ]
         rows.append((DRIFT_TITLES[arm], *cells))
     return table(head, rows)

@@ -14,10 +14,11 @@ from ..estimates import Estimate
 from ..findings import OWN, SKILL, Findings
 from .drift import exact_variants
 from .foreign import aligned_variant
-from .markdown import DRIFT_TITLES
+from .markdown import DRIFT_TITLES, in_order
 from .transfer import ARM, tried
 
 COLOURS = {"plain": "0.55", "weights": "tab:blue", "activations": "tab:orange", "full": "tab:red"}
+LABELS = {"plain": "no alignment", "full": "rotation: full"}
 SHORT = {"hadamard": "Hadamard\nin V/O", "sorted-neurons": "neurons\nsorted", "reordered-heads": "heads\nreordered"}
 SHORT |= {"all-three": "all\nthree", "scaled-channels": "channels\nrescaled", "layout-round-trip": "layout\nand back"}
 SHORT |= {"layout-left": "layout\nleft"}
@@ -41,7 +42,7 @@ def _bars(axes: Axes, groups: list[str], series: dict[str, list[Estimate]]) -> N
     for i, (name, estimates) in enumerate(series.items()):
         at = [x + (i - (len(series) - 1) / 2) * width for x in range(len(groups))]
         heights, errors = [e.mean for e in estimates], [e.error if e.n > 1 else 0 for e in estimates]
-        axes.bar(at, heights, width, yerr=errors, capsize=2, label=name, color=COLOURS.get(name))
+        axes.bar(at, heights, width, yerr=errors, capsize=2, label=LABELS.get(name, name), color=COLOURS.get(name))
     axes.set_xticks(range(len(groups)), groups)
     axes.spines[["top", "right"]].set_visible(False)
     axes.axhline(0, color="black", linewidth=0.6)
@@ -54,14 +55,13 @@ def _transfer(findings: Findings) -> plt.Figure:
     series = {what: [findings.estimate("merge", ARM, v, metric) for v in variants] for what, metric in metrics.items()}
     _bars(axes, ["no\nalignment", *(v.replace("full", "rotation:\nfull") for v in variants[1:])], series)
     axes.set_ylabel("exact match, %")
-    axes.set_title("Target + skill vector, by alignment of the target", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
 def _drift(findings: Findings) -> plt.Figure:
     figure, (left, middle, right) = plt.subplots(3, 1, figsize=(8, 8.5), layout="constrained", sharex=True)
-    arms = findings.arms("merge")
+    arms = in_order(findings.arms("merge"))
     names = [
         DRIFT_TITLES[arm].replace("another ", "another\n").replace(" at ", "\nat ").replace(", ", ",\n") for arm in arms
     ]
@@ -74,13 +74,12 @@ def _drift(findings: Findings) -> plt.Figure:
     middle.set_ylabel("loss barrier, nats")
     _bars(right, names, {v: [findings.estimate("merge", arm, v, SKILL) for arm in arms] for v in variants})
     right.set_ylabel("skill after transfer, %")
-    middle.legend(frameon=False, fontsize=8)
-    left.set_title("Alignment by how the target drifted from the reference", fontsize=10)
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
 def _foreign(findings: Findings) -> plt.Figure:
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure, panels = plt.subplots(2, 1, figsize=(8, 5.5), layout="constrained", sharex=True)
     arms = findings.arms("foreign")
     for axes, (title, metric) in zip(panels, {"skill": SKILL, "own tasks": OWN}.items(), strict=True):
         series = {
@@ -88,7 +87,8 @@ def _foreign(findings: Findings) -> plt.Figure:
             "aligned": [findings.estimate("foreign", arm, aligned_variant(arm), metric) for arm in arms],
         }
         _bars(axes, [SHORT[arm] for arm in arms], series)
-        axes.tick_params(axis="x", labelsize=6)
-        axes.set_title(f"{title}, exact match, %", fontsize=10)
-    panels[0].legend(frameon=False, fontsize=8)
+        axes.set_ylabel(f"{title}, exact match, %")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9
+    )
     return figure

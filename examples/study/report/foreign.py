@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..findings import DEVIATION, OWN, SKILL, Findings
+from ..findings import DEVIATION, OWN, SKILL, SKILL_LOSS, Findings
+from ..lineage import FINE_TUNED
 from .markdown import judged, paragraphs, table
 
 TITLES = {
@@ -22,13 +23,15 @@ def aligned_variant(arm: str) -> str:
 
 def section(findings: Findings) -> str:
     arms = findings.arms("foreign")
+    untouched = [findings.estimate("merge", FINE_TUNED, "plain", metric) for metric in (SKILL, OWN)]
     return paragraphs(
         "## 3 Foreign coordinates",
         _verdict(findings, arms),
-        "The target of section 1 as tools leave it behind, merged as there. *Changed by*: largest deviation of its logits, in "
-        "standard deviations. The undisturbed target, merged plainly, is section 1's merge without alignment: "
-        f"skill {findings.estimate('merge', 'branch-100', 'plain', SKILL).text()} %, own tasks "
-        f"{findings.estimate('merge', 'branch-100', 'plain', OWN).text()} %.",
+        f"""\
+The target of section 1 as tools leave it behind, merged as there. *Changed by*: largest deviation of its logits, in
+standard deviations. Where it was before, merged plainly, the target has {untouched[0].text()} % of the skill and
+{untouched[1].text()} % of its own tasks (section 1). A skill vector in foreign coordinates does little harm where it
+amounts to noise: own tasks say less here than the skill does.""",
         _table(findings, arms),
         "![Plain and aligned merges from foreign coordinates](figures/foreign.png)",
     )
@@ -37,26 +40,21 @@ def section(findings: Findings) -> str:
 def _verdict(findings: Findings, arms: list[str]) -> str:
     verdicts: dict[str, list[str]] = {}
     for arm in arms:
-        own = findings.difference("foreign", arm, aligned_variant(arm), OWN)
-        verdicts.setdefault(own.verdict(1), []).append(TITLES[arm])
-    parts = [f"{verdict} for {'; '.join(names)}" for verdict, names in verdicts.items()]
-    return f"The target's own tasks after an aligned merge, against a plain one: **{'.** **'.join(parts)}**."
+        gain = findings.difference("foreign", arm, aligned_variant(arm), SKILL_LOSS)
+        verdicts.setdefault(gain.verdict(-1), []).append(TITLES[arm])
+    said = ". ".join(f"**{verdict.capitalize()}:** {'; '.join(names)}" for verdict, names in verdicts.items())
+    return f"The transferred skill (loss on its answers) after an aligned merge, against a plain one. {said}."
 
 
 def _table(findings: Findings, arms: list[str]) -> str:
-    head = (
-        "coordinates",
-        "changed by",
-        "skill, plain, %",
-        "skill, aligned, %",
-        "own tasks, plain, %",
-        "own tasks, aligned, %",
-    )
+    head = ["coordinates", "changed by"]
+    head += [f"{what}, {how}, %" for what in ("skill", "own tasks") for how in ("plain", "aligned")]
     rows = []
     for arm in arms:
         aligned = aligned_variant(arm)
         cells = [f"{findings.estimate('foreign', arm, 'plain', DEVIATION).mean:.0e}"]
         for metric in (SKILL, OWN):
             cells += [findings.estimate("foreign", arm, variant, metric).text() for variant in ("plain", aligned)]
-        rows.append((TITLES[arm], *cells, judged(findings.difference("foreign", arm, aligned, SKILL), 1)))
-    return table((*head, "skill, aligned − plain, points"), rows)
+        cells += [judged(findings.difference("foreign", arm, aligned, SKILL), 1)]
+        rows.append((TITLES[arm], *cells, judged(findings.difference("foreign", arm, aligned, SKILL_LOSS), -1, 2)))
+    return table((*head, "skill, aligned − plain, points", "skill, aligned − plain, nats/character"), rows)

@@ -1,43 +1,74 @@
-"""docs/evidence.md and README's paragraph as text."""
+"""docs/evidence.md and README's paragraph as text, from the results files."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
 from ..estimates import CONFIDENCE
-from ..findings import OWN, SKILL, Findings
-from . import claims, drift, foreign, transfer
-from .markdown import paragraphs
+from ..findings import SKILL, Findings
+from ..lineage import FINE_TUNED
+from . import claims, drift, foreign, fusion, smollm2, transfer
+from .drift import exact_variants
+from .markdown import DRIFT_TITLES, listing, paragraphs
 
 BEGIN, END = "<!-- evidence: written by make study -->", "<!-- end of evidence -->"
 
 
-def page(findings: Findings) -> str:
+@dataclass(frozen=True)
+class Study:
+    """All results: parts 1 to 3, and where they were measured parts 4 and 5."""
+
+    main: Findings
+    fusion: Findings | None
+    smollm2: Findings | None
+
+    @staticmethod
+    def read(folder: Path, name: str) -> Study:
+        """The results in a directory; ``name`` is that of the settings of parts 1 to 3."""
+        main = Findings.read(folder / f"{name}.json")
+        return Study(main, _finished(folder / "fusion.json", fusion), _finished(folder / "smollm2.json", smollm2))
+
+
+def _finished(path: Path, part: ModuleType) -> Findings | None:
+    """The results of a part, or None as long as one is missing that its section needs."""
+    findings = Findings.read(path) if path.exists() else None
+    return findings if findings is not None and part.finished(findings) else None
+
+
+def page(study: Study) -> str:
     """The whole of docs/evidence.md."""
-    return (
-        paragraphs(
-            "# Evidence: when does alignment pay, and how much?",
-            _scale(findings),
-            _reading(findings),
-            claims.section(findings, []),
-            transfer.section(findings),
-            drift.section(findings),
-            foreign.section(findings),
-        )
-        + "\n"
-    )
+    main = study.main
+    parts = [
+        "# Evidence: when does alignment pay, and how much?",
+        _scale(main),
+        _reading(main),
+        claims.section(main, [] if study.fusion is None else fusion.claims(study.fusion)),
+        transfer.section(main),
+        drift.section(main),
+        foreign.section(main),
+        "## 4 Fusion of encoders\n\nNot measured yet." if study.fusion is None else fusion.section(study.fusion),
+        "## 5 SmolLM2\n\nNot measured yet." if study.smollm2 is None else smollm2.section(study.smollm2),
+        _limits(study),
+        _again(),
+    ]
+    return paragraphs(*parts) + "\n"
 
 
-def readme_paragraph(findings: Findings) -> str:
+def readme_paragraph(main: Findings) -> str:
     """What README says, between its two marks."""
-    share = findings.symmetric_share("merge", transfer.ARM, "weights")
-    skill = findings.difference("merge", transfer.ARM, "weights", SKILL)
-    own = findings.difference("foreign", "all-three", "weights", OWN)
+    share = main.symmetric_share("merge", FINE_TUNED, "weights")
+    skill = main.difference("merge", FINE_TUNED, "weights", SKILL)
+    plain, aligned = (main.estimate("foreign", "all-three", variant, SKILL) for variant in ("plain", "weights"))
     return paragraphs(
         BEGIN,
-        f"Two fine-tunes of one base: on small Llama models trained for the purpose ({skill.n} seeds), {share.text(2)} % of their "
-        f"distance is a difference of coordinates, and alignment from weights changes a transferred skill by "
-        f"{skill.text(signed=True)} points ({skill.verdict(1)}). If instead a tool has left the target in other coordinates "
-        f"(rotated values, sorted neurons, reordered heads), the aligned merge keeps {own.text(signed=True)} points more of what the "
-        "target can do than the plain one. All numbers, by how far the models have drifted: [docs/evidence.md](docs/evidence.md).",
+        f"""\
+On small Llama models trained for the purpose ({skill.n} seeds, mean ± standard error), {share.text(2)} % of the
+distance between two fine-tunes of one base is a difference of coordinates, and alignment from weights changes a
+transferred skill by {skill.text(signed=True)} points ({skill.verdict(1)}). After a tool has left the target in other
+coordinates (rotated values, sorted neurons, reordered heads) a plain merge has {plain.text()} % of the skill, an
+aligned one {aligned.text()} %. By kind of drift, with what harms: [docs/evidence.md](docs/evidence.md).""",
         END,
     )
 
@@ -54,24 +85,47 @@ def replaced(readme: str, paragraph: str) -> str:
     return before + paragraph + rest.split(END, 1)[1]
 
 
-def _scale(findings: Findings) -> str:
-    sizes, base = findings.settings["model"], findings.settings["base"]
-    return (
-        "Written by `make study` from `examples/study/results/`; a test compares every number. The papers measured models of 8 "
-        f"billion parameters. Here: Llama models with {sizes['num_hidden_layers']} layers, width {sizes['hidden_size']}, "
-        f"{sizes['num_attention_heads']} query heads and {sizes['num_key_value_heads']} KV heads of {sizes['head_dim']} "
-        f"coordinates, 780 thousand parameters, {base['steps']} steps of base training with {findings.settings['batch']} "
-        f"sequences of {findings.settings['length']} characters, {len(findings.settings['seeds'])} seeds. What such models "
-        "show need not hold for large ones; what is exact (functions kept or broken) does."
-    )
+def _scale(main: Findings) -> str:
+    sizes, settings = main.settings["model"], main.settings
+    return f"""\
+Written by `make study` from `examples/study/results/`; a test compares every number. The papers measured models of 8
+billion parameters. Here: Llama models with {sizes["num_hidden_layers"]} layers, width {sizes["hidden_size"]},
+{sizes["num_attention_heads"]} query heads and {sizes["num_key_value_heads"]} KV heads of {sizes["head_dim"]}
+coordinates (0.8 million parameters), {settings["base"]["steps"]} steps of base training with {settings["batch"]}
+sequences of {settings["length"]} characters, {len(settings["seeds"])} seeds. What such models show need not hold for
+large ones; what is exact (functions that are kept or broken) does."""
 
 
-def _reading(findings: Findings) -> str:
-    env = findings.environment
-    return (
-        f"Numbers are means over seeds ± standard errors. Differences are taken seed by seed; *better* and *worse* mean that the "
-        f"{CONFIDENCE:.0%} interval (Student's t) leaves out zero, so about one in twenty such words is chance. "
-        "Everything is deterministic: the same seeds give the same numbers on the same machine and versions "
-        f"(here Python {env['python']}, torch {env['torch']}, one thread). Merges are MergeKit configurations "
-        "(`examples/study/merges/`), run by MergeKit's `run_merge` in one process."
-    )
+def _reading(main: Findings) -> str:
+    env = main.environment
+    return f"""\
+Numbers are means over seeds ± standard errors. Differences are taken seed by seed; *better* and *worse* mean that the
+{CONFIDENCE:.0%} interval (Student's t) leaves out zero, so about one in twenty such words is chance; *no difference
+shown* is no proof that there is none. The same seeds give the same numbers on the same machine and versions (here
+Python {env["python"]}, torch {env["torch"]}, one thread). Merges are MergeKit configurations
+(`examples/study/merges/`), run by MergeKit's `run_merge` in one process instead of one process each."""
+
+
+def _limits(study: Study) -> str:
+    arms = study.main.arms("merge")
+    seeds = {arm: len(study.main.per_seed("merge", arm, "plain", SKILL)) for arm in arms}
+    fewer = [f"{DRIFT_TITLES[arm]} ({n})" for arm, n in seeds.items() if n < len(study.main.settings["seeds"])]
+    parts = [
+        """\
+The tasks are strings of digits and the text is one document: nothing here is language as large models know it. One
+way of training (AdamW), one shape of model, one weight of the skill vector (1). Branching off early means training
+again from almost the start, not a long continued training as large models get.""",
+        f"Fewer seeds than the others have: {listing(fewer)}." if fewer else "",
+        "" if "activations" in exact_variants(study.main) else "Matching from activations is not in these results.",
+        "Parts 4 and 5 are short fine-tunes on a CPU; part 5 is one run.",
+    ]
+    return "## Limits\n\n" + " ".join(part for part in parts if part)
+
+
+def _again() -> str:
+    return """\
+## Measure it again
+
+`make study` goes on with what is missing in `examples/study/results/`; delete a file there to measure it anew, then
+everything on this page follows. `make study-small` runs the same code on a fraction of the training, in a few
+minutes."""

@@ -17,10 +17,11 @@ def section(findings: Findings) -> str:
     return paragraphs(
         "## 1 Skill transfer",
         _verdict(findings),
-        "Base → reference and target by separate fine-tuning; reference → reasoner by training on the skill (two steps, the "
-        "first one written down). Each merge is target + (reasoner − reference), both with weight 1, in the coordinates of "
-        "the reference. *Own tasks*: mean exact match on the three tasks of the base and the target's own; *ship's log*: "
-        "text of the target's style.",
+        """\
+Base → reference and target by separate fine-tuning; reference → reasoner by training on the skill (two steps in a
+row, the first one written down). Each merge is target + (reasoner − reference), both with weight 1, in the
+coordinates of the reference. *Own tasks*: mean exact match on the three tasks of the base and the target's own;
+*ship's log*: text of the target's style.""",
         _abilities(findings),
         "![Skill and own tasks of the merges](figures/transfer.png)",
         "Differences to the merge without alignment, seed by seed:",
@@ -41,7 +42,7 @@ def _verdict(findings: Findings) -> str:
         )
     share = findings.symmetric_share("merge", ARM, "weights")
     parts.append(
-        f"Of the distance between target and reference {share.text(2)} % is a difference of coordinates that weights can tell."
+        f"Exact alignment from weights removes {share.text(2)} % of the distance between target and reference."
     )
     return " ".join(parts)
 
@@ -90,6 +91,7 @@ def _function(findings: Findings) -> str:
     before, after = (findings.estimate("merge", ARM, variant, ALONE) for variant in ("plain", "full"))
     return (
         f"The target itself, before anything is merged: exact alignment moves its logits by at most "
-        f"{exact.mean:.0e} standard deviations (rounding); `rotation: full` moves them by {full.text(1)}, and its own tasks go "
-        f"from {before.text()} % to {after.text()} %."
+        f"{exact.mean:.0e} standard deviations (rounding); `rotation: full` moves them by {full.text(1)}, and its "
+        "own tasks "
+        f"go from {before.text()} % to {after.text()} %."
     )
