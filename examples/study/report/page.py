@@ -61,14 +61,17 @@ def readme_paragraph(main: Findings) -> str:
     share = main.symmetric_share("merge", FINE_TUNED, "weights")
     skill = main.difference("merge", FINE_TUNED, "weights", SKILL)
     plain, aligned = (main.estimate("foreign", "all-three", variant, SKILL) for variant in ("plain", "weights"))
+    advice = "Models that nothing but fine-tuning has moved apart: a plain merge will do."
     return paragraphs(
         BEGIN,
         f"""\
-On small Llama models trained for the purpose ({skill.n} seeds, mean ± standard error), {share.text(2)} % of the
-distance between two fine-tunes of one base is a difference of coordinates, and alignment from weights changes a
-transferred skill by {skill.text(signed=True)} points ({skill.verdict(1)}). After a tool has left the target in other
-coordinates (rotated values, sorted neurons, reordered heads) a plain merge has {plain.text()} % of the skill, an
-aligned one {aligned.text()} %. By kind of drift, with what harms: [docs/evidence.md](docs/evidence.md).""",
+{"" if skill.verdict(1) == "better" else advice} On small Llama models trained for the purpose ({skill.n} seeds, mean ±
+standard error) exact alignment from weights lowers the distance between two fine-tunes of one base by
+{share.text(2)} %, and changes a transferred skill by {skill.text(signed=True)} points ({skill.verdict(1)}).""",
+        f"""\
+It is for models in other coordinates: after a tool has rotated the target's values, sorted its neurons and reordered
+its heads, a plain merge has {plain.text()} % of the skill, an aligned one {aligned.text()} %. More kinds of drift,
+and what harms: [docs/evidence.md](docs/evidence.md).""",
         END,
     )
 
