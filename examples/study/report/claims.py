@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..estimates import Estimate
-from ..findings import ALONE, DEVIATION, OWN, SKILL, Findings
+from ..findings import ALONE, DEVIATION, OWN, SKILL, SKILL_LOSS, Findings
+from ..lineage import FINE_TUNED
 from .drift import changes, exact_variants
 from .markdown import DRIFT_TITLES, in_order, judged, table
-from .transfer import ARM
 
 ANSWERS = {"better": "confirmed here", "worse": "contradicted here"}
 HOROI, ZHANG = "Horoi et al.", "Zhang et al."
@@ -30,14 +30,22 @@ def answer(difference: Estimate, favourable: int) -> str:
 def _transfer_claims(findings: Findings) -> list[Claim]:
     rows = []
     for variant in ("weights", "activations"):
-        for what, metric in (("raises the skill", SKILL), ("keeps more of the target's own abilities", OWN)):
-            claim = f"aligning the target ({variant}) before the skill vector is added {what}"
-            if variant not in exact_variants(findings):
-                rows.append((HOROI, claim, "not tested", "not in this run"))
-                continue
-            difference = findings.difference("merge", ARM, variant, metric)
-            rows.append((HOROI, claim, answer(difference, 1), judged(difference, 1, unit=" points")))
+        before = f"aligning the target ({variant}) before the skill vector is added"
+        if variant not in exact_variants(findings):
+            rows.append((HOROI, f"{before} helps", "not tested", "not in this run"))
+            continue
+        own = findings.difference("merge", FINE_TUNED, variant, OWN)
+        rows.append((HOROI, f"{before} raises the skill", *_skill(findings, variant)))
+        rows.append(
+            (HOROI, f"{before} keeps more of its own abilities", answer(own, 1), judged(own, 1, unit=" points"))
+        )
     return rows
+
+
+def _skill(findings: Findings, variant: str) -> tuple[str, str]:
+    """The answer by the loss on the skill's answers, which tells more than exact match where few are right."""
+    share, loss = (findings.difference("merge", FINE_TUNED, variant, metric) for metric in (SKILL, SKILL_LOSS))
+    return answer(loss, -1), f"{judged(loss, -1, 2, ' nats/character')}; {judged(share, 1, unit=' points')}"
 
 
 def _more_drift(findings: Findings) -> Claim:
@@ -56,8 +64,8 @@ def _more_drift(findings: Findings) -> Claim:
 
 
 def _full_rotation(findings: Findings) -> Claim:
-    change = findings.difference("merge", ARM, "full", ALONE)
-    moved = findings.estimate("merge", ARM, "full", DEVIATION)
+    change = findings.difference("merge", FINE_TUNED, "full", ALONE)
+    moved = findings.estimate("merge", FINE_TUNED, "full", DEVIATION)
     return (
         f"{HOROI}; {ZHANG}",
         "one orthogonal matrix for query and key keeps the function (here: under RoPE)",
@@ -70,10 +78,7 @@ def _full_rotation(findings: Findings) -> Claim:
 def _kinds(findings: Findings) -> list[Claim]:
     rows = []
     for kind in ("rotation", "scale", "permutation"):
-        difference = findings.difference("merge", ARM, kind, SKILL)
-        rows.append(
-            (HOROI, f"{kind} alone helps the transfer", answer(difference, 1), judged(difference, 1, unit=" points"))
-        )
+        rows.append((HOROI, f"{kind} alone raises the skill", *_skill(findings, kind)))
     if findings.has("distance"):
         gaps = {
             arm: findings.difference("distance", arm, "rotation", lambda row: row["total_distance"], "permutation")

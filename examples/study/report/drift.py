@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..estimates import Estimate
-from ..findings import ALONE, OWN, SKILL, Findings, percent, plain_number
+from ..findings import ALONE, OWN, SKILL, SKILL_LOSS, Findings, Metric, percent, plain_number
 from .markdown import DRIFT_TITLES, VARIANT_TITLES, in_order, judged, listing, paragraphs, table
 
 EXACT = ("weights", "activations")
@@ -22,22 +22,24 @@ def section(findings: Findings) -> str:
         "![Share of the distance, barrier and transfer by drift](figures/drift.png)",
         _distances(findings, arms),
         _barriers(findings, arms),
-        _transfers(findings, arms),
+        _transfers(findings, arms, "skill after transfer, %", (SKILL, 1, 1)),
+        _transfers(findings, arms, "skill after transfer, nats/character", (SKILL_LOSS, -1, 2)),
+        _transfers(findings, arms, "own tasks after transfer, %", (OWN, 1, 1)),
         _by_symmetry(findings, arms),
         _full(findings, arms),
     )
 
 
 def changes(findings: Findings, arms: list[str], variant: str) -> list[tuple[str, str, Estimate, str]]:
-    """(what, arm, difference, verdict) for barrier, skill and own tasks, wherever a difference is shown."""
+    """(what, arm, difference, verdict) for barrier, skill (loss) and own tasks, wherever a difference is shown."""
     found = []
     for arm in arms:
         if not findings.has("merge", arm, variant):
             continue
         for what, sign, difference in (
-            ("barrier", -1, findings.barrier_difference(arm, variant)),
-            ("skill", 1, findings.difference("merge", arm, variant, SKILL)),
-            ("own tasks", 1, findings.difference("merge", arm, variant, OWN)),
+            ("barrier, nats", -1, findings.barrier_difference(arm, variant)),
+            ("skill, nats", -1, findings.difference("merge", arm, variant, SKILL_LOSS)),
+            ("own tasks, points", 1, findings.difference("merge", arm, variant, OWN)),
         ):
             if (verdict := difference.verdict(sign)) in ("better", "worse"):
                 found.append((what, arm, difference, verdict))
@@ -65,9 +67,9 @@ def _setting(findings: Findings) -> str:
 The target branches off at a share of the base training, goes on to its end with other data, and then learns what the
 target of section 1 learns; *hotter* and *longer* multiply the learning rate or the steps of that lesson by
 {settings["hot_factor"]} and {settings["long_factor"]}. *Removed*: by how much alignment lowers the Frobenius
-distance to the reference over all tensors, or over the query and key projections (*Q/K*). *Barrier*: how far the
-loss on the base mixture rises above the straight line between reference and target, at the worst of
-{len(settings["mixing"])} averages."""
+distance to the reference over all tensors (negative: raises it; matching from activations does not look at it), or
+over the query and key projections (*Q/K*). *Barrier*: how far the loss on the base mixture rises above the straight
+line between reference and target, at the worst of {len(settings["mixing"])} averages."""
 
 
 def _distances(findings: Findings, arms: list[str]) -> str:
@@ -102,18 +104,16 @@ def _barriers(findings: Findings, arms: list[str]) -> str:
     return table(("barrier, nats", "no alignment", *(f"{VARIANT_TITLES[v]}: difference" for v in variants)), rows)
 
 
-def _transfers(findings: Findings, arms: list[str]) -> str:
+def _transfers(findings: Findings, arms: list[str], what: str, measure: tuple[Metric, int, int]) -> str:
+    """One ability after the transfer; ``measure`` is the metric, the sign of an improvement, and digits."""
+    metric, favourable, digits = measure
     variants = exact_variants(findings)
-    head = ["after transfer", "skill, no alignment, %", *(f"{VARIANT_TITLES[v]}, points" for v in variants)]
-    head += ["own tasks, no alignment, %", *(f"{VARIANT_TITLES[v]}, points" for v in variants)]
     rows = []
     for arm in arms:
-        cells = []
-        for metric in (SKILL, OWN):
-            cells.append(findings.estimate("merge", arm, "plain", metric).text())
-            cells += [judged(findings.difference("merge", arm, v, metric), 1) for v in variants]
-        rows.append((DRIFT_TITLES[arm], *cells))
-    return table(head, rows)
+        differences = [findings.difference("merge", arm, v, metric) for v in variants]
+        cells = [judged(difference, favourable, digits) for difference in differences]
+        rows.append((DRIFT_TITLES[arm], findings.estimate("merge", arm, "plain", metric).text(digits), *cells))
+    return table((what, "no alignment", *(f"{VARIANT_TITLES[v]}: difference" for v in variants)), rows)
 
 
 def _by_symmetry(findings: Findings, arms: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,11 +12,12 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from ..estimates import Estimate
-from ..findings import OWN, SKILL, Findings
+from ..findings import OWN, SKILL, SKILL_LOSS, Findings
+from ..lineage import FINE_TUNED
 from .drift import exact_variants
 from .foreign import aligned_variant
 from .markdown import DRIFT_TITLES, in_order
-from .transfer import ARM, tried
+from .transfer import tried
 
 COLOURS = {"plain": "0.55", "weights": "tab:blue", "activations": "tab:orange", "full": "tab:red"}
 LABELS = {"plain": "no alignment", "full": "rotation: full"}
@@ -52,8 +54,9 @@ def _transfer(findings: Findings) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
     variants = ["plain", *tried(findings)]
     metrics = {"skill": SKILL, "own tasks": OWN}
-    series = {what: [findings.estimate("merge", ARM, v, metric) for v in variants] for what, metric in metrics.items()}
-    _bars(axes, ["no\nalignment", *(v.replace("full", "rotation:\nfull") for v in variants[1:])], series)
+    series = {what: [findings.estimate("merge", FINE_TUNED, v, m) for v in variants] for what, m in metrics.items()}
+    names = ["no\nalignment", *(v.replace("full", "rotation:\nfull") for v in variants[1:])]
+    _bars(axes, names, series)
     axes.set_ylabel("exact match, %")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return figure
@@ -62,18 +65,16 @@ def _transfer(findings: Findings) -> plt.Figure:
 def _drift(findings: Findings) -> plt.Figure:
     figure, (left, middle, right) = plt.subplots(3, 1, figsize=(8, 8.5), layout="constrained", sharex=True)
     arms = in_order(findings.arms("merge"))
-    names = [
-        DRIFT_TITLES[arm].replace("another ", "another\n").replace(" at ", "\nat ").replace(", ", ",\n") for arm in arms
-    ]
+    names = [re.sub(r"(another|branch|,) ", r"\1\n", DRIFT_TITLES[arm]) for arm in arms]
     exact = exact_variants(findings)
-    _bars(left, names, {v: [findings.symmetric_share("merge", arm, v) for arm in arms] for v in (*exact, "full")})
+    _bars(left, names, {v: [findings.symmetric_share("merge", arm, v) for arm in arms] for v in ("weights", "full")})
     left.set_ylabel("removed of the distance, %")
     variants = ["plain", *exact, "full"]
     barriers = {v: [Estimate.of(list(findings.barrier(arm, v).values())) for arm in arms] for v in variants}
     _bars(middle, names, barriers)
     middle.set_ylabel("loss barrier, nats")
-    _bars(right, names, {v: [findings.estimate("merge", arm, v, SKILL) for arm in arms] for v in variants})
-    right.set_ylabel("skill after transfer, %")
+    _bars(right, names, {v: [findings.estimate("merge", arm, v, SKILL_LOSS) for arm in arms] for v in variants})
+    right.set_ylabel("skill after transfer, nats/character")
     figure.legend(*middle.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return figure
 
@@ -81,13 +82,14 @@ def _drift(findings: Findings) -> plt.Figure:
 def _foreign(findings: Findings) -> plt.Figure:
     figure, panels = plt.subplots(2, 1, figsize=(8, 5.5), layout="constrained", sharex=True)
     arms = findings.arms("foreign")
-    for axes, (title, metric) in zip(panels, {"skill": SKILL, "own tasks": OWN}.items(), strict=True):
+    metrics = {"skill, nats/character": SKILL_LOSS, "own tasks, %": OWN}
+    for axes, (title, metric) in zip(panels, metrics.items(), strict=True):
         series = {
             "plain": [findings.estimate("foreign", arm, "plain", metric) for arm in arms],
             "aligned": [findings.estimate("foreign", arm, aligned_variant(arm), metric) for arm in arms],
         }
         _bars(axes, [SHORT[arm] for arm in arms], series)
-        axes.set_ylabel(f"{title}, exact match, %")
+        axes.set_ylabel(title)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9
     )

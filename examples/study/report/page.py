@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..estimates import CONFIDENCE
-from ..findings import SKILL, Findings
+from ..findings import SKILL, SKILL_LOSS, Findings
 from ..lineage import FINE_TUNED
 from . import claims, drift, foreign, fusion, smollm2, transfer
 from .drift import exact_variants
@@ -60,7 +60,8 @@ def readme_paragraph(main: Findings) -> str:
     """What README says, between its two marks."""
     share = main.symmetric_share("merge", FINE_TUNED, "weights")
     skill = main.difference("merge", FINE_TUNED, "weights", SKILL)
-    plain, aligned = (main.estimate("foreign", "all-three", variant, SKILL) for variant in ("plain", "weights"))
+    plain, aligned = (main.estimate("foreign", "all-three", variant, SKILL_LOSS) for variant in ("plain", "weights"))
+    untouched = main.estimate("merge", FINE_TUNED, "plain", SKILL_LOSS)
     advice = "Models that nothing but fine-tuning has moved apart: a plain merge will do."
     return paragraphs(
         BEGIN,
@@ -70,8 +71,9 @@ standard error) exact alignment from weights lowers the distance between two fin
 {share.text(2)} %, and changes a transferred skill by {skill.text(signed=True)} points ({skill.verdict(1)}).""",
         f"""\
 It is for models in other coordinates: after a tool has rotated the target's values, sorted its neurons and reordered
-its heads, a plain merge has {plain.text()} % of the skill, an aligned one {aligned.text()} %. More kinds of drift,
-and what harms: [docs/evidence.md](docs/evidence.md).""",
+its heads, the loss on the skill's answers is {plain.text(2)} nats per character after a plain merge,
+{aligned.text(2)} after an aligned one, and {untouched.text(2)} where no tool had been. More kinds of drift, and what
+harms: [docs/evidence.md](docs/evidence.md).""",
         END,
     )
 

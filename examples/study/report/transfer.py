@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ..findings import ALONE, COMPLEMENT, DEVIATION, LOG_LOSS, OWN, SKILL, SKILL_LOSS, Findings
+from ..lineage import FINE_TUNED as ARM
 from .markdown import VARIANT_TITLES, judged, paragraphs, table
-
-ARM = "branch-100"
 
 
 def tried(findings: Findings, arm: str = ARM) -> list[str]:
@@ -35,10 +34,10 @@ def _verdict(findings: Findings) -> str:
     for variant in ("weights", "activations"):
         if not findings.has("merge", ARM, variant):
             continue
-        skill, own = (findings.difference("merge", ARM, variant, metric) for metric in (SKILL, OWN))
+        skill, loss, own = (findings.difference("merge", ARM, variant, m) for m in (SKILL, SKILL_LOSS, OWN))
         parts.append(
-            f"**{VARIANT_TITLES[variant].capitalize()}** against none: skill {judged(skill, 1, unit=' points')}; "
-            f"own tasks {judged(own, 1, unit=' points')}."
+            f"**{VARIANT_TITLES[variant].capitalize()}** against none: skill {judged(skill, 1, 1, ' points')}, "
+            f"{judged(loss, -1, 2, ' nats/character')}; own tasks {judged(own, 1, 1, ' points')}."
         )
     share = findings.symmetric_share("merge", ARM, "weights")
     parts.append(
