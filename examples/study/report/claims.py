@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..estimates import Estimate
 from ..findings import ALONE, DEVIATION, OWN, SKILL, SKILL_LOSS, Findings
 from ..lineage import FINE_TUNED
-from .drift import changes, exact_variants
-from .markdown import DRIFT_TITLES, in_order, judged, table
+from .drift import changes, exact_variants, measured
+from .markdown import DRIFT_TITLES, judged, table
 
 ANSWERS = {"better": "confirmed here", "worse": "contradicted here"}
 HOROI, ZHANG = "Horoi et al.", "Zhang et al."
@@ -52,7 +52,7 @@ def _more_drift(findings: Findings) -> Claim:
     shown = [
         f"{what} at {DRIFT_TITLES[arm]}, {variant}: {d.text(2, signed=True)} ({verdict})"
         for variant in exact_variants(findings)
-        for what, arm, d, verdict in changes(findings, in_order(findings.arms("merge")), variant)
+        for what, arm, d, verdict in changes(findings, measured(findings), variant)
     ]
     better = any("(better)" in entry for entry in shown)
     return (
@@ -82,7 +82,7 @@ def _kinds(findings: Findings) -> list[Claim]:
     if findings.has("distance"):
         gaps = {
             arm: findings.difference("distance", arm, "rotation", lambda row: row["total_distance"], "permutation")
-            for arm in in_order(findings.arms("distance"))
+            for arm in measured(findings)
         }
         said = "; ".join(
             f"{DRIFT_TITLES[arm]} {gap.text(3, signed=True)} ({gap.verdict(-1)})" for arm, gap in gaps.items()
@@ -94,7 +94,7 @@ def _kinds(findings: Findings) -> list[Claim]:
 
 
 def _average(findings: Findings) -> Claim:
-    shown = {arm: findings.barrier_difference(arm, "weights") for arm in in_order(findings.arms("merge"))}
+    shown = {arm: findings.barrier_difference(arm, "weights") for arm in measured(findings)}
     verdicts = [difference.verdict(-1) for difference in shown.values()]
     held = "confirmed here" if set(verdicts) == {"better"} else "in part" if "better" in verdicts else "not confirmed"
     return (ZHANG, "matching lowers the loss of an average (barrier, nats, small Llama models)", held, _by_drift(shown))

@@ -13,8 +13,15 @@ def exact_variants(findings: Findings) -> list[str]:
     return [v for v in EXACT if findings.has("merge", "branch-100", v)]
 
 
+def measured(findings: Findings) -> list[str]:
+    """Drifts of which everything was measured, in order; a study that was stopped leaves one unfinished."""
+    variants = ("plain", *exact_variants(findings), "full")
+    complete = [arm for arm in findings.arms("distance") if all(findings.has("merge", arm, v) for v in variants)]
+    return in_order(complete)
+
+
 def section(findings: Findings) -> str:
-    arms = in_order(findings.arms("merge"))
+    arms = measured(findings)
     return paragraphs(
         "## 2 By how the target drifted",
         _verdict(findings, arms),
@@ -145,4 +152,11 @@ def _full(findings: Findings, arms: list[str]) -> str:
         for arm in arms
     ]
     head = ("`rotation: full`", "removed of the distance, %", "own tasks of the target alone, before, %", "after, %")
-    return table((*head, "skill after transfer, points", "own tasks after transfer, points"), rows)
+    head = (*head, "skill after transfer, points", "own tasks after transfer, points")
+    losses = {arm: findings.difference("merge", arm, "full", ALONE) for arm in arms}
+    harmed = [f"*{DRIFT_TITLES[arm]}* ({d.text(signed=True)})" for arm, d in losses.items() if d.verdict(1) == "worse"]
+    return paragraphs(
+        "`rotation: full` is no symmetry under RoPE. It costs the target alone, before any merge, some of its own "
+        f"tasks (points) at {listing(harmed) if harmed else 'no drift that was measured'}.",
+        table(head, rows),
+    )

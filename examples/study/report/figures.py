@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from ..estimates import Estimate
 from ..findings import OWN, SKILL, SKILL_LOSS, Findings
 from ..lineage import FINE_TUNED
-from .drift import exact_variants
+from .drift import exact_variants, measured
 from .foreign import aligned_variant
-from .markdown import DRIFT_TITLES, in_order
+from .markdown import DRIFT_TITLES
 from .transfer import tried
 
 COLOURS = {"plain": "0.55", "weights": "tab:blue", "activations": "tab:orange", "full": "tab:red"}
@@ -64,7 +64,7 @@ def _transfer(findings: Findings) -> plt.Figure:
 
 def _drift(findings: Findings) -> plt.Figure:
     figure, (left, middle, right) = plt.subplots(3, 1, figsize=(8, 8.5), layout="constrained", sharex=True)
-    arms = in_order(findings.arms("merge"))
+    arms = measured(findings)
     names = [re.sub(r"(another|branch|,) ", r"\1\n", DRIFT_TITLES[arm]) for arm in arms]
     exact = exact_variants(findings)
     _bars(left, names, {v: [findings.symmetric_share("merge", arm, v) for arm in arms] for v in ("weights", "full")})

@@ -10,7 +10,7 @@ from ..estimates import CONFIDENCE
 from ..findings import SKILL, SKILL_LOSS, Findings
 from ..lineage import FINE_TUNED
 from . import claims, drift, foreign, fusion, smollm2, transfer
-from .drift import exact_variants
+from .drift import exact_variants, measured
 from .markdown import DRIFT_TITLES, listing, paragraphs
 
 BEGIN, END = "<!-- evidence: written by make study -->", "<!-- end of evidence -->"
@@ -112,7 +112,7 @@ Python {env["python"]}, torch {env["torch"]}, one thread). Merges are MergeKit c
 
 
 def _limits(study: Study) -> str:
-    arms = study.main.arms("merge")
+    arms = measured(study.main)
     seeds = {arm: len(study.main.per_seed("merge", arm, "plain", SKILL)) for arm in arms}
     fewer = [f"{DRIFT_TITLES[arm]} ({n})" for arm, n in seeds.items() if n < len(study.main.settings["seeds"])]
     parts = [
