@@ -22,7 +22,7 @@ from study.evaluation import deviation, exact_match  # noqa: E402
 from study.findings import Findings, plain_number  # noqa: E402
 from study.merging import Merger, variants  # noqa: E402
 from study.models import load_state, new_model, save, tokenizer, with_state  # noqa: E402
-from study.report.page import Study, page, readme_paragraph  # noqa: E402
+from study.report.page import Study, _parameters, page, readme_paragraph  # noqa: E402
 from study.settings import Settings  # noqa: E402
 from study.store import Store  # noqa: E402
 from study.training import Trainer  # noqa: E402
@@ -52,6 +52,10 @@ def test_the_page_follows_the_numbers(study: Study) -> None:
     main = replace(study.main, rows={**study.main.rows, key: changed})
     assert page(replace(study, main=main)) != page(study)
     assert readme_paragraph(main) != readme_paragraph(study.main)
+
+
+def test_number_of_parameters_is_that_of_the_model() -> None:
+    assert _parameters(SMALL.model) == sum(x.numel() for x in new_model(SMALL, 0).parameters())
 
 
 def test_results_are_of_the_settings_in_the_repository() -> None:

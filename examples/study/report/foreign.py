@@ -46,9 +46,9 @@ def _verdict(findings: Findings, arms: list[str]) -> str:
     said = ". ".join(f"**{verdict.capitalize()}:** {'; '.join(names)}" for verdict, names in verdicts.items())
     gap = _largest_gap(findings, arms)
     return f"""\
-Wherever the tool has kept the function, the aligned merge is that of the target that no tool had touched: the loss on the
-skill's answers differs by at most {gap:.0e} nats/character in any seed (channels, aligned by one more symmetry, aside). Against a
-plain merge, by that loss. {said}."""
+Wherever the tool has kept the function, the aligned merge is that of the target that no tool had touched: the loss on
+the skill's answers differs by at most {gap:.0e} nats/character in any seed (channels, aligned by one more symmetry,
+aside). Against a plain merge, by that loss. {said}."""
 
 
 def _largest_gap(findings: Findings, arms: list[str]) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from ..data import ALPHABET
 from ..estimates import CONFIDENCE
 from ..findings import SKILL, SKILL_LOSS, Findings
 from ..lineage import FINE_TUNED
@@ -96,9 +97,17 @@ def _scale(main: Findings) -> str:
 Written by `make study` from `examples/study/results/`; a test compares every number. The papers measured models of 8
 billion parameters. Here: Llama models with {sizes["num_hidden_layers"]} layers, width {sizes["hidden_size"]},
 {sizes["num_attention_heads"]} query heads and {sizes["num_key_value_heads"]} KV heads of {sizes["head_dim"]}
-coordinates (0.8 million parameters), {settings["base"]["steps"]} steps of base training with {settings["batch"]}
+coordinates ({_parameters(sizes) / 1e6:.2f} million parameters), {settings["base"]["steps"]} steps of base training with {settings["batch"]}
 sequences of {settings["length"]} characters, {len(settings["seeds"])} seeds. What such models show need not hold for
 large ones; what is exact (functions that are kept or broken) does."""
+
+
+def _parameters(sizes: dict[str, int]) -> int:
+    """Weights of the Llama model: embedding and output, and in each layer projections, MLP and two norms."""
+    hidden, d = sizes["hidden_size"], sizes["head_dim"]
+    attention = 2 * hidden * d * (sizes["num_attention_heads"] + sizes["num_key_value_heads"])
+    layer = attention + 3 * hidden * sizes["intermediate_size"] + 2 * hidden
+    return 2 * len(ALPHABET) * hidden + sizes["num_hidden_layers"] * layer + hidden
 
 
 def _reading(main: Findings) -> str:
@@ -114,6 +123,8 @@ Python {env["python"]}, torch {env["torch"]}, one thread). Merges are MergeKit c
 def _limits(study: Study) -> str:
     arms = measured(study.main)
     seeds = {arm: len(study.main.per_seed("merge", arm, "plain", SKILL)) for arm in arms}
+    planned = ["other-start", "hot", "long", *(f"branch-{share}" for share in study.main.settings["branches"])]
+    missing = [DRIFT_TITLES[arm] for arm in planned if arm not in arms]
     fewer = [f"{DRIFT_TITLES[arm]} ({n})" for arm, n in seeds.items() if n < len(study.main.settings["seeds"])]
     parts = [
         """\
@@ -121,6 +132,7 @@ The tasks are strings of digits and the text is one document: nothing here is la
 way of training (AdamW), one shape of model, one weight of the skill vector (1). Branching off early means training
 again from almost the start, not a long continued training as large models get.""",
         f"Fewer seeds than the others have: {listing(fewer)}." if fewer else "",
+        f"Planned and not measured yet: {listing(missing)}." if missing else "",
         "" if "activations" in exact_variants(study.main) else "Matching from activations is not in these results.",
         "Parts 4 and 5 are short fine-tunes on a CPU; part 5 is one run.",
     ]
