@@ -97,7 +97,8 @@ def _scale(main: Findings) -> str:
 Written by `make study` from `examples/study/results/`; a test compares every number. The papers measured models of 8
 billion parameters. Here: Llama models with {sizes["num_hidden_layers"]} layers, width {sizes["hidden_size"]},
 {sizes["num_attention_heads"]} query heads and {sizes["num_key_value_heads"]} KV heads of {sizes["head_dim"]}
-coordinates ({_parameters(sizes) / 1e6:.2f} million parameters), {settings["base"]["steps"]} steps of base training with {settings["batch"]}
+coordinates ({_parameters(sizes) / 1e6:.2f} million parameters),
+{settings["base"]["steps"]} steps of base training with {settings["batch"]}
 sequences of {settings["length"]} characters, {len(settings["seeds"])} seeds. What such models show need not hold for
 large ones; what is exact (functions that are kept or broken) does."""
 
