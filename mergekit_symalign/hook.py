@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,11 +25,13 @@ def install() -> None:
     A MergeKit whose internals are not recognised is left as it is, except that asking for one of our methods
     raises `HostError`.
     """
+    import mergekit.merge
     import mergekit.merge_methods
     import mergekit.plan
 
     on_import(mergekit.merge_methods)
     on_import(mergekit.plan)
+    on_import(mergekit.merge)
 
 
 def on_import(module: ModuleType) -> None:
@@ -39,6 +42,7 @@ def on_import(module: ModuleType) -> None:
     action = {
         "mergekit.merge_methods": _register,
         "mergekit.plan": _hook_planner,
+        "mergekit.merge": _hook_card,
         "mergekit.scripts.merge_raw_pytorch": _hook_raw_pytorch,
     }[module.__name__]
     problem = _problem(module)
@@ -89,6 +93,7 @@ _EXPECTED: dict[str, dict[str, tuple[str, ...] | None]] = {
         ),
         "GatherTensors": ("weight_info", "dtype", "device"),
     },
+    "mergekit.merge": {"run_merge": ("merge_config", "out_path", "options")},
     "mergekit.scripts.merge_raw_pytorch": {"plan_flat_merge": ("config",)},
 }
 
@@ -145,7 +150,7 @@ def _hook_planner(plan: Any) -> None:
     def plan_to_disk(self: Any, out_path: str) -> Any:
         targets = to_disk(self, out_path)
         aligned = getattr(self, _PLAN, None)
-        return targets if aligned is None else [*targets, *aligned.extra_tasks(out_path)]
+        return targets if aligned is None else [*targets, *aligned.extra_tasks(out_path, targets)]
 
     plan.MergePlanner.plan_to_disk = plan_to_disk
     if plan.ReturnTensor.model_fields["tensor_task"].annotation is not plan.Task:
@@ -217,6 +222,25 @@ class _AddableTuple(tuple[str, ...]):
 
     def __radd__(self, other: list[str]) -> list[str]:
         return [*other, *self]
+
+
+def _hook_card(merge: Any) -> None:
+    original = merge.run_merge
+
+    @functools.wraps(original)
+    def run_merge(merge_config: Any, out_path: str, options: Any, *args: Any, **kwargs: Any) -> Any:
+        from mergekit.merge_methods import get
+
+        from mergekit_symalign.methods import AlignedMethod
+
+        result = original(merge_config, out_path, options, *args, **kwargs)
+        if options.write_model_card and isinstance(get(merge_config.merge_method), AlignedMethod):
+            from mergekit_symalign.card import extend_card
+
+            extend_card(Path(out_path))
+        return result
+
+    merge.run_merge = run_merge
 
 
 def _hook_raw_pytorch(script: Any) -> None:

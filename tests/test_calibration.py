@@ -14,7 +14,7 @@ from models import make_model, perturbed, save, word_tokenizer
 
 from mergekit_symalign.activations.calibration import BATCH_TOKENS, calibrate, read_prompts
 from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
-from mergekit_symalign.errors import CalibrationError, ConfigError, ParameterError
+from mergekit_symalign.errors import ArchitectureError, CalibrationError, ConfigError, ParameterError
 
 WORDS = word_tokenizer(97)
 
@@ -148,3 +148,16 @@ def test_few_tokens_warn_and_stay_finite(paths: list[Path], tmp_path: Path, capl
         out = _merge(paths, tmp_path / "out", calibration=str(prompts), neuron_scaling=True)
     assert "only 3 tokens, fewer than the models' hidden size of 48" in caplog.text
     assert all(torch.isfinite(x).all() for x in out.values())
+
+
+def test_a_consensus_takes_neither_prompts_nor_files(paths: list[Path], tmp_path: Path) -> None:
+    prompts = _file(tmp_path, '{"text": "w3 w4"}')
+    with pytest.raises(ConfigError, match="consensus compares weights, and objective is activations"):
+        _merge(paths, tmp_path / "out", calibration=str(prompts), anchor="consensus")
+
+
+@pytest.mark.parametrize("family", ["vit", "mixtral", "deberta-v3"])
+def test_models_that_prompts_cannot_compare_are_refused(family: str, tmp_path: Path) -> None:
+    models = [save(make_model(family, i), tmp_path / str(i)) for i in range(2)]
+    with pytest.raises(ArchitectureError, match="objective: activations does not know"):
+        _merge(models, tmp_path / "out", calibration=str(_file(tmp_path, '{"text": "w3"}')))

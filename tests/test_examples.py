@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import load, merged
 from mergekit.config import MergeConfiguration
-from models import make_model, save
+from models import make_model, save, word_tokenizer
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yml"))
 
@@ -26,12 +26,16 @@ def _localised(text: str, folder: Path) -> str:
         family = next(f for key, f in FAMILY_OF.items() if key in name.lower().replace("-", ""))
         tiny = {"hidden_size": 24, "intermediate_size": 16, "vocab_size": 11}
         model = make_model(family, seed, **({"num_hidden_layers": 32} | tiny if family in LLAMAS else {}))
-        text = text.replace(name, str(save(model, folder / f"model-{seed}", torch.bfloat16)))
+        path = save(model, folder / name.replace("/", "-"), torch.bfloat16)
+        if "objective: activations" in text:
+            word_tokenizer(11).save_pretrained(path)
+        text = text.replace(name, str(path))
     return text
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
-def test_example_runs(example: Path, tmp_path: Path) -> None:
+def test_example_runs(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write beside their output
     config = yaml.safe_load(_localised(example.read_text(), tmp_path))
     out = merged(config, tmp_path / "out")
     assert all(x.dtype is getattr(torch, config["dtype"]) and torch.isfinite(x).all() for x in out.values())

@@ -12,12 +12,12 @@ from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry import heads as heads_module
-from mergekit_symalign.symmetry.attention import attention_moments
+from mergekit_symalign.symmetry.attention import head_moments
 from mergekit_symalign.symmetry.blocks import align_attention
 from mergekit_symalign.symmetry.element import rows_by_axis
 from mergekit_symalign.symmetry.groups import Chain, Permutation
 from mergekit_symalign.symmetry.heads import HeadProblem, match_heads
-from mergekit_symalign.symmetry.options import HeadShape, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.options import Facts, HeadShape, Rotation, Sides, Symmetries
 
 State = dict[str, torch.Tensor]
 CASES = {
@@ -80,11 +80,12 @@ def test_optimum_over_all_orders_of_unrelated_heads(case: str, rotation: Rotatio
     layout = resolve(a.config, model="m")
     sides, shape = _sides(a.state_dict(), b.state_dict(), layout), _shape(layout)
     use = Symmetries(rotation=rotation, scaling=scaling)
-    problem, k = HeadProblem(sides, shape, use), shape.kv_heads
+    problem, k = HeadProblem(sides, head_moments(sides, shape), shape, use), shape.kv_heads
     i, j = torch.meshgrid(torch.arange(k), torch.arange(k), indexing="ij")
     costs = problem.cost(i.flatten(), j.flatten()).reshape(k, k)
-    assert (problem.lower_bounds() <= costs).all()
-    order = match_heads(problem, attention_moments(sides, shape))
+    assert (problem.lower_bounds <= costs).all()
+    assert (problem.plane_bounds <= costs).all()
+    order = match_heads(problem)
     kv = torch.arange(k) if order is None else order.kv
     best = min(sum(costs[r, c] for r, c in enumerate(p)) for p in permutations(range(k)))
     assert costs[torch.arange(k), kv].sum() == pytest.approx(float(best), rel=1e-9)
@@ -104,8 +105,10 @@ def test_siblings_are_settled_by_their_bounds(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(heads_module.HeadProblem, "cost", cost)
     shape = _shape(layout)
-    assert match_heads(HeadProblem(sides, shape, Symmetries()), attention_moments(sides, shape)) is None
+    facts: Facts = {}
+    assert match_heads(HeadProblem(sides, head_moments(sides, shape), shape, Symmetries()), facts) is None
     assert asked == []
+    assert facts == {"heads_route": "identity"}
 
 
 def test_heads_false_keeps_the_order() -> None:

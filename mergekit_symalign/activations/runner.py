@@ -2,7 +2,8 @@
 
 The model is built without weights. It runs once on the prompts with its layers replaced by recorders, which gives the
 first hidden states and the arguments that the model hands to each of its layers: masks, rotary tables, windows. Then
-the model's own layer modules are called with those, one after another, each with its own weights.
+the model's own layer modules are called with those, one after another, each with its own weights. What follows the last
+layer (norms, heads, soft caps) is run in the same way: the model once more, with layers that hand on the hidden states.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class Batch:
 
     ids: Tensor
     valid: Tensor
+
+    def inputs(self) -> dict[str, Any]:
+        """As the model wants them."""
+        return {"input_ids": self.ids, "attention_mask": self.valid.long(), "use_cache": False}
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,11 @@ class LayerRunner:
         build = getattr(model_type, "_from_config", None) or model_type.from_config
         with init_empty_weights(include_buffers=False):
             model = build(config, attn_implementation="eager")
+        model.tie_weights()  # building it without weights takes them apart
         self.model = model.eval().requires_grad_(False)
         path = layout.name(0, "").rstrip(".").rpartition(".")[0]
         self.layers: nn.ModuleList = self.model.get_submodule(path)
+        self._in_tuples = layout.family.name.startswith("deberta")  # its layers return their attention as well
 
     @torch.inference_mode()
     def record(self, batch: Batch, weights: Mapping[str, Tensor]) -> Recorded:
@@ -87,12 +94,17 @@ class LayerRunner:
             batch: the prompts.
             weights: the tensors outside the layers that the embedding needs, by name.
         """
-        self._move_buffers(batch.ids.device)
+        self._move_buffers(batch.valid.device)
         calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-        with _replaced_by_recorders(self.layers, calls):
-            inputs = {"input_ids": batch.ids, "attention_mask": batch.valid.long(), "use_cache": False}
-            with suppress(_LastLayerReachedError):
-                functional_call(self.model, dict(weights), (), inputs)
+
+        def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append((hidden, args, kwargs))
+            if len(calls) == len(self.layers):
+                raise _LastLayerReachedError
+            return self._returned(hidden)
+
+        with _replaced(self.layers, recorder), suppress(_LastLayerReachedError):
+            functional_call(self.model, dict(weights), (), batch.inputs())
         slots = _Slots()
         structure = tuple(slots.emptied((args, kwargs)) for _, args, kwargs in calls)
         return Recorded(calls[0][0], tuple(slots.tensors), structure)
@@ -120,6 +132,25 @@ class LayerRunner:
             out = functional_call(module, dict(weights), (hidden, *args), kwargs)
         return (out[0] if isinstance(out, tuple) else out), activations
 
+    @torch.inference_mode()
+    def finish(self, batch: Batch, weights: Mapping[str, Tensor], hidden: Tensor) -> Any:
+        """Run everything behind the layers.
+
+        Args:
+            batch: the prompts.
+            weights: all tensors outside the layers, by name.
+            hidden: [prompts, tokens, hidden size], what leaves the last layer.
+
+        Returns:
+            The model's output.
+        """
+        self._move_buffers(hidden.device)
+        with _replaced(self.layers, lambda *_, **__: self._returned(hidden)):
+            return functional_call(self.model, dict(weights), (), batch.inputs())
+
+    def _returned(self, hidden: Tensor) -> Any:
+        return (hidden, None) if self._in_tuples else hidden
+
     def _move_buffers(self, device: torch.device) -> None:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -132,17 +163,10 @@ class _LastLayerReachedError(Exception):
 
 
 @contextmanager
-def _replaced_by_recorders(layers: nn.ModuleList, calls: list[Any]) -> Iterator[None]:
-    """Inside, a layer notes its arguments and passes the hidden states on; the last one stops the model."""
-
-    def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        calls.append((hidden, args, kwargs))
-        if len(calls) == len(layers):
-            raise _LastLayerReachedError
-        return hidden
-
+def _replaced(layers: nn.ModuleList, forward: Any) -> Iterator[None]:
+    """Inside, every layer is this function."""
     for layer in layers:
-        layer.forward = recorder
+        layer.forward = forward
     try:
         yield
     finally:
@@ -155,7 +179,7 @@ def _watched(layer: nn.Module, layout: ModelLayout, seen: frozenset[str]) -> Ite
     """Inside, the activations of some axes are noted wherever the layer's tensors write or read them."""
     activations: dict[str, Tensor] = {}
     handles = []
-    for part, spec in layout.inside.items():
+    for part, spec in layout.inside.items() if seen else ():
         name, _, kind = part.rpartition(".")
         axes = layout.axes(spec)
         if kind != "weight" or len(axes.names) != 2 or axes.joined is not None:

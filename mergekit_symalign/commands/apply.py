@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.alignment_file import AlignmentFile, block_name
 from mergekit_symalign.errors import CheckpointError, ConfigError
-from mergekit_symalign.families.resolve import ModelLayout, resolve
+from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.fingerprint import fingerprint
 from mergekit_symalign.graph.alignments import ReadBlock, sizes_of
 from mergekit_symalign.graph.apply import ApplyBlock
@@ -129,7 +129,7 @@ def _moved(checkpoint: Checkpoint, file: AlignmentFile, invert: bool) -> dict[st
                 continue
             block = block_name(layer, spec.block.value)
             if block in file.blocks:
-                load = LoadFinite(model=checkpoint.model, tensor=name, aliases=_plain_names(layout, name))
+                load = LoadFinite(model=checkpoint.model, tensor=name, aliases=checkpoint.aliases(name))
                 label = layout.name(layer, "")
                 solution = ReadBlock(path=str(file.path), sha256=file.sha256, block=block, label=label, inverse=invert)
                 tasks[name] = ApplyBlock(load=load, axes=layout.axes(spec), solution=solution)
@@ -138,12 +138,6 @@ def _moved(checkpoint: Checkpoint, file: AlignmentFile, invert: bool) -> dict[st
 
 def _info(name: str) -> WeightInfo:
     return WeightInfo(name=name)
-
-
-def _plain_names(layout: ModelLayout, name: str) -> tuple[str, ...] | None:
-    claim = layout.claim(name)
-    assert claim is not None
-    return tuple(other for other in layout.stored_as(claim) if "*" not in other) or None
 
 
 def _dtype(header: Header | None, wanted: str | None) -> str | None:

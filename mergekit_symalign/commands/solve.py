@@ -17,7 +17,7 @@ from mergekit.plan import MergePlanner
 from mergekit_symalign.graph.alignments import SaveAlignment
 from mergekit_symalign.methods import ALIGNMENT_PARAMETERS
 
-_NOT_HERE = ("align", "alignment", "save_alignment")  # parameters of a merge that a solve has no use for
+_NOT_HERE = ("anchor", "align", "alignment", "save_alignment")  # parameters of a merge that a solve has no use for
 _PARAMETERS = tuple(p for p in ALIGNMENT_PARAMETERS if p.name not in _NOT_HERE)
 
 

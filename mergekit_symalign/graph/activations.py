@@ -17,7 +17,7 @@ from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
-from mergekit_symalign.graph.solve import SolveBlock, without_identities
+from mergekit_symalign.graph.solve import SolveBlock, describe_block, without_identities
 from mergekit_symalign.symmetry.covariance import Covariance, align_attention_by, align_mlp_by
 from mergekit_symalign.symmetry.groups import compute_dtype
 
@@ -204,5 +204,6 @@ class SolveActivations(SolveBlock):
             else:
                 attention = {axis: seen[axis] for axis in SEEN[BlockKind.attention]}
                 element = align_attention_by(attention, sides, self.heads, self.use)
-        facts = {"objective": "activations"}
-        return {"actions": without_identities(element).pack(), "facts": facts}
+        element = without_identities(element)
+        facts = {"objective": "activations", **describe_block(self.kind, element, sides, self.heads, self.mlp)}
+        return {"actions": element.pack(), "facts": facts}

@@ -53,6 +53,12 @@ class Checkpoint:
         patterns = self.layout.stored_as(claim) if claim is not None else ()
         return {stored for pattern in patterns for stored in self.headers if fnmatchcase(stored, pattern)}
 
+    def aliases(self, name: str) -> tuple[str, ...] | None:
+        """Other names under which a checkpoint may have this tensor in one piece, for a load."""
+        claim = self.layout.claim(name)
+        names = self.layout.stored_as(claim) if claim is not None else ()
+        return tuple(other for other in names if "*" not in other) or None
+
     def _joined(self, name: str) -> Header | None:
         """What MergeKit's own conversion gives for a tensor that is stored in pieces, on tensors without data."""
         if name not in self._converted:

@@ -10,7 +10,7 @@ from mergekit.graph import Task
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
-from mergekit_symalign.graph.solve import align, without_identities
+from mergekit_symalign.graph.solve import align, describe_block, without_identities
 from mergekit_symalign.symmetry.consensus import Rows, find_consensus
 from mergekit_symalign.symmetry.element import TensorAxes, rows_by_axis
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Symmetries
@@ -48,11 +48,14 @@ class SolveConsensus(Task[Dict[str, Any]]):
         models = [self._rows(tensors, m) for m in range(len(self.models))]
         with readable_errors():
             found = find_consensus(models, lambda sides: align(self.kind, sides, self.heads, self.mlp, self.use))
-        facts = {"consensus_rounds": len(found.spread) - 1}
-        return {
-            str(m): {"actions": without_identities(element).pack(), "facts": facts}
-            for m, element in enumerate(found.elements)
-        }
+        results = {}
+        for m, element in enumerate(found.elements):
+            kept = without_identities(element)
+            sides = {axis: list(zip(rows, models[m][axis], strict=True)) for axis, rows in models[0].items()}
+            facts = {"consensus_rounds": len(found.spread) - 1}
+            facts |= describe_block(self.kind, kept, sides, self.heads, self.mlp)
+            results[str(m)] = {"actions": kept.pack(), "facts": facts}
+        return results
 
     def _rows(self, tensors: Dict[str, torch.Tensor], model: int) -> Rows:
         rows: Dict[str, Any] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -12,8 +14,11 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
+from mergekit_symalign.symmetry.describe import describe, describe_heads, describe_neurons
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes, rows_by_axis
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Sides, Symmetries
+from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, Sides, Symmetries
+
+LOG = logging.getLogger(__name__)
 
 
 class SolveBlock(Task[Dict[str, Any]]):
@@ -61,8 +66,11 @@ class SolveBlock(Task[Dict[str, Any]]):
         sides = self._sides(tensors)
         facts: Dict[str, Any] = {}
         with readable_errors():
-            element = align(self.kind, sides, self.heads, self.mlp, self.use)
-        return {"actions": without_identities(element).pack(), "facts": facts}
+            element = align(self.kind, sides, self.heads, self.mlp, self.use, facts)
+        element = without_identities(element)
+        facts |= describe_block(self.kind, element, sides, self.heads, self.mlp)
+        LOG.info("solved %s of %s: %s", self.model[0].tensor, self.model[0].model, json.dumps(facts))
+        return {"actions": element.pack(), "facts": facts}
 
     def _sides(self, tensors: Dict[str, torch.Tensor]) -> Sides:
         """For each axis the tensors that have it, as rows [axis, columns], anchor and model."""
@@ -74,14 +82,24 @@ class SolveBlock(Task[Dict[str, Any]]):
         return sides
 
 
-def align(kind: BlockKind, sides: Sides, heads: HeadShape, mlp: MlpShape, use: Symmetries) -> BlockElement:
-    """The best element for one block of one model."""
-    return align_mlp(sides, mlp, use) if kind is BlockKind.mlp else align_attention(sides, heads, use)
+def align(
+    kind: BlockKind, sides: Sides, heads: HeadShape, mlp: MlpShape, use: Symmetries, facts: Facts | None = None
+) -> BlockElement:
+    """The best element for one block of one model; ``facts`` takes what is known of the solve."""
+    if kind is BlockKind.mlp:
+        return align_mlp(sides, mlp, use, facts)
+    return align_attention(sides, heads, use, facts)
+
+
+def describe_block(kind: BlockKind, element: BlockElement, sides: Sides, heads: HeadShape, mlp: MlpShape) -> Facts:
+    """What an element does to a block, in plain numbers (asks the device for values)."""
+    own = describe_neurons(element, mlp) if kind is BlockKind.mlp else describe_heads(element, heads)
+    return {**describe(element, sides), **own}
 
 
 def without_identities(element: BlockElement) -> BlockElement:
     """Leave out actions that change nothing, so that their tensors pass through untouched, bit for bit.
 
-    The only place of a solve, apart from the assignment, that asks the device for a value.
+    Asks the device for values, as the assignment and the facts do.
     """
     return BlockElement({axis: g for axis, g in element.actions.items() if not bool(g.is_identity())})

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors
@@ -25,10 +24,10 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.activations import SEEN, EmbedPrompts, Part, RunLayer, require_runnable
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
+from mergekit_symalign.graph.planned import Planned, gather_of
 
 LOG = logging.getLogger(__name__)
 
-Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
 SHARED = ("calibration", "calibration_tokens", "calibration_sequence_length")  # one value for the whole merge
 _OUTSIDE = -1
 
@@ -144,12 +143,6 @@ class _Loads:
                     )
 
 
-def gather_of(task: ExecuteMergeMethodTask) -> GatherTensors:
-    """The loads behind a planned tensor, whatever MergeKit does to its vocabulary afterwards."""
-    inputs = task.gather_tensors
-    return inputs if isinstance(inputs, GatherTensors) else inputs.gather_tensors
-
-
 def _labelled(task: ExecuteMergeMethodTask, label: str) -> ExecuteMergeMethodTask:
     inputs, gather = task.gather_tensors, GatherAligned(**dict(gather_of(task)) | {"label": label})
     inputs = gather if isinstance(inputs, GatherTensors) else inputs.model_copy(update={"gather_tensors": gather})
@@ -168,12 +161,12 @@ def _calibration(
             "parameter calibration", "objective: activations compares what models do on prompts, and none are given",
             "Add calibration: prompts.jsonl, or calibration: default for the small set that ships with the package",
         )  # fmt: skip
-    tokenizers = {str(model): _tokenizer(model, options) for model in models}
+    tokenizers = {str(model): tokenizer_of(model, options) for model in models}
     anchor = tokenizers.pop(str(models[0]))
     file = DEFAULT_PROMPTS if path == "default" else Path(path)
     found = calibrate(file, anchor, tokenizers, tokens=tokens, length=length)
     for model in models:
-        _require_embedded(found, checkpoints[model])
+        require_embedded(found, checkpoints[model])
     LOG.info("Calibration: %d tokens of %d prompts", found.tokens, len(found.sequences))
     hidden = checkpoints[models[0]].layout.geometry.hidden
     if found.tokens < hidden:
@@ -187,7 +180,7 @@ def _calibration(
     return found
 
 
-def _require_embedded(calibration: Calibration, checkpoint: Checkpoint) -> None:
+def require_embedded(calibration: Calibration, checkpoint: Checkpoint) -> None:
     """Every token must have its row in the embedding."""
     largest = max(map(max, calibration.sequences))
     for name, spec in checkpoint.layout.outside.items():
@@ -213,7 +206,11 @@ def _shared(name: str, planned: list[Planned]) -> Any:
     return next(iter(values))
 
 
-def _tokenizer(model: ModelReference, options: MergeOptions) -> Any:
+def tokenizer_of(model: ModelReference, options: MergeOptions) -> Any:
+    """
+    Raises:
+        CalibrationError: if it cannot be loaded.
+    """
     try:
         return AutoTokenizer.from_pretrained(
             model.model.path,

@@ -1,69 +1,83 @@
 """Which neuron of the model belongs to which of the anchor: a linear assignment problem, solved to its optimum.
 
-The mathematics: docs/symmetries.md. The Hungarian algorithm runs on the CPU (scipy); this module is the only one that
+The mathematics: docs/symmetries.md. The assignment algorithms run on the CPU (scipy); this module is the only one that
 moves a tensor there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
-from mergekit_symalign.symmetry.certificate import certified_permutation
-from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling, compute_dtype
-from mergekit_symalign.symmetry.options import NeuronScale
-from mergekit_symalign.symmetry.scale import joint_log_scale, newton_step, quartic_scale
+from mergekit_symalign.symmetry.certificate import PREFIXES, SLACK, Nearest, nearest_neighbours
+from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
+from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs, factors, neuron_factors
+from mergekit_symalign.symmetry.options import Facts, NeuronScale
+from mergekit_symalign.symmetry.shortlist import shortlist_assignment
 
-_BLOCK = 1 << 22  # pairs of neurons whose scales are solved at once
+__all__ = ["NeuronPairs", "align_neurons", "best_assignment", "best_permutation", "neuron_factors"]
 
-Pair = tuple[Tensor, Tensor]  # anchor's and model's rows of one kind, [neurons, columns] each
+_LARGE = 512  # neurons from which short lists of good pairs are tried first
+_FEW = 1 / 4  # of the rows: if more are open, the whole problem is solved at once
 
 
 @dataclass(frozen=True)
-class NeuronPairs:
-    """The rows of an MLP's neurons, anchor and model, by what a scale does to them.
+class Assignment:
+    """An optimal permutation and how it was proven.
 
     Attributes:
-        fixed: rows no scale touches (gate of a gated MLP).
-        scaled: rows multiplied by the neuron's factor (up).
-        divided: rows divided by it (columns of down, as rows).
+        index: int64 [neurons]: slot ``i`` takes the model's neuron ``index[i]``.
+        routes: how many neurons were settled by each route (docs/performance.md).
     """
 
-    fixed: Sequence[Pair]
-    scaled: Sequence[Pair]
-    divided: Sequence[Pair]
+    index: Tensor
+    routes: dict[str, int]
 
 
-def align_neurons(pairs: NeuronPairs, *, permute: bool, scale: NeuronScale) -> tuple[AxisAction, AxisAction]:
+def align_neurons(
+    pairs: NeuronPairs, *, permute: bool, scale: NeuronScale, facts: Facts | None = None
+) -> tuple[AxisAction, AxisAction]:
     """The permutation of neurons, and with ``scale`` their signed scales, that come closest to the anchor.
 
     Maximises ``Σ_i S[i, π(i)]``, ``S = G_A G_Bᵀ + U_A U_Bᵀ + D_Aᵀ D_B``. With a scale the score of a pair is that of
     its own best factor for ``u → c u, d → d / c``, so that permutation and factors are optimal together.
 
+    Args:
+        pairs: rows of anchor and model.
+        permute, scale: what is admitted.
+        facts: takes the number of neurons that were settled by each route.
+
     Returns:
         The actions that gate rows and up rows carry; down columns carry the dual of the latter.
     """
-    neurons, device = pairs.scaled[0][0].shape[0], pairs.scaled[0][0].device
-    index = best_permutation(pairs, scale=scale) if permute else torch.arange(neurons, device=device)
+    index = torch.arange(pairs.neurons, device=pairs.device)
+    if permute:
+        found = best_permutation(pairs, scale=scale)
+        index = found.index
+        if facts is not None:
+            facts.update(found.routes)
     permutation = Permutation(index)
     if scale is NeuronScale.none:
         return permutation, permutation
-    signed = scale is NeuronScale.signed
-    factor = neuron_factors(_paired(pairs.scaled, index), _paired(pairs.divided, index), signed=signed)
-    return permutation, Chain((permutation, Scaling(factor)))
+    return permutation, Chain((permutation, Scaling(factors(pairs, index, signed=scale is NeuronScale.signed))))
 
 
-def best_permutation(pairs: NeuronPairs, *, scale: NeuronScale) -> Tensor:
-    """The optimal permutation: proven by nearest neighbours if they can, else from the full assignment problem."""
-    if scale is NeuronScale.none:
-        index = certified_permutation([*pairs.fixed, *pairs.scaled, *pairs.divided])
-        if index is not None:
-            return index
-    return best_assignment(_scores(pairs, scale=scale))
+def best_permutation(pairs: NeuronPairs, *, scale: NeuronScale) -> Assignment:
+    """The optimal permutation: by nearest neighbours as far as they prove it, the rest as an assignment problem."""
+    costs = NeuronCosts(pairs, scale)
+    found = nearest_neighbours(costs)
+    _reopen_shared(found)
+    while len(found.open) <= _FEW * pairs.neurons:
+        if len(found.open) == 0 or _complete(found, costs):
+            return Assignment(found.index, _routes(found))
+    return Assignment(best_assignment(costs.scores()), {"neurons_full": pairs.neurons})
 
 
 def best_assignment(score: Tensor) -> Tensor:
@@ -81,8 +95,10 @@ def best_assignment(score: Tensor) -> Tensor:
         return identity
     if bool((columns.indices[rows.indices] == identity).all()):
         return rows.indices  # every row's own best column is a different one: no assignment can do better
-    _, found = linear_sum_assignment(score.cpu().numpy(), maximize=True)
-    index = torch.from_numpy(found).to(score.device)
+    index = shortlist_assignment(score, _sparse_matching) if len(score) >= _LARGE else None
+    if index is None:
+        _, found = linear_sum_assignment(score.cpu().numpy(), maximize=True)
+        index = torch.from_numpy(found).to(score.device)
     gain = score.gather(1, index.unsqueeze(1)).double().sum() - score.diagonal().double().sum()
     noise = torch.finfo(score.dtype).eps * score.diagonal().double().abs().sum()
     return identity if bool(gain <= noise) else index
@@ -99,7 +115,9 @@ def identity_is_optimal(unmoved: Tensor, bounds: Tensor) -> bool:
     return bool((unmoved <= off.amin(1)).all())
 
 
-def lazy_assignment(bounds: Tensor, cost: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def lazy_assignment(
+    bounds: Tensor, cost: Callable[[Tensor, Tensor], Tensor], tighter: Callable[[], Tensor] | None = None
+) -> Tensor:
     """The assignment with the least total cost, asking for the cost of as few pairs as possible.
 
     Pairs whose cost was not asked for stand in with their lower bound: an optimum that uses known pairs only is an
@@ -108,6 +126,7 @@ def lazy_assignment(bounds: Tensor, cost: Callable[[Tensor, Tensor], Tensor]) ->
     Args:
         bounds: [n, n] lower bounds of every pair's cost.
         cost: from rows and columns [m] of some pairs to their costs [m].
+        tighter: better bounds [n, n], asked for once if the first ones leave pairs open after the first round.
 
     Returns:
         The column of each row, int64 [n].
@@ -115,96 +134,76 @@ def lazy_assignment(bounds: Tensor, cost: Callable[[Tensor, Tensor], Tensor]) ->
     costs = bounds.clone()
     known = torch.zeros_like(costs, dtype=torch.bool)
     rows = torch.arange(len(costs), device=costs.device)
-    index = rows
-    while True:
+    index = rows if tighter is None else best_assignment(-costs)
+    for turn in itertools.count():
         missing = rows[~known[rows, index]]
         if len(missing) == 0:
-            return index
-        costs[missing, index[missing]] = cost(missing, index[missing]).to(costs.dtype)
-        known[missing, index[missing]] = True
+            break
+        if turn == 1 and tighter is not None:
+            costs = torch.where(known, costs, tighter().to(costs.dtype))
+        else:
+            costs[missing, index[missing]] = cost(missing, index[missing]).to(costs.dtype)
+            known[missing, index[missing]] = True
         index = best_assignment(-costs)
+    return index
 
 
-def neuron_factors(scaled: tuple[Tensor, Tensor], divided: tuple[Tensor, Tensor], *, signed: bool) -> Tensor:
-    """The best factor of each pair: minimises ``c² b + o / c² − 2 (c p + q / c)`` over ``c ≠ 0``, or ``c > 0``.
+def _sparse_matching(rows: Tensor, columns: Tensor, cost: Tensor) -> Tensor:
+    """The perfect matching with the least cost over some edges: the column of each row."""
+    at, values = torch.stack((rows, columns)).cpu().numpy(), cost.cpu().numpy()
+    _, found = min_weight_full_bipartite_matching(csr_matrix((values, (at[0], at[1]))))
+    return torch.from_numpy(found).long().to(cost.device)
 
-    Args:
-        scaled: ``p`` (inner products of anchor and model) and ``b`` (squared norms of the model) of the up rows.
-        divided: the same, ``q`` and ``o``, of the down columns.
-        signed: whether ``c`` may be negative.
+
+def _reopen_shared(found: Nearest) -> None:
+    """Rows that share their nearest neighbour cannot all have it."""
+    rows = found.settled
+    columns = found.index[rows]
+    found.reopen(rows[(torch.bincount(columns, minlength=len(found.index)) > 1)[columns]])
+
+
+def _complete(found: Nearest, costs: NeuronCosts) -> bool:
+    """Assign the open rows, or find out more about the rows whose columns they would rather have and return False.
+
+    Settled rows cost the least they can, and whoever takes the column of one adds its gap. If the open rows, free to
+    choose among all columns at that price, want only those that are left, then no assignment is better.
     """
-    (p, b), (q, o) = scaled, divided
-    p, b, q, o = torch.broadcast_tensors(p.double(), b.double(), q.double(), o.double())
-    if not signed:
-        return quartic_scale(b, o, p, q)
-
-    def g(t: Tensor) -> Tensor:
-        return (torch.exp(t) * p.unsqueeze(-1) + torch.exp(-t) * q.unsqueeze(-1)).abs()
-
-    s = torch.exp(joint_log_scale(b, o, (p.abs(), q.abs()), g).log_scale)
-    sign = torch.where(s * p + q / s < 0, -1.0, 1.0)
-    s = quartic_scale(b, o, sign * p, sign * q)
-    factor: Tensor = sign * s
-    return factor
-
-
-def _scores(pairs: NeuronPairs, *, scale: NeuronScale) -> Tensor:
-    """What each pair of neurons (anchor's row, model's column) contributes when matched."""
-    fixed, scaled, divided = (_products(side) for side in (pairs.fixed, pairs.scaled, pairs.divided))
-    if scale is NeuronScale.none:
-        return fixed + scaled + divided
-    b, o = (_squares(side) for side in (pairs.scaled, pairs.divided))
-    rows = max(1, _BLOCK // scaled.shape[1])
-    signed = scale is NeuronScale.signed
-    blocks = zip(scaled.split(rows), divided.split(rows), strict=True)
-    return fixed + torch.cat([_best_saving(p, b, q, o, signed=signed) for p, q in blocks])
+    rows, settled = found.open, found.settled
+    scores = costs.scores(rows)
+    price = costs.norms() - 2 * scores
+    price[:, found.index[settled]] += found.gap[settled]
+    wanted = settled[torch.isin(found.index[settled], _free_choice(price))]
+    if len(wanted):
+        _look_closer(found, costs, wanted)
+        return False
+    left = torch.ones_like(found.index, dtype=torch.bool)
+    left[found.index[settled]] = False
+    columns = left.nonzero().flatten()
+    found.settle(rows, columns[best_assignment(scores.index_select(1, columns))], len(PREFIXES))
+    return True
 
 
-def _best_saving(p: Tensor, b: Tensor, q: Tensor, o: Tensor, *, signed: bool) -> Tensor:
-    """``max_c c p + q/c − (c² b + o/c²) / 2`` for every pair, plus ``(b + o) / 2``, which no permutation changes.
-
-    Every stationary point lies between ``c = p/b`` and ``c = o/q``: Newton from both ends, from the point where the
-    norms balance and from 1, with the sign that the mixture has there; the best of the four.
-
-    Args:
-        p, q: [rows, neurons] inner products.
-        b, o: [neurons] squared norms of the model's rows.
-        signed: whether ``c`` may be negative.
-    """
-    b, o = (x.to(p.dtype).clamp_min(torch.finfo(p.dtype).tiny) for x in (b, o))
-    balance = (torch.log(o / b) / 4).expand_as(p)
-    starts = (
-        torch.log((p.abs() / b).clamp(1e-4, 1e4)),
-        -torch.log((q.abs() / o).clamp(1e-4, 1e4)),
-        balance,
-        torch.zeros_like(p),
-    )
-    best = torch.full_like(p, -torch.inf)
-    for t in starts:
-        sign = torch.where(torch.exp(t) * p + torch.exp(-t) * q < 0, -1.0 if signed else 1.0, 1.0)
-        for _ in range(5):
-            t = newton_step(t, b, o, sign * p, sign * q, longest=0.5)
-        c = torch.exp(t)
-        gain = (c * p + q / c).abs() if signed else c * p + q / c
-        best = torch.maximum(best, gain - (c.square() * b + o / c.square()) / 2)
-    return best + (b + o) / 2
+def _look_closer(found: Nearest, costs: NeuronCosts, rows: Tensor) -> None:
+    """Take the gap of settled rows from their whole rows; reopen those for which that was done before."""
+    again = found.route[rows] == len(PREFIXES)
+    found.reopen(rows[again])
+    rows = rows[~again]
+    if len(rows) == 0:
+        return
+    norms, columns = costs.norms(), found.index[rows]
+    price = norms - 2 * costs.scores(rows)
+    own = price.gather(1, columns.unsqueeze(1))
+    gap = price.scatter(1, columns.unsqueeze(1), torch.inf).amin(1, keepdim=True) - own - SLACK * norms.max()
+    found.settle(rows, columns, len(PREFIXES), gap.squeeze(1).clamp_min(0))
 
 
-def _products(side: Sequence[Pair]) -> Tensor:
-    total: Tensor | None = None
-    for anchor, model in side:
-        a, b = (x.to(compute_dtype(x.dtype)) for x in (anchor, model))
-        total = a @ b.mT if total is None else total.addmm_(a, b.mT)
-    return torch.zeros(()) if total is None else total
+def _free_choice(cost: Tensor) -> Tensor:
+    """A different column for each row [rows, columns] with the least total cost; columns may stay unused."""
+    return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).to(cost.device)
 
 
-def _squares(side: Sequence[Pair]) -> Tensor:
-    """Squared norm of each of the model's rows [neurons]."""
-    return torch.stack([model.double().square().sum(-1) for _, model in side]).sum(0)
-
-
-def _paired(side: Sequence[Pair], index: Tensor) -> tuple[Tensor, Tensor]:
-    """Inner product of each anchor row with its partner, and the partner's squared norm, [neurons] each."""
-    partners = [(a.double(), b.double().index_select(0, index)) for a, b in side]
-    inner = torch.stack([(a * b).sum(-1) for a, b in partners]).sum(0)
-    return inner, torch.stack([b.square().sum(-1) for _, b in partners]).sum(0)
+def _routes(found: Nearest) -> dict[str, int]:
+    """How many neurons were settled by each prefix, and how many by their whole rows."""
+    names = [*(f"neurons_prefix_{i + 1}" for i in range(len(PREFIXES))), "neurons_rows"]
+    counts = torch.bincount(found.route, minlength=len(names)).tolist()
+    return {name: count for name, count in zip(names, counts, strict=True) if count}

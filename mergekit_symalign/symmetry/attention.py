@@ -38,12 +38,16 @@ GAIN_AXES = ("query_gain", "key_gain")
 
 @dataclass(frozen=True)
 class AttentionMoments:
-    """Moments of the four sides, [n, …] each: n KV heads, or n candidate pairs of KV heads."""
+    """Moments of the four sides, [n, …] each: n KV heads, or n candidate pairs of KV heads (or each side's heads)."""
 
     value: Moments
     attended: Moments
     query: Moments
     key: Moments
+
+    def per_kv_head(self, kv_heads: int) -> AttentionMoments:
+        """Sums over the query heads of each group."""
+        return AttentionMoments(*(x.per_kv_head(kv_heads) for x in (self.value, self.attended, self.query, self.key)))
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,16 @@ class HeadActions:
 
 def attention_moments(sides: Sides, shape: HeadShape) -> AttentionMoments:
     """Moments over all tensors of each axis, summed over the query heads of each group."""
+    return head_moments(sides, shape).per_kv_head(shape.kv_heads)
+
+
+def head_moments(sides: Sides, shape: HeadShape) -> AttentionMoments:
+    """Moments over all tensors of each axis, of each head by itself: KV heads of value and key, else query heads."""
     return AttentionMoments(
-        _moments(sides["value"], shape.kv_heads, shape),
-        _moments(sides["attended"], shape.query_heads, shape),
-        _moments(sides["query"], shape.query_heads, shape),
-        _moments(sides["key"], shape.kv_heads, shape),
+        _moments(sides["value"], shape.kv_heads),
+        _moments(sides["attended"], shape.query_heads),
+        _moments(sides["query"], shape.query_heads),
+        _moments(sides["key"], shape.kv_heads),
     )
 
 
@@ -118,8 +127,8 @@ def solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisA
     return partial.of(planes, rest)
 
 
-def _moments(side: Sequence[Pair], heads: int, shape: HeadShape) -> Moments:
-    return reduce(add, (moments(*pair, heads) for pair in side)).per_kv_head(shape.kv_heads)
+def _moments(side: Sequence[Pair], heads: int) -> Moments:
+    return reduce(add, (moments(*pair, heads) for pair in side))
 
 
 def dense(g: AxisAction | None, like: Moments) -> Tensor:

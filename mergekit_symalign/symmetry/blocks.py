@@ -11,26 +11,35 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons
-from mergekit_symalign.symmetry.attention import GAIN_AXES, attention_moments, per_query_head, solve_gains, solve_heads
+from mergekit_symalign.symmetry.attention import (
+    GAIN_AXES,
+    attention_moments,
+    head_moments,
+    per_query_head,
+    solve_gains,
+    solve_heads,
+)
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.experts import align_experts
 from mergekit_symalign.symmetry.groups import AxisAction, Chain
 from mergekit_symalign.symmetry.heads import HeadOrder, HeadProblem, match_heads
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Pair, Sides, Symmetries
+from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, NeuronScale, Pair, Sides, Symmetries
 
 HEAD_AXES = ("query", "key", "value", "attended")
 
 
-def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> BlockElement:
+def align_attention(sides: Sides, shape: HeadShape, use: Symmetries, facts: Facts | None = None) -> BlockElement:
     """Match heads, value/output and query/key by the symmetries that ``use`` admits.
 
     Args:
         sides: axes query, key, value, attended; with QK-norm query_gain and key_gain too.
         shape: heads of the block.
         use: what is admitted.
+        facts: takes the route by which the order of the heads was proven.
     """
-    m = attention_moments(sides, shape)
-    order = match_heads(HeadProblem(sides, shape, use), m) if use.heads else None
+    own = head_moments(sides, shape)
+    m = own.per_kv_head(shape.kv_heads)
+    order = match_heads(HeadProblem(sides, own, shape, use), facts) if use.heads else None
     if order is not None:
         sides = _reordered(sides, order, shape)
         m = attention_moments(sides, shape)
@@ -46,13 +55,14 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> BlockEle
     return BlockElement(actions if order is None else after(order, actions, shape))
 
 
-def align_mlp(sides: Sides, shape: MlpShape, use: Symmetries) -> BlockElement:
+def align_mlp(sides: Sides, shape: MlpShape, use: Symmetries, facts: Facts | None = None) -> BlockElement:
     """Match the neurons of an MLP, and its experts if it has several.
 
     Args:
         sides: axes gate, up, down (a plain MLP has no gate), [experts × neurons, …]; with experts also expert (router).
         shape: neurons and experts, and which factors the neurons have.
         use: what is admitted.
+        facts: takes how many neurons each route settled (of a dense MLP).
     """
     scale = shape.scale if use.neuron_scaling else NeuronScale.none
     if not use.permutation and scale is NeuronScale.none:
@@ -62,7 +72,7 @@ def align_mlp(sides: Sides, shape: MlpShape, use: Symmetries) -> BlockElement:
         actions["expert"], gate, up = align_experts(sides, shape.experts, permute=use.permutation, scale=scale)
     else:
         pairs = NeuronPairs(sides.get("gate", ()), sides["up"], sides["down"])
-        gate, up = align_neurons(pairs, permute=use.permutation, scale=scale)
+        gate, up = align_neurons(pairs, permute=use.permutation, scale=scale, facts=facts)
     up = up.snapped(_tolerance(sides["up"]))
     return BlockElement(actions | {"gate": gate, "up": up, "down": up.dual()})
 

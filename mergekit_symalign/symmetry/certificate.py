@@ -1,73 +1,161 @@
-"""The optimal permutation of neurons at a fraction of the cost, where nearest neighbours prove it.
+"""Which neuron of the model is nearest to each of the anchor's, proven without comparing all of them in full.
 
-Stack each neuron as one vector. If the nearest neighbour of every anchor neuron among the model's is a different one,
-that map is the optimal permutation: each row takes its own minimum. A distance over some of the coordinates bounds the
-whole distance from below, so the best candidate on a short prefix is proven to be the nearest as soon as its whole
-distance is below the prefix distance of every other. For siblings a prefix of two per cent settles every row.
+Stack each neuron as one vector. A distance over some of the coordinates bounds the whole distance from below, so the
+best candidate on a short prefix is proven to be the nearest as soon as its whole distance is below the prefix distance
+of every other. Where the nearest neighbours are all different, they are the optimal permutation: each row takes its
+own minimum (symmetry/assignment.py finishes what is left open).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Pair = tuple[Tensor, Tensor]
+from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, Pair
 
-_PREFIXES = (0.02, 0.16)  # shares of the coordinates; rows that the first leaves open get the second
-_ROWS = 1024  # rows of the prefix distances that are held at once
-_SLACK = 1e-5  # of the squared norms: the prefix distances are products in float32
+PREFIXES = (0.015, 0.16)  # shares of the coordinates; rows that the first leaves open get the second
+_BLOCK = 1 << 21  # prefix distances that are held at once
+_SAMPLE = 64  # rows that are asked whether prefixes can settle anything
+_RUN = 8  # neighbouring columns that are taken together
+SLACK = 1e-5  # of the squared norms: the prefix distances are products in float32
 
 
-def certified_permutation(pairs: Sequence[Pair]) -> Tensor | None:
-    """The permutation with the least squared distance, or None where nearest neighbours do not prove one.
+@dataclass
+class Nearest:
+    """Nearest neighbours that are proven.
 
-    Args:
-        pairs: anchor's and model's rows of each kind (gate, up, down; weights and biases), [neurons, columns] each.
-
-    Returns:
-        int64 [neurons]: slot ``i`` takes the model's neuron ``index[i]``.
+    Attributes:
+        index: int64 [neurons], the model's neuron that is nearest to each of the anchor's, −1 where nothing is proven.
+        route: int64 [neurons], the number of the prefix that proved it, counted from 0.
+        gap: float64 [neurons], how much more each settled row would cost anywhere else, at least.
     """
-    n = pairs[0][0].shape[0]
-    index = torch.full((n,), -1, device=pairs[0][0].device)
-    open_rows = torch.arange(n, device=index.device)
-    for share in _PREFIXES:
-        settled, candidate = _settle(pairs, open_rows, share)
-        index[open_rows[settled]] = candidate[settled]
-        open_rows = open_rows[~settled]
-        if len(open_rows) == 0:
-            distinct = len(torch.unique(index)) == n
-            return index if distinct else None
-    return None
+
+    index: Tensor
+    route: Tensor
+    gap: Tensor
+
+    @property
+    def open(self) -> Tensor:
+        """Rows without a proof."""
+        return (self.index < 0).nonzero().flatten()
+
+    @property
+    def settled(self) -> Tensor:
+        """Rows with one."""
+        return (self.index >= 0).nonzero().flatten()
+
+    def settle(self, rows: Tensor, columns: Tensor, route: int, gap: Tensor | float = 0.0) -> None:
+        self.index[rows], self.route[rows] = columns, route
+        self.gap[rows] = torch.as_tensor(gap, dtype=self.gap.dtype, device=self.gap.device)
+
+    def reopen(self, rows: Tensor) -> None:
+        self.index[rows] = -1
 
 
-def _settle(pairs: Sequence[Pair], rows: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Which rows of the anchor have a proven nearest neighbour, and the best candidate of every row."""
-    anchor, model = (torch.cat([spread_columns(pair[i], share) for pair in pairs], dim=1) for i in range(2))
-    norms = model.square().sum(1)
-    settled, candidates = [], []
-    for block in rows.split(_ROWS):
-        a = anchor.index_select(0, block)
-        own = a.square().sum(1, keepdim=True)
-        distance = torch.addmm(norms.unsqueeze(0), a, model.mT, alpha=-2) + own
-        nearest = distance.topk(2, dim=1, largest=False)
-        candidate = nearest.indices.select(1, 0)
-        exact = sum(_distance(x, y, block, candidate) for x, y in pairs)
-        slack = _SLACK * (own.squeeze(1) + norms.max())
-        settled.append(exact + slack < nearest.values.select(1, 1))
-        candidates.append(candidate)
-    return torch.cat(settled), torch.cat(candidates)
+@dataclass(frozen=True)
+class _Candidates:
+    """For some rows of the anchor: the best candidate on a prefix, its cost, and the least prefix distance of others.
+
+    Attributes:
+        rows, columns: int64, the anchor's rows and their candidates.
+        cost: whole cost of the candidate, with the rounding that it may hide added.
+        bound: prefix distance of the second nearest.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    cost: Tensor
+    bound: Tensor
+
+    @property
+    def settled(self) -> Tensor:
+        return self.cost < self.bound
+
+    def promising(self, growth: float) -> Tensor:
+        """Rows that a prefix ``growth`` times as long would settle, if distances grew with its length."""
+        return ~self.settled & (self.cost < growth * self.bound)
+
+
+def nearest_neighbours(costs: NeuronCosts) -> Nearest:
+    """Every nearest neighbour that prefixes of the coordinates can prove."""
+    rows = torch.arange(costs.pairs.neurons, device=costs.pairs.device)
+    found = Nearest(torch.full_like(rows, -1), torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.float64))
+    if not costs.bounding:
+        return found
+    for number, share in enumerate(PREFIXES):
+        growth = PREFIXES[number + 1] / share if number + 1 < len(PREFIXES) else 0.0
+        rows = _settle(costs, rows, number, growth, found)
+        if len(rows) == 0:
+            break
+    return found
+
+
+def _settle(costs: NeuronCosts, rows: Tensor, number: int, growth: float, found: Nearest) -> Tensor:
+    """Settle what one prefix can; returns the open rows for which the next one is worth its cost.
+
+    If a sample of rows says that neither can settle anything (unrelated models), the rest is not tried.
+    """
+    prefix = _Prefix.of(costs.bounding, PREFIXES[number])
+    few = torch.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE), device=rows.device).round().long()
+    sample = prefix.candidates(costs, rows[few])
+    if not bool((sample.settled | sample.promising(growth)).any()):
+        return rows.narrow(0, 0, 0)
+    all_rows = prefix.candidates(costs, rows)
+    settled = all_rows.settled
+    gap = (all_rows.bound - all_rows.cost)[settled]
+    found.settle(all_rows.rows[settled], all_rows.columns[settled], number, gap)
+    return all_rows.rows[all_rows.promising(growth)]
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """Some columns of every kind of row, in float32: [neurons, columns] of anchor and model."""
+
+    anchor: Tensor
+    model: Tensor
+    norms: Tensor
+
+    @staticmethod
+    def of(pairs: Sequence[Pair], share: float) -> _Prefix:
+        anchor, model = (torch.cat([spread_columns(pair[i], share) for pair in pairs], dim=1) for i in range(2))
+        return _Prefix(anchor, model, model.square().sum(1))
+
+    @property
+    def height(self) -> int:
+        """Rows whose distances to all columns are held at once."""
+        return max(1, _BLOCK // len(self.model))
+
+    def candidates(self, costs: NeuronCosts, rows: Tensor) -> _Candidates:
+        parts = [self._nearest(block) for block in rows.split(self.height)]
+        columns, bound, own = (torch.cat(x) for x in zip(*parts, strict=True))
+        cost = costs.of(rows, columns)
+        return _Candidates(rows, columns, cost + SLACK * (own + self.norms.max()), bound)
+
+    def _nearest(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Nearest column on the prefix, distance of the next, and squared norm of each row.
+
+        Most rows of a sibling are nearest to the column of their own number: that is asked first, as a minimum is
+        cheaper than its place.
+        """
+        a = self.anchor.index_select(0, rows)
+        own = a.square().sum(1)
+        distance = torch.addmm(self.norms.unsqueeze(0), a, self.model.mT, alpha=-2)
+        columns = rows.unsqueeze(1)
+        if bool((distance.gather(1, columns).squeeze(1) > distance.amin(1)).any()):
+            columns = distance.argmin(1, keepdim=True)
+        second = distance.scatter_(1, columns, torch.inf).amin(1)
+        return columns.squeeze(1), second + own, own
 
 
 def spread_columns(rows: Tensor, share: float) -> Tensor:
-    """Evenly spaced columns of a matrix, at least one, in float32."""
-    count = max(1, round(share * rows.shape[1]))
-    at = torch.linspace(0, rows.shape[1] - 1, count, device=rows.device).long()
-    return rows.index_select(1, at).float()
-
-
-def _distance(anchor: Tensor, model: Tensor, rows: Tensor, candidate: Tensor) -> Tensor:
-    """Squared distance of each row to its candidate."""
-    difference = anchor.index_select(0, rows).float() - model.index_select(0, candidate).float()
-    return difference.square().sum(1)
+    """Evenly spaced runs of columns of a matrix, at least one column, in float32."""
+    width = rows.shape[1]
+    runs = max(1, round(share * width / _RUN))
+    length = min(_RUN, width)
+    starts = torch.linspace(0, width - length, runs).round().long().unique().tolist()
+    ends = [*starts[1:], width]
+    parts = [rows.narrow(1, at, min(length, end - at)).float() for at, end in zip(starts, ends, strict=True)]
+    return torch.cat(parts, dim=1)

@@ -14,12 +14,13 @@ from operator import add
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment import best_assignment
+from mergekit_symalign.symmetry.assignment import best_assignment, identity_is_optimal, lazy_assignment
 from mergekit_symalign.symmetry.attention import (
     GAIN_AXES,
     AttentionMoments,
     HeadActions,
     per_query_head,
+    remaining,
     solve_gains,
     solve_query,
 )
@@ -100,7 +101,7 @@ def align_attention_by(seen: Covariances, weights: Sides, shape: HeadShape, use:
     """
     blended = _blended(seen, weights, shape)
     problem = CovarianceProblem(blended, shape, use)
-    order = match_heads(problem, problem.moments()) if use.heads else None
+    order = match_heads(problem) if use.heads else None
     gains: Sides = {axis: weights[axis] for axis in GAIN_AXES if axis in weights}
     if order is not None:
         moved = {axis: order.permutation(axis, shape.head_dim) for axis in (*HEAD_AXES, *gains)}
@@ -153,7 +154,14 @@ class CovarianceProblem(HeadProblem):
     """Matching heads from covariances instead of rows."""
 
     def __init__(self, covariances: Covariances, shape: HeadShape, use: Symmetries) -> None:
-        super().__init__({}, shape, use)
+        heads = {
+            "value": shape.kv_heads,
+            "attended": shape.query_heads,
+            "query": shape.query_heads,
+            "key": shape.kv_heads,
+        }
+        own = AttentionMoments(**{axis: covariances[axis].moments(count, count) for axis, count in heads.items()})
+        super().__init__({}, own, shape, use)
         self.covariances = covariances
         self.value_scaling = False  # values come in units of their own norm
 
@@ -164,16 +172,25 @@ class CovarianceProblem(HeadProblem):
 
     def moments(self) -> AttentionMoments:
         """Of the heads as they stand."""
-        k, n = self.shape.kv_heads, self.shape.query_heads
-        heads = {"value": k, "attended": n, "query": n, "key": k}
-        return AttentionMoments(**{axis: self.covariances[axis].moments(n, k) for axis, n in heads.items()})
+        return self.own.per_kv_head(self.shape.kv_heads)
+
+    def identity_route(self) -> str | None:
+        m = self.moments()
+        unmoved = remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
+        return "bounds" if identity_is_optimal(unmoved, self.lower_bounds) else None
+
+    def assignment(self) -> Tensor:
+        return lazy_assignment(self.lower_bounds, self.cost)
+
+    def query_heads_stay(self) -> bool:
+        return self.shape.queries_per_kv == 1
 
     def all_pairs(self, axis: str) -> Moments:
         k, c = self.shape.kv_heads, self.covariances[axis]
         return Moments(c.by_head(k), c.model.unflatten(0, (k, -1)).expand(k, k, -1))
 
     def norms(self, axis: str) -> tuple[Tensor, Tensor]:
-        c, groups = self.covariances[axis], (self.shape.kv_heads, self.shape.queries_per_kv, -1)
+        c, groups = self.covariances[axis], (self.shape.kv_heads, -1, self.shape.head_dim)
         anchor, model = (x.unflatten(0, groups).sum(1) for x in (c.anchor, c.model))
         return anchor, model
 
@@ -262,8 +279,8 @@ def _neuron_scores(seen: Covariance, weights: Sides, scale: NeuronScale) -> Tens
     if scale is not NeuronScale.none:
         score = score.abs() if scale is NeuronScale.signed else score
         score = score * seen.anchor.sqrt().unsqueeze(1) * _inverse_root(seen.model)
-    rows, columns = (torch.nonzero(x <= 0).flatten() for x in (seen.anchor, seen.model))
-    if len(rows) == 0 or len(columns) == 0:
+    rows, columns = _silent(seen.anchor), _silent(seen.model)
+    if rows is None or columns is None:
         return score
     sides = [
         (a.index_select(0, rows), b.index_select(0, columns))
@@ -273,3 +290,9 @@ def _neuron_scores(seen: Covariance, weights: Sides, scale: NeuronScale) -> Tens
     silent = Covariance.of_rows(sides).cross
     silent = silent * (_SILENT * score.abs().mean() / silent.abs().max().clamp_min(torch.finfo(silent.dtype).tiny))
     return score.index_put((rows.unsqueeze(1), columns), silent.to(score.dtype))
+
+
+def _silent(squares: Tensor) -> Tensor | None:
+    """Which neurons no token wakes, or None if there are none."""
+    index = torch.nonzero(squares <= 0).flatten()
+    return index if len(index) else None

@@ -9,7 +9,7 @@ and a pair is solved only when the assignment wants it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 
 import torch
@@ -23,13 +23,15 @@ from mergekit_symalign.symmetry.attention import (
     remaining,
     solve_heads,
 )
-from mergekit_symalign.symmetry.groups import Permutation, compute_dtype
-from mergekit_symalign.symmetry.options import HeadShape, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.groups import AxisAction, Permutation, compute_dtype
+from mergekit_symalign.symmetry.options import Facts, HeadShape, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.procrustes import Moments, plane_correlation, plane_norm
 from mergekit_symalign.symmetry.scale import quartic_scale
 
 _ROUNDS = 2  # of matching query heads by a rotation, and solving the rotation for the match
+_BLOCK = 1 << 19  # numbers that are held in a wider dtype at once: small enough to stay in the cache
 _SLACK = 1e-5  # of the norms: the bounds are products in float32
+HEAD_AXES = ("query", "key", "value", "attended")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class HeadOrder:
         return Permutation((order.unsqueeze(1) * head_dim + within).flatten())
 
 
-def match_heads(problem: HeadProblem, m: AttentionMoments) -> HeadOrder | None:
+def match_heads(problem: HeadProblem, facts: Facts | None = None) -> HeadOrder | None:
     """The order of the model's heads that is closest to the anchor, or None if they are in that order already.
 
     KV heads are assigned to the optimum of the pair costs. Query heads inside a pair are assigned for the pair's
@@ -59,20 +61,24 @@ def match_heads(problem: HeadProblem, m: AttentionMoments) -> HeadOrder | None:
 
     Args:
         problem: the block.
-        m: its moments with the heads as they stand.
+        facts: takes the route: ``identity`` (no head can be cheaper elsewhere), ``bounds`` (the same by bounds that
+            took the products of all heads), or ``pairs`` (some pairs were solved).
     """
     shape = problem.shape
     if shape.query_heads == 1:
         return None
-    bounds, group = problem.lower_bounds(), shape.queries_per_kv
-    kv = torch.arange(shape.kv_heads, device=bounds.device)
-    unmoved = remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
-    if identity_is_optimal(unmoved, bounds):
-        inner = problem.pairs(kv, kv).order
-    else:
-        kv = lazy_assignment(bounds, problem.cost)
+    kv = torch.arange(shape.kv_heads, device=problem.own.value.model.device)
+    route = problem.identity_route()
+    if route is None:
+        route, kv = "pairs", problem.assignment()
         inner = torch.stack([problem.inner[i, j] for i, j in enumerate(kv.tolist())])
-    query = (kv.unsqueeze(1) * group + inner).flatten()
+    elif problem.query_heads_stay():
+        inner = torch.arange(shape.queries_per_kv, device=kv.device).expand(len(kv), -1)
+    else:
+        inner = problem.pairs(kv, kv).order
+    if facts is not None:
+        facts["heads_route"] = route
+    query = (kv.unsqueeze(1) * shape.queries_per_kv + inner).flatten()
     same = all(bool((order == torch.arange(len(order), device=order.device)).all()) for order in (kv, query))
     return None if same else HeadOrder(kv, query)
 
@@ -80,16 +86,17 @@ def match_heads(problem: HeadProblem, m: AttentionMoments) -> HeadOrder | None:
 class HeadProblem:
     """All pairs of KV heads of one attention block.
 
-    Another source of the products than rows of weights overrides `all_pairs`, `norms` and `group_moments`
-    (symmetry/covariance.py).
+    Another source of the products than rows of weights (symmetry/covariance.py) overrides `all_pairs`, `norms` and
+    `group_moments`, and the cheap proofs `identity_route`, `assignment` and `query_heads_stay`.
 
     Args:
         sides: rows of the block's axes.
+        own: their moments with the heads as they stand, of each side's own heads.
         shape, use: as for the block.
     """
 
-    def __init__(self, sides: Sides, shape: HeadShape, use: Symmetries) -> None:
-        self.sides, self.shape, self.use = sides, shape, use
+    def __init__(self, sides: Sides, own: AttentionMoments, shape: HeadShape, use: Symmetries) -> None:
+        self.sides, self.own, self.shape, self.use = sides, own, shape, use
         self.value_scaling = use.scaling
         self.inner: dict[tuple[int, int], Tensor] = {}  # order of the query heads in each pair that was solved
 
@@ -97,8 +104,51 @@ class HeadProblem:
         """The best action of every pair that is matched."""
         return solve_heads(m, self.shape, self.use)
 
+    def identity_route(self) -> str | None:
+        """By which bounds the KV heads are proven to stand best where they are, if by any."""
+        m = self.own.per_kv_head(self.shape.kv_heads)
+        unmoved = remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
+        if identity_is_optimal(unmoved, self.plane_bounds):
+            return "identity"
+        promising = self.plane_bounds.diagonal() <= self.plane_bounds.amin(1)
+        if bool(promising.all()) and identity_is_optimal(unmoved, self.lower_bounds):
+            return "bounds"
+        return None
+
+    def assignment(self) -> Tensor:
+        """The best KV head of the model for each of the anchor's; dearer bounds only for what the cheap leave open."""
+        if not self._turning:
+            return lazy_assignment(self.lower_bounds, self.cost)
+        return lazy_assignment(self.plane_bounds, self.cost, lambda: self.lower_bounds)
+
+    @property
+    def _turning(self) -> list[int]:
+        """The coordinates that only turn with their plane; under ``rotation: full`` the matrix may mix planes."""
+        return [] if self.use.rotation is Rotation.full else self.shape.planes()
+
+    @cached_property
+    def plane_bounds(self) -> Tensor:
+        """A bound of each pair's cost from the planes of query and key alone [KV heads, KV heads].
+
+        Whatever the scale, ``s² b + o/s² − 2 (s p + q/s) ≥ −p²/b − q²/o``. The correlations of planes take ``d`` times
+        fewer products than those of whole heads, and tell them apart as well.
+        """
+        k, group = self.shape.kv_heads, self.shape.queries_per_kv
+        bound = torch.zeros(k, k, dtype=torch.float64, device=self.sides["key"][0][0].device)
+        bound = bound - torch.stack([self.norms(axis)[0].sum(-1) for axis in HEAD_AXES]).sum(0).unsqueeze(1)
+        if not self._turning:
+            return bound
+        at = torch.tensor(self._turning, device=bound.device)
+        for axis, heads in (("query", group), ("key", 1)):
+            a, b = (plane_norm(x.index_select(-1, at)) for x in self.norms(axis))
+            c = self._plane_correlations(axis, at).unflatten(1, (k, heads)).unflatten(0, (k, heads))
+            best = c.amax(3).sum(1)  # each of the anchor's query heads with whichever fits it best
+            bound = bound + (a.unsqueeze(1) - best.square() / b.clamp_min(torch.finfo(b.dtype).tiny)).sum(-1)
+        return bound - _SLACK * self._sizes()
+
+    @cached_property
     def lower_bounds(self) -> Tensor:
-        """A bound of each pair's cost from below [KV heads, KV heads]."""
+        """A bound of each pair's cost from below [KV heads, KV heads], from the products of all KV heads."""
         k = self.shape.kv_heads
         value, key = (self.all_pairs(axis) for axis in ("value", "key"))
         (o_a, o_b), (q_a, q_b) = (self.norms(axis) for axis in ("attended", "query"))
@@ -106,9 +156,8 @@ class HeadProblem:
         values = (value.model.sum(-1), o_b.sum(-1).expand(k, k), nuclear_bound(value.cross), outputs)
         bound = _least(*values, scale=self.value_scaling)
         scale = self.use.scaling and not self.shape.qk_norm
-        turning, rest = self.shape.planes(), self.shape.rest()
-        if self.use.rotation is Rotation.full:  # the matrix may mix planes
-            turning, rest = [], [*turning, *rest]
+        turning = self._turning
+        rest = [i for i in range(self.shape.head_dim) if i not in set(turning)]
         if turning:
             at = torch.tensor(turning, device=q_a.device)
             a, b = (plane_norm(x.index_select(-1, at)) for x in (q_a, q_b))
@@ -122,8 +171,45 @@ class HeadProblem:
             queries, keys = (a.unsqueeze(1) * b).sqrt(), key.at(rest)
             norms = (b.expand_as(queries), keys.model.sum(-1))
             bound = bound + _least(*norms, queries, nuclear_bound(keys.cross), scale=scale)
-        sizes = value.model.sum(-1) + (o_b + q_b).sum(-1) + (o_a + q_a).sum(-1).unsqueeze(1)
-        return bound - _SLACK * sizes
+        return bound - _SLACK * self._sizes()
+
+    def query_heads_stay(self) -> bool:
+        """Whether every query head is proven to be nearest to its own number, under the rotation of the KV heads alone.
+
+        With ``δ_h`` the distance that is left between the anchor's head ``h`` and the model's turned one, the model's
+        ``h`` is at least ``‖a_g − a_h‖ − δ_h`` from the anchor's ``g``. The anchor's heads are compared by their
+        queries, which is less than all of them.
+        """
+        k, group = self.shape.kv_heads, self.shape.queries_per_kv
+        if group == 1:
+            return True
+        start = self._by_kv_heads(self.own.value, self.own.key)
+        dual = start.value.dual() if start.value is not None else None
+        left = self._left(start.query, "query") + self._left(dual, "attended")
+        size = torch.stack([x.sum(-1) for axis in ("query", "attended") for x in self._head_norms(axis)]).sum(0)
+        near = (left + _SLACK * size).clamp_min(0).sqrt().unflatten(0, (k, group))
+        apart = self._query_distances().clamp_min(0).sqrt()
+        apart = apart.masked_fill(torch.eye(group, dtype=torch.bool, device=apart.device), torch.inf)
+        return bool((apart > near.unsqueeze(1) + near.unsqueeze(2)).all())
+
+    def _left(self, g: AxisAction | None, axis: str) -> Tensor:
+        """Squared distance of each query head to the anchor's under an isometry of its KV head [query heads]."""
+        side: Moments = getattr(self.own, axis)
+        matrix = dense(g, side.per_kv_head(self.shape.kv_heads)).repeat_interleave(self.shape.queries_per_kv, dim=0)
+        a, b = self._head_norms(axis)
+        return a.sum(-1) + b.sum(-1) - 2 * (matrix * side.cross).sum((-2, -1))
+
+    def _query_distances(self) -> Tensor:
+        """Squared distances, with their rounding taken off, of the anchor's queries within each group [k, g, g]."""
+        k, group = self.shape.kv_heads, self.shape.queries_per_kv
+        total = torch.zeros(k, group, group, dtype=torch.float64, device=self.sides["query"][0][0].device)
+        for anchor, _ in self.sides["query"]:
+            for i, heads in enumerate(anchor.unflatten(0, (k, -1)).unbind(0)):
+                x = heads.to(compute_dtype(heads.dtype)).reshape(group, -1)
+                total[i] += (x @ x.mT).double()
+        own = total.diagonal(dim1=1, dim2=2)
+        sizes = own.unsqueeze(1) + own.unsqueeze(2)
+        return (1 - _SLACK) * sizes - 2 * total
 
     def cost(self, i: Tensor, j: Tensor) -> Tensor:
         """Distance that remains between anchor's KV head ``i[n]`` and model's ``j[n]``, less the anchor's norms."""
@@ -142,38 +228,81 @@ class HeadProblem:
         """Moments of some pairs, their query heads ordered by the rotation of the KV heads alone."""
         value, key = (self.group_moments(axis, i, j).summed() for axis in ("value", "key"))
         attended, query = (self.group_moments(axis, i, j) for axis in ("attended", "query"))
+        start = self._by_kv_heads(value, key)
+        return _Pairs(value, key, attended, query, _inner_order(start, attended, query))
+
+    def _by_kv_heads(self, value: Moments, key: Moments) -> HeadActions:
+        """The rotations that value and key alone ask for."""
         nothing = Moments(torch.zeros_like(value.cross), torch.zeros_like(value.model))
         by_kv = AttentionMoments(value, nothing, nothing, key)
-        start = solve_heads(by_kv, self.shape, replace(self.use, scaling=False))
-        return _Pairs(value, key, attended, query, _inner_order(start, attended, query))
+        return solve_heads(by_kv, self.shape, replace(self.use, scaling=False))
+
+    def _plane_correlations(self, axis: str, at: Tensor) -> Tensor:
+        """``|Σ a conj(b)|`` of each plane of every pair of heads [anchor's heads, model's heads, planes].
+
+        Args:
+            axis: query or key.
+            at: first the first coordinates of all planes, then their partners.
+        """
+        d, total = self.shape.head_dim, None
+        for pair in self.sides[axis]:
+            anchor, model = (x.unflatten(0, (-1, d)) for x in pair)
+            few = max(1, _BLOCK // (2 * anchor.shape[0] * anchor.shape[2]))
+            chunks = zip(*(half.split(few) for half in at.chunk(2)), strict=True)
+            parts = torch.cat([_plane_products(anchor, model, *ends) for ends in chunks])
+            total = parts if total is None else total + parts
+        assert total is not None
+        real, imaginary = total.double().chunk(2, dim=1)
+        return torch.hypot(real, imaginary).permute(1, 2, 0)
 
     def all_pairs(self, axis: str) -> Moments:
         """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]."""
         k = self.shape.kv_heads
 
-        def of(anchor: Tensor, other: Tensor) -> Moments:
+        def of(anchor: Tensor, other: Tensor) -> Tensor:
             a, b = (x.to(compute_dtype(x.dtype)) for x in (anchor, other))
-            product = (a @ b.mT).double().unflatten(1, (k, -1)).unflatten(0, (k, -1)).transpose(1, 2)
-            return Moments(product, b.double().square().sum(-1).unflatten(0, (k, -1)).expand(k, k, -1))
+            return (a @ b.mT).double().unflatten(1, (k, -1)).unflatten(0, (k, -1)).transpose(1, 2)
 
-        return reduce(add, (of(*pair) for pair in self.sides[axis]))
+        cross = reduce(add, (of(*pair) for pair in self.sides[axis]))
+        return Moments(cross, self.norms(axis)[1].expand(k, k, -1))
 
     def norms(self, axis: str) -> tuple[Tensor, Tensor]:
         """Squared norms of each coordinate, anchor and model [KV heads, d], over the query heads of each group."""
-        k, group = self.shape.kv_heads, self.shape.queries_per_kv
-        total = [torch.stack([pair[i].double().square().sum(-1) for pair in self.sides[axis]]).sum(0) for i in range(2)]
-        anchor, model = (x.unflatten(0, (k, group, -1)).sum(1) for x in total)
+        anchor, model = (x.unflatten(0, (self.shape.kv_heads, -1)).sum(1) for x in self._head_norms(axis))
         return anchor, model
+
+    def _head_norms(self, axis: str) -> tuple[Tensor, Tensor]:
+        """The same for the axis' own heads."""
+        return self._anchor_norms[axis], getattr(self.own, axis).model
+
+    @cached_property
+    def _anchor_norms(self) -> dict[str, Tensor]:
+        d = self.shape.head_dim
+        return {
+            axis: reduce(add, (_squared_norms(anchor) for anchor, _ in self.sides[axis])).unflatten(0, (-1, d))
+            for axis in HEAD_AXES
+        }
+
+    def _sizes(self) -> Tensor:
+        """Squared norms of both heads of each pair [KV heads, KV heads]."""
+        sides = zip(*(self.norms(axis) for axis in HEAD_AXES), strict=True)
+        anchor, model = (torch.stack([x.sum(-1) for x in side]).sum(0) for side in sides)
+        return anchor.unsqueeze(1) + model
 
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments:
         heads = self.shape.queries_per_kv if axis in ("query", "attended") else 1
+        groups = (self.shape.kv_heads, -1)
 
-        def of(anchor: Tensor, other: Tensor) -> GroupMoments:
-            a, b = (x.unflatten(0, (self.shape.kv_heads, heads, -1)) for x in (anchor, other))
-            a, b = (x.to(compute_dtype(x.dtype)) for x in (a.index_select(0, i), b.index_select(0, j)))
-            return GroupMoments((a.unsqueeze(2) @ b.unsqueeze(1).mT).double(), b.double().square().sum(-1))
+        def of(anchor: Tensor, other: Tensor) -> Tensor:
+            parts = []
+            for x, y in zip(i.tolist(), j.tolist(), strict=True):
+                a, b = (z.unflatten(0, groups).select(0, at) for z, at in ((anchor, x), (other, y)))
+                a, b = (z.to(compute_dtype(z.dtype)) for z in (a, b))
+                parts.append((a @ b.mT).double())
+            return torch.stack(parts).unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).transpose(2, 3)
 
-        return reduce(add, (of(*pair) for pair in self.sides[axis]))
+        norms = self._head_norms(axis)[1].unflatten(0, groups)
+        return GroupMoments(reduce(add, (of(*pair) for pair in self.sides[axis])), norms.index_select(0, j))
 
 
 @dataclass(frozen=True)
@@ -187,9 +316,6 @@ class GroupMoments:
 
     cross: Tensor
     model: Tensor
-
-    def __add__(self, other: GroupMoments) -> GroupMoments:
-        return GroupMoments(self.cross + other.cross, self.model + other.model)
 
     def summed(self) -> Moments:
         return Moments(self.cross.sum((1, 2)), self.model.sum(1))
@@ -215,6 +341,27 @@ class _Pairs:
 
     def reordered(self, found: HeadActions) -> Tensor:
         return _inner_order(found, self.attended, self.query)
+
+
+def _plane_products(anchor: Tensor, model: Tensor, first: Tensor, partner: Tensor) -> Tensor:
+    """Real, then imaginary parts of ``Σ a conj(b)`` [planes, 2 · anchor's heads, model's heads].
+
+    Args:
+        anchor, model: [heads, d, columns].
+        first, partner: coordinates of some planes.
+    """
+    dtype = compute_dtype(anchor.dtype)
+    (a, c), (b, d) = ([x.index_select(1, at).to(dtype) for at in (first, partner)] for x in (anchor, model))
+    left = torch.cat((torch.cat((a, c), dim=2), torch.cat((c, -a), dim=2)))
+    right = torch.cat((b, d), dim=2)
+    return left.transpose(0, 1) @ right.permute(1, 2, 0)
+
+
+def _squared_norms(x: Tensor) -> Tensor:
+    """Squared norm of each row, without a copy of the whole; good enough for bounds with slack."""
+    height = max(1, _BLOCK // x.shape[1])
+    parts = [part.to(compute_dtype(x.dtype)) for part in x.split(height)]
+    return torch.cat([(part * part).sum(1) for part in parts]).double()
 
 
 def nuclear_bound(m: Tensor) -> Tensor:

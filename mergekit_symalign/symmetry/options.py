@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
+Facts = dict[str, Any]  # what is known of a solve: plain numbers and strings by name
 Sides = Mapping[str, Sequence[Pair]]  # axis -> (anchor, model) rows [axis, columns] of each tensor that has it
 
 

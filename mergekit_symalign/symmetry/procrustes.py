@@ -16,7 +16,11 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import HeadRotation, PlaneRotation, Scaling
 from mergekit_symalign.symmetry.scale import joint_log_scale, quartic_scale
+from mergekit_symalign.symmetry.threads import one_thread
 
+Pair = tuple[Tensor, Tensor]
+
+_BLOCK = 1 << 19  # numbers that are held in float64 at once: small enough to stay in the cache
 _POLISH = 4  # alternating steps after the global search; none of them can be worse than the one before
 
 
@@ -42,14 +46,21 @@ class Moments:
         return Moments(cross, self.model.index_select(-1, index))
 
     def per_kv_head(self, kv_heads: int) -> Moments:
-        """Sum over the query heads of each KV head's group."""
+        """Sum over the query heads of each KV head's group (of the KV heads themselves: the same)."""
         return Moments(*(x.unflatten(0, (kv_heads, -1)).sum(1) for x in (self.cross, self.model)))
 
 
 def moments(anchor: Tensor, model: Tensor, heads: int) -> Moments:
-    """Moments of two matrices [heads · d, columns], in float64."""
-    a, b = (x.unflatten(0, (heads, -1)).double() for x in (anchor, model))
-    return Moments(a @ b.mT, b.square().sum(-1))
+    """Moments of two matrices [heads · d, columns], in float64, a few heads at a time."""
+    a, b = (x.unflatten(0, (heads, -1)) for x in (anchor, model))
+    few = max(1, _BLOCK * heads // anchor.numel())
+    parts = [_moments(*(x.double() for x in part)) for part in zip(a.split(few), b.split(few), strict=True)]
+    cross, norms = (torch.cat(x) for x in zip(*parts, strict=True))
+    return Moments(cross, norms)
+
+
+def _moments(a: Tensor, b: Tensor) -> Pair:
+    return a @ b.mT, (b * b).sum(-1)
 
 
 def align_heads(first: Moments, second: Moments, *, rotate: bool, scale: bool) -> HeadRotation:
@@ -175,7 +186,8 @@ def _polar(m: Tensor) -> Tensor:
     norm = torch.linalg.matrix_norm(m, keepdim=True)
     eye = torch.eye(d, dtype=m.dtype, device=m.device)
     tie_break = 4 * d * torch.finfo(m.dtype).eps * torch.where(norm > 0, norm, 1.0)
-    u, _, vh = torch.linalg.svd(m + tie_break * eye)
+    with one_thread():
+        u, _, vh = torch.linalg.svd(m + tie_break * eye)
     return u @ vh
 
 
@@ -197,7 +209,8 @@ def _unless_noise(g: HeadRotation, first: Moments, second: Moments) -> HeadRotat
 
 
 def _nuclear(m: Tensor) -> Tensor:
-    return torch.linalg.svdvals(m).sum(-1)
+    with one_thread():
+        return torch.linalg.svdvals(m).sum(-1)
 
 
 def _nuclear_path(first: Moments, second: Moments) -> Callable[[Tensor], Tensor]:

@@ -20,9 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry.threads import one_thread
+
 _DENSE = 128  # intervals of the first sweep, which needs no decomposition
 _SECTIONS = 8  # intervals of each later sweep
-_SWEEPS = 6
+_SWEEPS = 6  # at most
+_PROVEN = 1e-7  # of the norms: a gap with which the search is at its end
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,10 @@ def joint_log_scale(
         value, where = sweep.objective().min(-1, keepdim=True)
         at = torch.where(value < best, t.gather(-1, where), at)
         best = torch.minimum(value, best)
-    gap = (best.squeeze(-1) - sweep.lower_bounds().amin(-1)).clamp_min(0)
-    return ScaleOptimum(at.squeeze(-1), gap)
+        gap = (best - sweep.lower_bounds().amin(-1, keepdim=True)).clamp_min(0)
+        if gap.device.type == "cpu" and bool((gap <= _PROVEN * (b + o)).all()):
+            break  # elsewhere the remaining sweeps cost less than asking the device
+    return ScaleOptimum(at.squeeze(-1), gap.squeeze(-1))
 
 
 def quartic_scale(b: Tensor, o: Tensor, p: Tensor, q: Tensor) -> Tensor:
@@ -140,7 +145,8 @@ def quartic_scale(b: Tensor, o: Tensor, p: Tensor, q: Tensor) -> Tensor:
         ),
         -2,
     )
-    roots = torch.linalg.eigvals(companion).real
+    with one_thread():
+        roots = torch.linalg.eigvals(companion).real
     t = torch.cat((torch.where(roots > 0, roots, 1.0).log(), zero.unsqueeze(-1)), -1) + unit.log().unsqueeze(-1)
     t = torch.cat((t, zero.unsqueeze(-1)), -1)
     b, o, p, q = (x.unsqueeze(-1) for x in (b, o, p, q))

@@ -1,0 +1,94 @@
+"""The section on alignment in the model card that MergeKit writes, and the sentence that sums an alignment up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_symalign.graph.merge_report import REPORT
+from mergekit_symalign.methods import ROTATION_PAPER, ROTATION_TITLE, TASK_VECTORS_PAPER, TASK_VECTORS_TITLE
+
+TAG = "mergekit-symalign"
+_NOTHING, _LITTLE = 0.01, 0.1  # shares of the distance
+_CONFIGURATION = "### Configuration\n"
+
+
+def symmetry_share(totals: Mapping[str, Any]) -> float | None:
+    """The share of the distance to the anchor that an alignment takes away; None if the distance is not known or 0."""
+    before, after = totals.get("distance_before"), totals.get("distance_after")
+    return None if not before or after is None else 1 - (after / before) ** 0.5
+
+
+def verdict(totals: Mapping[str, Any]) -> str:
+    """One honest sentence on an alignment."""
+    share = symmetry_share(totals)
+    if share is None:
+        known = totals.get("distance_before") is not None
+        return "nothing to align: the weights are equal" if known else "distances are not known: read from a file"
+    if share < 0:
+        return f"matched by something else than weights: their distance rises by {-share:.2%}"
+    if share < _NOTHING:
+        return f"nothing to align: matching lowers the distance by {share:.2%}; the plain method will do"
+    if share < _LITTLE:
+        return f"little to align: {share:.1%} of the distance is symmetry"
+    return f"coordinates differ: {share:.0%} of the distance is symmetry"
+
+
+def extend_card(out_path: Path) -> None:
+    """Add what the report says to the card that MergeKit has written; every other line stays as it is."""
+    card, report = out_path / "README.md", out_path / REPORT
+    if not card.exists() or not report.exists():
+        return
+    text = card.read_text("utf-8")
+    front, separator, body = text.partition(_CONFIGURATION)
+    front = front.replace("- merge\n", f"- merge\n- {TAG}\n", 1)
+    card.write_text(front + section(json.loads(report.read_text("utf-8"))) + separator + body, "utf-8")
+
+
+def section(report: Mapping[str, Any]) -> str:
+    """The card's section as Markdown."""
+    exact = (
+        "Exact: every aligned model computes what the original computed, up to rounding."
+        if report["exact"]
+        else "**Not exact**: `rotation: full` changes what the aligned models compute."
+    )
+    lines = [
+        "### Parameter alignment",
+        "",
+        f"Before the merge, models were brought into the coordinates of {', '.join(report['anchor'])} by symmetries of "
+        f"the architecture, with [mergekit-symalign](https://pypi.org/project/mergekit-symalign/) "
+        f"{report['versions']['mergekit_symalign']}. {exact}",
+        "",
+        f"References: [{TASK_VECTORS_TITLE}]({TASK_VECTORS_PAPER}); [{ROTATION_TITLE}]({ROTATION_PAPER}).",
+        "",
+    ]
+    for model, entry in report["models"].items():
+        lines += [
+            f"**{model}**: {verdict(entry['totals'])}. {_moved(entry['totals'])}",
+            "",
+            *_table(entry["blocks"]),
+            "",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _moved(totals: Mapping[str, Any]) -> str:
+    parts = [
+        f"{totals[f'{name}_moved']} of {totals[name]} {label} moved"
+        for name, label in (("neurons", "neurons"), ("experts", "experts"), ("kv_heads", "KV heads"))
+        if totals.get(name)
+    ]
+    return f"{'; '.join(parts)}." if parts else ""
+
+
+def _table(blocks: list[Mapping[str, Any]]) -> list[str]:
+    rows = ["<details><summary>By layer</summary>", "", "| layer | block | distance before | after | moved |"]
+    rows.append("|---:|---|---:|---:|---|")
+    for block in blocks:
+        before, after = (
+            f"{block[name] ** 0.5:.4g}" if name in block else "" for name in ("distance_before", "distance_after")
+        )
+        rows.append(f"| {block['layer']} | {block['block']} | {before} | {after} | {_moved(block)} |")
+    return [*rows, "", "</details>"]

@@ -1,0 +1,161 @@
+"""``mergekit-symalign inspect``: is there anything to align?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from mergekit.architecture import get_architecture_info
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions, add_merge_options
+from mergekit.plan import MergePlanner
+
+from mergekit_symalign.card import symmetry_share, verdict
+from mergekit_symalign.commands.plots import require_matplotlib
+from mergekit_symalign.commands.solve import alignment_options
+from mergekit_symalign.graph.merge_report import WriteReport, by_model
+
+Block = Mapping[str, Any]
+
+
+class _Layers(click.ParamType):
+    """``0-7`` or ``3``."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> range:
+        first, _, last = str(value).partition("-")
+        if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
+            self.fail(f"{value!r} is neither a layer nor a range of layers such as 0-7", param, ctx)
+        return range(int(first), int(last or first) + 1)
+
+
+@click.command()
+@click.argument("anchor")
+@click.argument("model")
+@click.option("--layers", type=_Layers(), help="Only these, for example 0-7.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the numbers too.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a picture (.png or .svg).")
+@alignment_options
+@add_merge_options
+def inspect(
+    anchor: str,
+    model: str,
+    layers: range | None,
+    json_file: Path | None,
+    plot: Path | None,
+    merge_options: MergeOptions,
+    **parameters: Any,
+) -> None:
+    """Say how far MODEL's coordinates are from ANCHOR's, layer by layer. Merges and writes nothing.
+
+    \b
+    Example: mergekit-symalign inspect HuggingFaceTB/SmolLM2-135M ./tuned --plot tuned.png
+    """
+    if plot is not None:
+        require_matplotlib()
+    merge_options.apply_global_options()
+    report = measured(anchor, model, merge_options, parameters, layers)
+    for name, entry in report["models"].items():
+        click.echo(f"{name}\nagainst {anchor}\n")
+        click.echo("\n".join(table(entry["blocks"])))
+        click.echo("\n" + "\n".join(summary(entry["totals"])))
+        if plot is not None:
+            from mergekit_symalign.commands.plots import plot_layers
+
+            plot_layers(entry["blocks"], f"{name} against {anchor}", plot)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+
+
+def measured(
+    anchor: str, model: str, options: MergeOptions, parameters: Mapping[str, Any], layers: range | None
+) -> dict[str, Any]:
+    """The report of the merge that would bring the model to the anchor, without the merge.
+
+    Raises:
+        click.UsageError: if there are no such layers.
+    """
+    config = MergeConfiguration.model_validate(
+        {
+            "merge_method": "rotation_match",
+            "base_model": anchor,
+            "models": [{"model": model}],
+            "parameters": {name: value for name, value in parameters.items() if value is not None},
+        }
+    )
+    task = _report_task(config, options)
+    chosen = [block for block in task.blocks if layers is None or block[1] in layers]
+    if not chosen:
+        there = sorted({layer for _, layer, *_ in task.blocks})
+        raise click.UsageError(f"--layers: there is none of them; the models have layers 0 to {there[-1]}")
+    device = options.device or "cpu"
+    facts_of = {facts: (name, layer, kind) for name, layer, kind, facts in chosen}
+    executor = Executor(
+        list(facts_of), math_device=device, storage_device=device if options.low_cpu_memory else "cpu"
+    )
+    found = [(*facts_of[t], value) for t, value in executor.run(quiet=options.quiet, desc="Inspecting")]
+    found.sort(key=lambda block: (block[0], block[1], block[2].value))
+    return json.loads(task.head) | {"models": by_model(found)}
+
+
+def table(blocks: Sequence[Block]) -> list[str]:
+    """One line for each block, at most 80 columns."""
+    lines = ["layer block       before    after  moved      q/k angle   v/o angle   scales"]
+    for b in blocks:
+        before, after = (f"{b[name] ** 0.5:9.4g}" for name in ("distance_before", "distance_after"))
+        line = f"{b['layer']:5} {b['block']:9}{before}{after}  {_moved(b):10}"
+        if b["block"] == "attention":
+            line += f" {_angles(b, 'query'):11} {_angles(b, 'value'):11}"
+        else:
+            line += 24 * " "
+        lines.append((line + f" {_scales(b)}").rstrip())
+    return lines
+
+
+def summary(totals: Block) -> list[str]:
+    """Totals, by which route assignments were proven, and one sentence."""
+    share = symmetry_share(totals)
+    lines = [
+        f"distance {totals['distance_before'] ** 0.5:.6g} before, {totals['distance_after'] ** 0.5:.6g} after"
+        + ("" if share is None else f" ({share:.2%} of it is symmetry)"),
+        ", ".join(
+            f"{totals[f'{name}_moved']} of {totals[name]} {label}"
+            for name, label in (
+                ("neurons", "neurons"), ("experts", "experts"), ("kv_heads", "KV heads"), ("query_heads", "query heads")
+            )
+            if totals.get(name)
+        )
+        + " moved",
+        *([f"neurons proven {totals['routes']}"] if totals.get("routes") else []),
+    ]  # fmt: skip
+    return [*lines, "", verdict(totals)]
+
+
+def _moved(b: Block) -> str:
+    if b["block"] == "attention":
+        return f"{b['kv_heads_moved']}/{b['kv_heads']}+{b['query_heads_moved']}/{b['query_heads']}"
+    return f"{b['neurons_moved'] / b['neurons']:.1%}"
+
+
+def _angles(b: Block, name: str) -> str:
+    return f"{b[f'{name}_angle_median']:.1f}/{b[f'{name}_angle_max']:.1f}"
+
+
+def _scales(b: Block) -> str:
+    low, high = b["scale_min"], b["scale_max"]
+    return "" if low == high == 1 else f"{low:.2f}-{high:.2f}"
+
+
+def _report_task(config: MergeConfiguration, options: MergeOptions) -> WriteReport:
+    LoaderCache().setup(options=options)
+    arch = get_architecture_info(config, options)
+    assert config.base_model is not None
+    out_config = config.base_model.config(trust_remote_code=options.trust_remote_code)
+    targets = MergePlanner(config, arch, options=options, out_model_config=out_config).plan_to_disk(out_path="unused")
+    return next(task for task in targets if isinstance(task, WriteReport))

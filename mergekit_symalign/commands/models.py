@@ -1,0 +1,155 @@
+"""The models that a command reads: their files, checked, and their tensors, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from torch import Tensor
+
+from mergekit_symalign.activations.runner import LayerRunner
+from mergekit_symalign.errors import CheckpointError, GeometryError, ModelError
+from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.load import LoadFinite
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A checkpoint that is run without ever being loaded as a whole.
+
+    Attributes:
+        checkpoint: its files.
+        runner: the model without weights.
+        device: where its tensors go.
+    """
+
+    checkpoint: Checkpoint
+    runner: LayerRunner
+    device: str
+
+    @staticmethod
+    def open(name: str, options: MergeOptions) -> StoredModel:
+        """
+        Raises:
+            ModelError: if there is no such model.
+            ArchitectureError, CheckpointError: if it cannot be run, or a tensor is missing, quantised or misshapen.
+        """
+        reference = ModelReference.parse(name)
+        try:
+            config = reference.config(trust_remote_code=options.trust_remote_code)
+            layout = resolve(config, model=name)
+            checkpoint = Checkpoint.open(reference, config.model_type, layout)
+        except (OSError, ValueError, RuntimeError) as error:  # transformers, huggingface_hub, MergeKit's loader
+            raise ModelError(
+                f"model {name}",
+                f"it cannot be opened ({(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')})",
+                "Name a directory with config.json and weights, or a model of the Hugging Face hub",
+            ) from error
+        model = StoredModel(checkpoint, LayerRunner(config, layout), options.device or "cpu")
+        model._check()
+        return model
+
+    @property
+    def name(self) -> str:
+        return str(self.checkpoint.model)
+
+    @property
+    def layers(self) -> int:
+        return self.checkpoint.layout.layers
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a layer in float32, by their name inside the layer."""
+        prefix = self.checkpoint.layout.name(index, "")
+        return {name.removeprefix(prefix): x for name, x in self._load(self._inside(index)).items()}
+
+    def outside(self) -> dict[str, Tensor]:
+        """All tensors outside the layers, by name."""
+        return self._load(next(filter(self._stored, names)) for names in self._outside_names())
+
+    def stored_dtype(self) -> torch.dtype:
+        """The coarsest dtype among the stored weights."""
+        dtypes = {header.dtype for header in self.checkpoint.headers.values() if header.dtype is not None}
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def _inside(self, index: int) -> list[str]:
+        layer = self.runner.layers[index]
+        return [self.checkpoint.layout.name(index, part) for part, _ in layer.named_parameters()]
+
+    def _load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        loads = (
+            LoadFinite(
+                model=self.checkpoint.model, tensor=name, device=self.device, aliases=self.checkpoint.aliases(name)
+            )
+            for name in names
+        )
+        found = {load.tensor: load.execute() for load in loads}
+        return {name: x.float() for name, x in found.items() if x is not None}
+
+    def _stored(self, name: str) -> bool:
+        aliases = self.checkpoint.aliases(name)
+        return self.checkpoint.stored(WeightInfo(name=name, aliases=aliases)) is not None
+
+    def _outside_names(self) -> list[list[str]]:
+        """The names of each parameter outside the layers; several where it is tied, and the first one counts."""
+        prefix = self.checkpoint.layout.name(0, "").rpartition("0.")[0]
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.runner.model.named_parameters(remove_duplicate=False):
+            if not name.startswith(prefix):
+                names.setdefault(id(parameter), []).append(name)
+        return list(names.values())
+
+    def _check(self) -> None:
+        """Every parameter of the model is there, in a floating-point type and the right shape."""
+        inside = [[name] for i in range(self.layers) for name in self._inside(i)]
+        for names in (*self._outside_names(), *inside):
+            if not any(map(self._stored, names)):
+                raise CheckpointError(
+                    f"tensor {names[0]} of model {self.name}",
+                    "the checkpoint does not have it",
+                    "Download or export the checkpoint again",
+                )
+            for name in filter(self._stored, names):
+                self._check_stored(name)
+
+    def _check_stored(self, name: str) -> None:
+        header = self.checkpoint.stored(WeightInfo(name=name, aliases=self.checkpoint.aliases(name)))
+        expected = tuple(self.runner.model.get_parameter(name).shape)
+        where = f"tensor {name} of model {self.name}"
+        if header is None or header.dtype is None:
+            raise CheckpointError(where, "it is quantised", "Use the model's unquantised checkpoint")
+        if header.shape != expected:
+            raise CheckpointError(
+                where,
+                f"its shape is {header.shape}; the model's config asks for {expected}",
+                "Check that config.json belongs to these weights",
+            )
+
+
+def require_comparable(a: StoredModel, b: StoredModel) -> None:
+    """
+    Raises:
+        GeometryError: if the two are of different architectures or sizes.
+    """
+    one, other = a.checkpoint.layout, b.checkpoint.layout
+    differences = one.geometry.differences(other.geometry)
+    if one.family.name != other.family.name:
+        differences = [f"{one.family.title} and {other.family.title}"]
+    elif one.layers != other.layers:
+        differences.append(f"layers {one.layers} != {other.layers}")
+    if differences:
+        raise GeometryError(
+            f"models {a.name} and {b.name}",
+            f"they differ in architecture: {', '.join(differences)}",
+            "Compare a model with itself in other coordinates",
+        )
+
+
+def use_cache_of(options: MergeOptions) -> None:
+    """Let MergeKit's loaders know the options."""
+    LoaderCache().setup(options)

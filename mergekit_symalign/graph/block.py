@@ -1,0 +1,148 @@
+"""One planned block: the tensors of an attention or MLP, the models that have it, and what is asked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+from mergekit_symalign.errors import ConfigError, GeometryError, ParameterError
+from mergekit_symalign.families.resolve import ModelLayout
+from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.load import GatherAligned, LoadFinite
+from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
+from mergekit_symalign.symmetry.element import TensorAxes
+from mergekit_symalign.symmetry.options import HeadShape, Rotation, Symmetries
+
+SYMMETRY_NAMES = tuple(f.name for f in fields(Symmetries))
+
+
+@dataclass(frozen=True)
+class Block:
+    """The planned tensors of one block of the output.
+
+    Attributes:
+        layer: of the output.
+        kind: attention or MLP.
+        members: its tensors.
+        checkpoints: of all models.
+    """
+
+    layer: int
+    kind: BlockKind
+    members: tuple[Planned, ...]
+    checkpoints: Mapping[ModelReference, Checkpoint]
+
+    @property
+    def anchor(self) -> ModelReference:
+        return anchor_of(self.members[0][1])
+
+    @property
+    def layout(self) -> ModelLayout:
+        return self.checkpoints[self.anchor].layout
+
+    def axes(self) -> tuple[TensorAxes, ...]:
+        specs = [self.layout.claim(weight.name).spec for weight, _ in self.members]  # type: ignore[union-attr]
+        return tuple(self.layout.axes(spec) for spec in specs)
+
+    def loads(self) -> dict[ModelReference, tuple[LoadFinite, ...]]:
+        """Each model's loads of the tensors."""
+        gathered = [GatherAligned(**dict(gather_of(task))).loads() for _, task in self.members]
+        return {model: tuple(load[model] for load in gathered) for model in gathered[0]}
+
+    def symmetries(self) -> Symmetries:
+        chosen = {name: self.agreed(name) for name in SYMMETRY_NAMES}
+        return Symmetries(**chosen | {"rotation": Rotation(chosen["rotation"])})
+
+    def moved(self) -> list[ModelReference]:
+        """The models that are to be aligned.
+
+        Raises:
+            ParameterError: if a model is not to be aligned and yet has a file that says how.
+        """
+        return [m for m in self.members[0][1].model_order if m != self.anchor and self._wants_alignment(m)]
+
+    def layer_of(self, model: ModelReference) -> int:
+        """Which of the model's own layers the block comes from."""
+        claim = self.checkpoints[model].layout.claim(gather_of(self.members[0][1]).weight_info[model].name)
+        assert claim is not None
+        assert claim.layer is not None
+        return claim.layer
+
+    def heads(self, model: ModelReference) -> HeadShape:
+        """Heads and positions of the layers that are matched, which anchor and model must share."""
+        anchor_shape, shape = (self.checkpoints[m].layout.head_shape(self.layer_of(m)) for m in (self.anchor, model))
+        if shape != anchor_shape:
+            raise GeometryError(
+                f"tensor {self.members[0][0].name}",
+                f"model {model} has other positions in this layer than the anchor (RoPE on {shape.rotary} and "
+                f"{anchor_shape.rotary} coordinates)",
+                "Choose slices that pair layers of the same kind",
+            )
+        return shape
+
+    def require_possible_consensus(self, moved: list[ModelReference]) -> None:
+        """A consensus is found from weights, of all models at once.
+
+        Raises:
+            ConfigError: if something else is asked for as well.
+        """
+        if self.agreed("objective") == "activations":
+            raise ConfigError(
+                "parameter anchor",
+                "consensus compares weights, and objective is activations",
+                "Use anchor: base with activations, or objective: weights",
+            )
+        if given := [m for m in moved if self.agreed("alignment", m) is not None]:
+            raise ConfigError(
+                f"parameter alignment of model {given[0]}",
+                "the file leads to the coordinates of the anchor, and anchor: consensus looks for others",
+                "Leave out one of the two",
+            )
+
+    def agreed(self, name: str, model: ModelReference | None = None) -> Any:
+        """The value of a parameter, which all tensors of a block must share.
+
+        Raises:
+            ParameterError: naming two that do not.
+        """
+
+        def value(task: ExecuteMergeMethodTask) -> Any:
+            return (task.parameters if model is None else task.input_parameters[model])[name]
+
+        first_weight, first = self.members[0]
+        for weight, task in self.members[1:]:
+            if value(task) != value(first):
+                raise _disagreement(name, (first_weight, value(first)), (weight, value(task)), model)
+        return value(first)
+
+    def _wants_alignment(self, model: ModelReference) -> bool:
+        wanted: bool = self.agreed("align", model)
+        if not wanted and self.agreed("alignment", model) is not None:
+            raise ParameterError(
+                f"parameter alignment of model {model}",
+                f"align is false for {self.members[0][0].name}, so the file would not be used",
+                "Leave out one of the two",
+            )
+        return wanted
+
+
+def _disagreement(
+    name: str,
+    one: tuple[WeightInfo, object],
+    other: tuple[WeightInfo, object],
+    model: ModelReference | None = None,
+) -> ParameterError:
+    (weight_a, value_a), (weight_b, value_b) = one, other
+    of = f" of model {model}" if model is not None else ""
+    return ParameterError(
+        f"parameter {name}{of}",
+        f"it is {value_a} for {weight_a.name} and {value_b} for {weight_b.name}, but these belong to one block and are "
+        "aligned together",
+        "Choose filters that give all tensors of a block the same value",
+    )

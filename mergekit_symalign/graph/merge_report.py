@@ -1,0 +1,115 @@
+"""What an aligned merge did, written beside its output: ``symalign_report.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+
+from mergekit_symalign import __version__
+from mergekit_symalign.families.schema import BlockKind
+
+REPORT = "symalign_report.json"
+FORMAT = 1
+_COUNTED = ("neurons", "experts", "kv_heads", "query_heads")
+_SUMMED = ("distance_before", "distance_after", "signs_flipped", *_COUNTED, *(f"{name}_moved" for name in _COUNTED))
+_LARGEST = ("query_angle_max", "value_angle_max", "scale_max")
+
+
+class FactsOf(Task[Dict[str, Any]]):
+    """What is known of the solution of a block, without the element itself, which can then be let go."""
+
+    solution: Task
+
+    def arguments(self) -> Dict[str, Task]:
+        return {"solution": self.solution}
+
+    def group_label(self) -> Optional[str]:
+        return self.solution.group_label()
+
+    def execute(self, solution: Dict[str, Any]) -> Dict[str, Any]:
+        facts: Dict[str, Any] = solution["facts"]
+        return facts
+
+
+class WriteReport(Task[str]):
+    """Writes the report when everything else has been written.
+
+    Attributes:
+        path: of the file.
+        head: method, anchor, settings and versions, as JSON.
+        blocks: model, layer of the output, kind of block, and the task that gives the facts.
+        after: the task that ends the merge.
+    """
+
+    path: str
+    head: str
+    blocks: Tuple[Tuple[str, int, BlockKind, FactsOf], ...]
+    after: Optional[Task] = None
+
+    def arguments(self) -> Dict[str, Task]:
+        tasks: Dict[str, Task] = {f"block{i}": facts for i, (*_, facts) in enumerate(self.blocks)}
+        return tasks if self.after is None else {**tasks, "after": self.after}
+
+    def main_thread_only(self) -> bool:
+        return True
+
+    def execute(self, after: Any = None, **facts: Dict[str, Any]) -> str:
+        found = [(model, layer, kind, facts[f"block{i}"]) for i, (model, layer, kind, _) in enumerate(self.blocks)]
+        text = json.dumps(json.loads(self.head) | {"models": by_model(found)}, indent=1)
+        path = Path(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(text + "\n", "utf-8")
+        partial.replace(path)
+        return self.path
+
+
+def by_model(found: Sequence[tuple[str, int, BlockKind, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The facts of every block of every model, and their totals."""
+    models: dict[str, Any] = {}
+    for model, layer, kind, facts in found:
+        blocks = models.setdefault(model, {"totals": {}, "blocks": []})["blocks"]
+        blocks.append({"layer": layer, "block": kind.value, **facts})
+    for entry in models.values():
+        entry["totals"] = totals(entry["blocks"])
+    return models
+
+
+def totals(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sums, and the largest angle and factor, over all blocks of a model."""
+    result: dict[str, Any] = {"blocks": len(blocks)}
+    for name in _SUMMED:
+        if values := [block[name] for block in blocks if name in block]:
+            result[name] = sum(values)
+    for name in _LARGEST:
+        if values := [block[name] for block in blocks if name in block]:
+            result[name] = max(values)
+    if values := [block["scale_min"] for block in blocks if "scale_min" in block]:
+        result["scale_min"] = min(values)
+    return result
+
+
+@dataclass
+class Reports:
+    """The facts of a merge, as they are planned."""
+
+    _blocks: list[tuple[str, int, BlockKind, FactsOf]] = field(default_factory=list)
+
+    def record(self, model: ModelReference, layer: int, kind: BlockKind, solution: Task) -> None:
+        self._blocks.append((str(model), layer, kind, FactsOf(solution=solution)))
+
+    @property
+    def blocks(self) -> tuple[tuple[str, int, BlockKind, FactsOf], ...]:
+        return tuple(sorted(self._blocks, key=lambda block: (block[0], block[1], block[2].value)))
+
+    def task(self, out_path: str, head: Mapping[str, Any], after: Task | None) -> WriteReport:
+        versions = {name: metadata.version(name) for name in ("mergekit", "torch", "transformers")}
+        whole = {"format": FORMAT, **head, "versions": {"mergekit_symalign": __version__, **versions}}
+        return WriteReport(path=str(Path(out_path) / REPORT), head=json.dumps(whole), blocks=self.blocks, after=after)

@@ -1,0 +1,152 @@
+"""The models of a merge: their architectures and files, and whether they can be merged with each other."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.io.tasks import GatherTensors
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError
+from mergekit_symalign.families.resolve import ModelLayout, resolve
+from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
+from mergekit_symalign.symmetry.options import NeuronScale, Rotation, Symmetries
+
+
+@dataclass
+class Models:
+    """Every model that a merge reads, opened once.
+
+    Attributes:
+        trust_remote_code: MergeKit's option.
+        checkpoints: of the models that were opened.
+    """
+
+    trust_remote_code: bool
+    checkpoints: dict[ModelReference, Checkpoint] = field(default_factory=dict)
+    _layouts: dict[ModelReference, ModelLayout] = field(default_factory=dict)
+
+    def open(self, models: Iterable[ModelReference]) -> None:
+        for model in dict.fromkeys(models):
+            model_type = model.config(trust_remote_code=self.trust_remote_code).model_type
+            self.checkpoints[model] = Checkpoint.open(model, model_type, self.layout(model))
+
+    def layout(self, model: ModelReference) -> ModelLayout:
+        if model not in self._layouts:
+            self._layouts[model] = self._resolved(model)
+        return self._layouts[model]
+
+    def _resolved(self, model: ModelReference) -> ModelLayout:
+        config = model.config(trust_remote_code=self.trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise CheckpointError(
+                f"model {model}",
+                "its config has a quantization_config: the checkpoint is quantised",
+                "Use the model's unquantised checkpoint",
+            )
+        return resolve(config, model=str(model))
+
+    def other_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
+        """Names under which this model's checkpoint may have a tensor, beside those that MergeKit knows.
+
+        Raises:
+            ArchitectureError, CheckpointError: no family describes this model, or it is quantised.
+        """
+        layout = self.layout(model)
+        claim = layout.claim(info.name)
+        return tuple(name for name in layout.stored_as(claim) if "*" not in name) if claim is not None else ()
+
+    def is_superfluous(self, task: ExecuteMergeMethodTask) -> bool:
+        """Whether MergeKit's architecture file asks for a tensor that models of this config do not have.
+
+        Old buffers are superfluous as soon as one model has none; what the config leaves out (a switched-off norm, an
+        unused task head), if no model has it.
+        """
+        infos = gather_of(task).weight_info.items()
+        there = [self.checkpoints[model].stored(info) is not None for model, info in infos]
+        layouts = [(self.checkpoints[model].layout, info.name) for model, info in infos]
+        if all(layout.is_buffer(name) for layout, name in layouts):
+            return not all(there)
+        return not any(there) and all(layout.is_absent(name) or _may_lack(layout, name) for layout, name in layouts)
+
+    def check(self, planned: list[Planned]) -> None:
+        """Everything that headers can tell about the planned tensors.
+
+        Raises:
+            CheckpointError, GeometryError: naming the tensor or model and the remedy.
+        """
+        used: dict[ModelReference, dict[str, WeightInfo]] = defaultdict(dict)
+        for _, task in planned:
+            for model, info in gather_of(task).weight_info.items():
+                used[model][info.name] = info
+        for anchor, model in dict.fromkeys((anchor_of(task), m) for _, task in planned for m in task.model_order):
+            _check_geometry(self.checkpoints[anchor], self.checkpoints[model])
+        for model, infos in used.items():
+            self.checkpoints[model].check(infos.values())
+        for weight, task in planned:
+            self._check_vocabulary(weight, task)
+
+    def _check_vocabulary(self, weight: WeightInfo, task: ExecuteMergeMethodTask) -> None:
+        if not isinstance(task.gather_tensors, GatherTensors) or weight.vocabulary_axis is None:
+            return
+        headers = {m: self.checkpoints[m].stored(info) for m, info in gather_of(task).weight_info.items()}
+        shapes = {header.shape: model for model, header in headers.items() if header is not None}
+        if len(shapes) > 1:
+            (shape_a, a), (shape_b, b) = list(shapes.items())[:2]
+            raise GeometryError(
+                f"tensor {weight.name}",
+                f"its vocabulary differs: {shape_a} in {a}, {shape_b} in {b}",
+                "Let MergeKit match the tokenizers: tokenizer: {source: base}",
+            )
+
+
+def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> None:
+    """Refuse what the parameters ask for and the architecture cannot have."""
+    if kind is BlockKind.attention and use.rotation is Rotation.full and layout.has_qk_norm:
+        raise ConfigError(
+            "parameter rotation",
+            f"full is not possible for {layout.family.title}: its queries and keys are normalised (QK-norm), and "
+            "a rotation before the norm's gains breaks the model",
+            "Use rotation: exact",
+        )
+    if kind is BlockKind.mlp and use.neuron_scaling and layout.neuron_scale is NeuronScale.none:
+        raise ConfigError(
+            "parameter neuron_scaling",
+            f"{layout.family.title} has a plain MLP: its activation stands between the two projections, and a scale "
+            "would change the function",
+            "Leave neuron_scaling out",
+        )
+
+
+def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
+    """A model must be of the anchor's family, and have the same tensors in its layers, of the same sizes."""
+    ours, theirs = other.layout, anchor.layout
+    if ours.family.name != theirs.family.name:
+        raise GeometryError(
+            f"model {other.model}",
+            f"it is of family {ours.family.name}, the anchor {anchor.model} of {theirs.family.name}",
+            "Merge models of one architecture",
+        )
+    if surplus := ours.inside.keys() ^ theirs.inside.keys():
+        raise GeometryError(
+            f"model {other.model}",
+            f"its layers and those of the anchor {anchor.model} differ in {', '.join(sorted(surplus))}",
+            "Merge models whose configs agree on biases and norms",
+        )
+    if differences := ours.geometry.differences(theirs.geometry):
+        raise GeometryError(
+            f"model {other.model}",
+            f"its sizes differ from those of the anchor {anchor.model}: {', '.join(differences)}",
+            "Merge models of the same shape",
+        )
+
+
+def _may_lack(layout: ModelLayout, name: str) -> bool:
+    claim = layout.claim(name)
+    return claim is not None and claim.spec.optional

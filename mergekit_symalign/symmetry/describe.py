@@ -1,0 +1,134 @@
+"""An alignment in numbers that a person can read: what moved, how far it turned, and what is left of the distance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.groups import (
+    AxisAction,
+    Chain,
+    HeadRotation,
+    PartialRotation,
+    Permutation,
+    PlaneRotation,
+    Scaling,
+    compute_dtype,
+)
+from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, Sides
+
+
+def describe(element: BlockElement, sides: Sides) -> Facts:
+    """Squared distances of one block to the anchor, before and after.
+
+    Returns:
+        ``distance_before`` and ``distance_after``, squared, over all tensors of the block.
+    """
+    before = after = 0.0
+    for axis, pairs in sides.items():
+        g = element.actions.get(axis)
+        for a, b in pairs:
+            own = _squared_distance(a, b)
+            before += own
+            after += own if g is None else _squared_distance(a, g(b, 0))
+    return {"distance_before": before, "distance_after": after}
+
+
+def describe_heads(element: BlockElement, shape: HeadShape) -> Facts:
+    """What the element of an attention block does to its heads.
+
+    Returns:
+        Numbers of heads and of those that moved; median and largest angle, in degrees, of the planes of query and key
+        (``query_angle_…``) and of the rotations of value and output (``value_angle_…``; a matrix counts with the root
+        mean square of its angles); smallest and largest factor; coordinates whose sign was flipped by a QK-norm's sign.
+    """
+    facts: Facts = {}
+    for name, axis, heads in (("kv", "value", shape.kv_heads), ("query", "query", shape.query_heads)):
+        order = _order(element.actions.get(axis), heads * shape.head_dim)
+        moved = 0 if order is None else _count_moved(order.unflatten(0, (heads, -1)).select(1, 0) // shape.head_dim)
+        facts |= {f"{name}_heads": heads, f"{name}_heads_moved": moved}
+    factors = []
+    for name in ("query", "value"):
+        steps = list(_steps(element.actions.get(name)))
+        angles = [angle for step in steps for angle in _angles(step)]
+        turned = torch.cat(angles) if angles else torch.zeros(1)
+        facts |= {f"{name}_angle_median": float(turned.median()), f"{name}_angle_max": float(turned.max())}
+        factors += [factor for step in steps for factor in _factors(step)]
+    return facts | _range(factors)
+
+
+def describe_neurons(element: BlockElement, shape: MlpShape) -> Facts:
+    """What the element of an MLP does to its neurons and experts.
+
+    Returns:
+        Numbers of neurons (and experts) and of those that moved; smallest and largest factor, signs that flipped.
+    """
+    neurons = shape.neurons * shape.experts
+    facts: Facts = {"neurons": neurons, "neurons_moved": _count_moved(_order(element.actions.get("up"), neurons))}
+    if shape.experts > 1:
+        moved = _count_moved(_order(element.actions.get("expert"), shape.experts))
+        facts |= {"experts": shape.experts, "experts_moved": moved}
+    return facts | _range([f for step in _steps(element.actions.get("up")) for f in _factors(step)])
+
+
+def _steps(g: AxisAction | None) -> Iterator[AxisAction]:
+    if isinstance(g, Chain):
+        for step in g.steps:
+            yield from _steps(step)
+    elif g is not None:
+        yield g
+
+
+def _order(g: AxisAction | None, size: int) -> Tensor | None:
+    """Where each coordinate comes from, or None if none moves."""
+    order: Tensor | None = None
+    for step in _steps(g):
+        if isinstance(step, Permutation):
+            order = step.index if order is None else order.index_select(0, step.index)
+    return order
+
+
+def _count_moved(order: Tensor | None) -> int:
+    return 0 if order is None else int((order != torch.arange(len(order), device=order.device)).sum())
+
+
+def _angles(step: AxisAction) -> list[Tensor]:
+    """Absolute angles in degrees."""
+    if isinstance(step, PlaneRotation):
+        wrapped = torch.remainder(step.angle + math.pi, 2 * math.pi) - math.pi
+        return [torch.rad2deg(wrapped.abs().flatten())]
+    if isinstance(step, HeadRotation):
+        d = step.matrix.shape[-1]
+        eye = torch.eye(d, dtype=step.matrix.dtype, device=step.matrix.device)
+        chord = torch.linalg.matrix_norm(step.matrix - eye) / (2 * d**0.5)
+        return [torch.rad2deg(2 * torch.asin(chord.clamp(max=1)))]
+    if isinstance(step, PartialRotation):
+        return [*_angles(step.planes), *_angles(step.rest)]
+    return []
+
+
+def _factors(step: AxisAction) -> list[Tensor]:
+    if isinstance(step, Scaling):
+        return [step.factor.double()]
+    if isinstance(step, (PlaneRotation, HeadRotation)):
+        return [step.scale.double().flatten()]
+    if isinstance(step, PartialRotation):
+        return [*_factors(step.planes), *_factors(step.rest)]
+    return []
+
+
+def _range(factors: list[Tensor]) -> Facts:
+    if not factors:
+        return {"scale_min": 1.0, "scale_max": 1.0, "signs_flipped": 0}
+    low, high = torch.aminmax(torch.cat([f.abs() for f in factors]))
+    flipped = sum(int((f < 0).sum()) for f in factors)
+    return {"scale_min": float(low), "scale_max": float(high), "signs_flipped": flipped}
+
+
+def _squared_distance(a: Tensor, b: Tensor) -> float:
+    dtype = compute_dtype(a.dtype)
+    return float((a.to(dtype) - b.to(dtype)).square().sum(dim=-1).double().sum())

@@ -1,0 +1,118 @@
+"""`make bench`: what an aligned merge costs next to a plain one, through `mergekit-yaml` in fresh processes.
+
+    python tests/benchmarks/run.py [--small] [--runs 3] [--cache FOLDER] [--only TEXT]
+
+Plain and aligned merges take turns, so that what else the machine does meets both. The tables go to standard output.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import click
+import torch
+from measure import Cost, merge
+from workloads import Workload, depths, shapes, workloads
+
+GIB, MIB = 1 << 30, 1 << 20
+
+
+@dataclass(frozen=True)
+class Line:
+    """All runs of one workload; ratios are of runs that followed each other."""
+
+    workload: Workload
+    plain: Sequence[Cost]
+    aligned: Sequence[Cost]
+
+    def ratio(self, field: str) -> float:
+        return median(getattr(a, field) / getattr(p, field) for p, a in zip(self.plain, self.aligned, strict=True))
+
+    def cells(self) -> list[str]:
+        def both(field: str, unit: float, digits: int) -> str:
+            p, a = (median(getattr(cost, field) for cost in side) / unit for side in (self.plain, self.aligned))
+            return f"{p:.{digits}f} → {a:.{digits}f}"
+
+        return [
+            self.workload.name,
+            both("wall", 1, 1),
+            f"{self.ratio('wall'):.2f}",
+            both("cpu", 1, 1),
+            f"{self.ratio('cpu'):.2f}",
+            both("peak_rss", GIB, 2),
+            f"{self.ratio('peak_rss'):.2f}",
+            routes(self.aligned[0].routes),
+        ]
+
+
+HEAD = ["workload", "wall, s", "ratio", "CPU, s", "ratio", "peak RSS, GiB", "ratio", "settled by"]
+
+
+@click.command(help=__doc__)
+@click.option("--small", is_flag=True, help="Tiny models, one run: checks that the benchmark runs, not how fast.")
+@click.option("--runs", default=3, show_default=True, help="Runs of each merge; medians are shown.")
+@click.option("--cache", type=Path, default=Path(".cache/benchmarks"), help="Where the checkpoints are kept.")
+@click.option("--only", default="", help="Only workloads whose name contains this.")
+@click.option("--depths/--no-depths", "with_depths", default=True, help="Memory against the number of layers.")
+@click.option("--layer/--no-layer", "with_layer", default=True, help="One 8B-shaped layer alone.")
+def main(small: bool, runs: int, cache: Path, only: str, with_depths: bool, with_layer: bool) -> None:
+    cache = cache.resolve()
+    shape, layers = shapes(small)
+    runs = 1 if small else runs
+    click.echo(f"{machine()}; {shape}; medians of {runs}\n")
+    chosen = [w for w in workloads(shape) if only in w.name]
+    _table(HEAD, (_measured(w, cache, runs).cells() for w in (chosen[::3] if small else chosen)))
+    if with_depths:
+        click.echo("\nMemory against depth, of the aligned merge (output in shards of 500 MB)\n")
+        _table(["", "anonymous memory, MiB", "peak RSS, GiB"], (_depth(w, cache) for w in depths(shape, layers)))
+    if with_layer:
+        here = Path(__file__).with_name("layer.py")
+        subprocess.run([sys.executable, here, *(["--small"] * small)], check=True)
+
+
+def machine() -> str:
+    """Processor, cores and torch."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}"
+
+
+def routes(total: Counter[str]) -> str:
+    """Shares of the neurons by route, and blocks by the route of their heads."""
+    neurons = sum(count for name, count in total.items() if name.startswith("neurons_"))
+    parts = []
+    for name, count in sorted(total.items(), reverse=True):
+        if name.startswith("neurons_"):
+            parts.append(f"{name.removeprefix('neurons_')} {count / neurons:.1%}")
+        else:
+            parts.append(f"{name.replace('_', ' ')} {count}")
+    return ", ".join(parts)
+
+
+def _measured(workload: Workload, cache: Path, runs: int) -> Line:
+    plain, aligned = workload.configs(cache)
+    pairs = [(merge(plain, cache / "out"), merge(aligned, cache / "out")) for _ in range(runs)]
+    return Line(workload, *map(list, zip(*pairs, strict=True)))
+
+
+def _depth(workload: Workload, cache: Path) -> list[str]:
+    cost = merge(workload.configs(cache)[1], cache / "out", "--out-shard-size", "500M")
+    return [workload.name, f"{cost.peak_own / MIB:.0f}", f"{cost.peak_rss / GIB:.2f}"]
+
+
+def _table(head: Sequence[str], rows: object) -> None:
+    click.echo(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for row in rows:  # type: ignore[attr-defined]
+        click.echo(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()
