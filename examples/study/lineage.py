@@ -15,7 +15,6 @@ from .settings import Lesson, Settings
 from .training import Snapshot, Trainer
 
 FINE_TUNED = "branch-100"  # the drift of plain fine-tuning, the target of parts 1 and 3
-OTHER_START = 1000  # added to the seed of a model from another initialisation
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,8 @@ class Drift:
     """How a target came to differ from the reference.
 
     Attributes:
-        branch: per cent of the base training that both share; None: nothing, not even the initialisation.
+        branch: per cent of the base training that both share; None: nothing, not even the initialisation (the target
+            descends from the next seed's base).
         rate, steps: factors on learning rate and steps of the target's own lesson.
     """
 
@@ -38,7 +38,7 @@ def drifts(settings: Settings) -> list[Drift]:
     shares = sorted(settings.branches)
     branches = [Drift(f"branch-{share}", share) for share in (shares[-1], shares[0], *shares[-2:0:-1])]
     hot, long = Drift("hot", 100, rate=settings.hot_factor), Drift("long", 100, steps=settings.long_factor)
-    return [branches[0], hot, branches[1], Drift("other-start", None), *branches[2:], long]
+    return [branches[0], hot, Drift("other-start", None), *branches[2:3], branches[1], *branches[3:], long]
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,19 @@ class Lineage:
         return self._kept("base", self._train_base)
 
     def _origin(self, drift: Drift) -> Path:
-        """The finished base training that the target starts from: the reference's own, a branch, or another one."""
+        """The finished base training that the target starts from: the reference's own, a branch, or the next seed's."""
+        if drift.branch is None:
+            return self._next().base()
         if drift.branch == 100:
             return self.base()
-        return self._kept(f"base-of-{drift.name}", lambda: self._train_branch(drift.branch))
+        share = drift.branch
+        return self._kept(f"base-of-{drift.name}", lambda: self._train_branch(share))
+
+    def _next(self) -> Lineage:
+        """The models of the next seed, which have another initialisation and other data."""
+        seeds = self.settings.seeds
+        seed = seeds[(seeds.index(self.seed) + 1) % len(seeds)] if len(seeds) > 1 else self.seed + 1
+        return Lineage(self.settings, seed, self.work.with_name(f"seed-{seed}"))
 
     def _train_base(self) -> LlamaForCausalLM:
         model = new_model(self.settings, self.seed)
@@ -77,10 +86,9 @@ class Lineage:
         torch.save(snapshots, self.work / "snapshots.pt")
         return model
 
-    def _train_branch(self, share: int | None) -> LlamaForCausalLM:
-        model = new_model(self.settings, self.seed + (OTHER_START if share is None else 0))
-        start = None if share is None else self._snapshot(share)
-        self._trainer(self.settings.base, "branch").train(model, start)
+    def _train_branch(self, share: int) -> LlamaForCausalLM:
+        model = new_model(self.settings, self.seed)
+        self._trainer(self.settings.base, "branch").train(model, self._snapshot(share))
         return model
 
     def _snapshot(self, share: int) -> Snapshot:
