@@ -14,10 +14,13 @@ def exact_variants(findings: Findings) -> list[str]:
 
 
 def measured(findings: Findings) -> list[str]:
-    """Drifts of which everything was measured, in order; a study that was stopped leaves one unfinished."""
+    """Drifts of which everything was measured for two seeds or more, in order: no number without an error bar."""
     variants = ("plain", *exact_variants(findings), "full")
-    complete = [arm for arm in findings.arms("distance") if all(findings.has("merge", arm, v) for v in variants)]
-    return in_order(complete)
+
+    def seeds(arm: str) -> int:
+        return min(len(findings.per_seed("merge", arm, v, SKILL)) for v in variants)
+
+    return in_order(arm for arm in findings.arms("distance") if seeds(arm) > 1)
 
 
 def section(findings: Findings) -> str:
@@ -72,7 +75,8 @@ def _setting(findings: Findings) -> str:
     settings = findings.settings
     return f"""\
 The target branches off at a share of the base training, goes on to its end with other data, and then learns what the
-target of section 1 learns; *hotter* and *longer* multiply the learning rate or the steps of that lesson by
+target of section 1 learns. *Another initialisation*: the target descends from the next seed's base, so that each base
+serves two seeds. *Hotter* and *longer* multiply the learning rate or the steps of that lesson by
 {settings["hot_factor"]} and {settings["long_factor"]}. *Removed*: by how much alignment lowers the Frobenius
 distance to the reference over all tensors (negative: raises it; matching from activations does not look at it), or
 over the query and key projections (*Q/K*). *Barrier*: how far the loss on the base mixture rises above the straight
