@@ -23,7 +23,7 @@ class BadInput(click.ClickException):
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Errors in one line: exit code 1 for damaged checkpoints and full disks, 2 for what the user gave and can correct."""
+    """Errors in one line: exit code 1 for damaged checkpoints and full disks, 2 for what the user can correct."""
     try:
         yield
     except (CheckpointError, ValueInTensorError) as error:
