@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
-.PHONY: demo test lint architectures bench study study-small clean
+.PHONY: demo test lint architectures methods bench study study-small clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -26,6 +26,10 @@ bench: $(VENV)/installed
 # docs/architectures.md, measured
 architectures: $(VENV)/installed
 	$(BIN)/python tests/write_architectures.py
+
+# The table of parameters in docs/methods.md, from the code
+methods: $(VENV)/installed
+	$(BIN)/python tests/write_methods.py
 
 # docs/evidence.md, measured: goes on with what is missing in examples/study/results/
 STUDY := PYTHONPATH=examples $(BIN)/python -m study

@@ -28,12 +28,16 @@ def verdict(totals: Mapping[str, Any]) -> str:
         known = totals.get("distance_before") is not None
         return "nothing to align: the weights are equal" if known else "distances are not known: read from a file"
     if share < 0:
-        return f"matched by something else than weights: their distance rises by {-share:.2%}"
+        return f"matched by something else than weights: their distance rises by {_percent(-share)}"
     if share < _NOTHING:
-        return f"nothing to align: matching lowers the distance by {share:.2%}; the plain method will do"
+        return f"nothing to align: matching lowers the distance by {_percent(share)}; the plain method will do"
     if share < _LITTLE:
-        return f"little to align: {share:.1%} of the distance is symmetry"
-    return f"coordinates differ: {share:.0%} of the distance is symmetry"
+        return f"little to align: {_percent(share)} of the distance is symmetry"
+    return f"coordinates differ: {_percent(share)} of the distance is symmetry"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def extend_card(out_path: Path) -> None:

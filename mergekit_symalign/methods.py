@@ -42,16 +42,26 @@ ALIGNMENT_PARAMETERS = (
         "base_model's",
     ),
     ParameterSpec(
-        "permutation", bool, ParameterScope.SHARED, default=True, description="match the neurons of the MLPs"
+        "permutation",
+        bool,
+        ParameterScope.SHARED,
+        default=True,
+        description="match the neurons of the MLPs, and experts",
     ),
-    ParameterSpec("heads", bool, ParameterScope.SHARED, default=True, description="match KV heads and query heads"),
+    ParameterSpec(
+        "heads",
+        bool,
+        ParameterScope.SHARED,
+        default=True,
+        description="match KV heads as a whole, then query heads within their group; false keeps their order",
+    ),
     ParameterSpec(
         "rotation",
         Literal["exact", "full", "none"],
         ParameterScope.SHARED,
         default="exact",
         description="exact: the largest rotation group that keeps the function; full: the papers' orthogonal matrix "
-        "for query and key also under RoPE, which changes the function; none",
+        "for query and key also under RoPE, which changes the function (a warning says so), refused under QK-norm",
     ),
     ParameterSpec(
         "scaling",
@@ -65,21 +75,22 @@ ALIGNMENT_PARAMETERS = (
         bool,
         ParameterScope.SHARED,
         default=False,
-        description="the signed scale between up and down projection of each neuron",
+        description="the scale between up and down projection of each neuron: signed in gated MLPs, positive in plain "
+        "ones with ReLU, refused in other plain ones",
     ),
     ParameterSpec(
         "objective",
         Literal["weights", "activations"],
         ParameterScope.SHARED,
         default="weights",
-        description="what is matched: the weights, or what both models compute on prompts",
+        description="what is matched: the weights, or what the models compute on prompts",
     ),
     ParameterSpec(
         "calibration",
         str | None,
         ParameterScope.SHARED,
         default=None,
-        description="file of prompts for objective: activations, .jsonl or .txt",
+        description="prompts for objective: activations, a .jsonl or .txt file, or default: the set of the package",
     ),
     ParameterSpec(
         "calibration_tokens",
@@ -107,7 +118,7 @@ ALIGNMENT_PARAMETERS = (
         str | None,
         ParameterScope.SHARED,
         default=None,
-        description="directory for the alignments that this merge solves",
+        description="directory for the alignments that this merge solves, <model>.safetensors",
     ),
 )
 ALIGNMENT_NAMES = frozenset(p.name for p in ALIGNMENT_PARAMETERS)

@@ -170,7 +170,8 @@ def test_tied_embeddings_stay_tied(paths: dict[str, Path], tmp_path: Path) -> No
 
 
 def test_help_of_every_command() -> None:
-    for command in ([], ["demo"], ["yaml"]):
+    for command in ([], ["demo"], ["yaml"], ["verify"], ["barrier"]):
         done = subprocess.run([BIN / "mergekit-symalign", *command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "Usage: mergekit-symalign" in done.stdout
+        assert "Example: mergekit-symalign" in done.stdout or command in ([], ["yaml"])

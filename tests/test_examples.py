@@ -9,23 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import load, merged
+from conftest import BIN, OFFLINE, load, merged
 from mergekit.config import MergeConfiguration
 from models import make_model, save, word_tokenizer
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yml"))
+FOLDER = Path(__file__).parent.parent / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.yml"))
+STAGED = sorted(FOLDER.glob("multi/*.yml"))
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 FAMILY_OF = {"minilm": "bert", "mixtral": "mixtral"} | {name: name for name in LLAMAS}
 
 
 def _localised(text: str, folder: Path) -> str:
-    """The same configuration on tiny models of the same families, one for each hub name."""
-    names = {str(m) for m in MergeConfiguration.model_validate(yaml.safe_load(text)).referenced_models()}
+    """The same configuration on tiny models of the same families, one for each hub name or directory."""
+    documents = list(yaml.safe_load_all(text))
+    stages = {document.pop("name", None) for document in documents}
+    configs = [MergeConfiguration.model_validate(document) for document in documents]
+    names = {str(m) for config in configs for m in config.referenced_models()} - stages
     for seed, name in enumerate(sorted(names, key=len, reverse=True)):  # longest first: some are prefixes of others
         family = next(f for key, f in FAMILY_OF.items() if key in name.lower().replace("-", ""))
         tiny = {"hidden_size": 24, "intermediate_size": 16, "vocab_size": 11}
-        model = make_model(family, seed, **({"num_hidden_layers": 32} | tiny if family in LLAMAS else {}))
+        tiny |= {"num_hidden_layers": 32 if "layer_range" in text else 4}
+        model = make_model(family, seed, **(tiny if family in LLAMAS else {}))
         path = save(model, folder / name.replace("/", "-"), torch.bfloat16)
         if "objective: activations" in text:
             word_tokenizer(11).save_pretrained(path)
@@ -42,6 +48,40 @@ def test_example_runs(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert any(".self_attn." in name or ".attention." in name for name in out)
 
 
+@pytest.mark.parametrize("example", STAGED, ids=lambda p: p.stem)
+def test_stages_run(example: Path, tmp_path: Path) -> None:
+    (tmp_path / "stages.yml").write_text(_localised(example.read_text(), tmp_path))
+    command = [BIN / "mergekit-multi", "stages.yml", "-I", tmp_path / "stages", "--out-path", "out"]
+    command.append("--no-copy-tokenizer")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE)
+    assert done.returncode == 0, done.stderr
+    assert load(tmp_path / "out")
+
+
+def test_reasoning_vector_recipes_agree(tmp_path: Path) -> None:
+    """Adding the vector as a task vector or from its own checkpoint is the same; taking it away again undoes it."""
+    added = yaml.safe_load(_localised((FOLDER / "reasoning_vector.yml").read_text(), tmp_path)) | {"dtype": "float32"}
+    taken = yaml.safe_load(_localised((FOLDER / "reasoning_vector_subtracted.yml").read_text(), tmp_path))
+    instruct, grpo = added["models"]
+    sft = added["base_model"]
+    with_vector = merged(added, tmp_path / "added")
+    vector = {"merge_method": "linear", "parameters": {"normalize": False}, "dtype": "float32"}
+    vector |= {"models": [{"model": grpo["model"], "parameters": {"weight": 1.0}}]}
+    vector["models"].append({"model": sft, "parameters": {"weight": -1.0}})
+    merged(vector, tmp_path / "vector")
+    stored = {"model": str(tmp_path / "vector"), "parameters": {"weight": 1.0, "align": False}}
+    summed = {"merge_method": "rotation_match", "base_model": sft, "models": [instruct, stored]}
+    summed |= {"parameters": {"normalize": False}, "dtype": "float32"}
+    from_checkpoint = merged(summed, tmp_path / "summed")
+    first = {"model": str(tmp_path / "added"), "parameters": {"weight": 1.0, "align": False}}
+    back = merged(taken | {"models": [first, taken["models"][1]], "dtype": "float32"}, tmp_path / "back")
+    target = merged(summed | {"models": [instruct]}, tmp_path / "target")
+    for name, x in with_vector.items():
+        torch.testing.assert_close(from_checkpoint[name], x, rtol=0, atol=1e-5 * float(x.abs().max()))
+        torch.testing.assert_close(back[name], target[name], rtol=0, atol=1e-5 * float(x.abs().max()))
+    assert any(not torch.allclose(x, target[name], atol=0.1) for name, x in with_vector.items())
+
+
 def test_first_example_through_the_command(
     tmp_path: Path, mergekit_yaml: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -51,5 +91,9 @@ def test_first_example_through_the_command(
     assert load(tmp_path / "out")
 
 
-def test_there_are_examples() -> None:
-    assert len(EXAMPLES) >= 6
+def test_there_are_examples_with_two_lines_on_when_to_use_them() -> None:
+    assert len(EXAMPLES) >= 16
+    assert STAGED
+    for example in (*EXAMPLES, *STAGED):
+        lines = example.read_text().splitlines()
+        assert [line.startswith("#") for line in lines[:3]] == [True, True, False], example

@@ -15,7 +15,7 @@ from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase
 from models import make_model, perturbed, save, with_weights
 
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.methods import ALIGNMENT_NAMES, AlignedMethod
+from mergekit_symalign.methods import ALIGNMENT_NAMES, ALIGNMENT_PARAMETERS, AlignedMethod
 from mergekit_symalign.planting import random_elements, transform
 
 INNER = {m.spec.name: m for m in merge_methods.registered_methods() if not isinstance(m, AlignedMethod)}
@@ -118,3 +118,13 @@ def test_a_method_with_a_parameter_of_ours_is_left_alone() -> None:
     merge_methods.register(turning)
     with pytest.raises(RuntimeError, match="aligned_turning"):
         merge_methods.get("aligned_turning")
+
+
+def test_the_documented_parameters_are_those_of_the_code() -> None:
+    """`make methods` writes them."""
+    import write_methods
+
+    text = write_methods.PAGE.read_text("utf-8")
+    assert write_methods.page(text) == text
+    assert all(f"| `{p.name}` |" in text for p in ALIGNMENT_PARAMETERS)
+    assert all(p.description for p in ALIGNMENT_PARAMETERS)

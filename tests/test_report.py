@@ -121,9 +121,9 @@ def test_verdicts() -> None:
     def said(before: float, after: float) -> str:
         return verdict({"distance_before": before**2, "distance_after": after**2})
 
-    assert said(1.0, 0.9998) == "nothing to align: matching lowers the distance by 0.02%; the plain method will do"
-    assert said(1.0, 0.95) == "little to align: 5.0% of the distance is symmetry"
-    assert said(1.0, 0.69) == "coordinates differ: 31% of the distance is symmetry"
+    assert said(1.0, 0.9998) == "nothing to align: matching lowers the distance by 0.02 %; the plain method will do"
+    assert said(1.0, 0.95) == "little to align: 5 % of the distance is symmetry"
+    assert said(1.0, 0.69) == "coordinates differ: 31 % of the distance is symmetry"
     assert said(0.0, 0.0) == "nothing to align: the weights are equal"
     assert "rises" in said(1.0, 1.1)
     assert "not known" in verdict({})

@@ -241,15 +241,17 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
 
     figure = Figure(figsize=(5.5, 3.8), layout="constrained")
     axes = figure.add_subplot()
-    styles: tuple[dict[str, Any], ...] = (
-        {"linestyle": "--", "marker": "s", "color": "0.45"},
-        {"linestyle": "-", "marker": "o", "color": "black"},
-    )
-    for curve, style in zip(curves, styles, strict=True):
+    gray: dict[str, Any] = {"linestyle": "--", "marker": "s", "color": "0.45"}
+    black: dict[str, Any] = {"linestyle": "-", "marker": "o", "color": "black"}
+    for curve, style in zip(curves, (gray, black), strict=True):
         axes.plot(curve.at, curve.losses, label=f"B {curve.name}", markersize=4, **style)
     axes.set_xlabel("share of model B")
     axes.set_ylabel("loss, nats per token")
     axes.set_title("Loss on the line from model A to model B")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError:
+        path.unlink(missing_ok=True)  # half a picture
+        raise

@@ -23,13 +23,15 @@ class BadInput(click.ClickException):
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Errors in one line: exit code 1 for damaged checkpoints, 2 for everything that the user can put right."""
+    """Errors in one line: exit code 1 for damaged checkpoints and full disks, 2 for what the user can correct."""
     try:
         yield
     except (CheckpointError, ValueInTensorError) as error:
         raise click.ClickException(str(error)) from error
     except SymalignError as error:
         raise BadInput(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or 'writing'}: {error.strerror or error}") from error
 
 
 def bars(quiet: bool) -> bool:

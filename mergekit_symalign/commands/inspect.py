@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from mergekit.architecture import get_architecture_info
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache
@@ -16,8 +17,12 @@ from mergekit.options import MergeOptions, add_merge_options
 from mergekit.plan import MergePlanner
 
 from mergekit_symalign.card import symmetry_share, verdict
-from mergekit_symalign.commands.plots import require_matplotlib
+from mergekit_symalign.commands.barrier import require_plot
+from mergekit_symalign.commands.common import bars, readable
+from mergekit_symalign.commands.plots import plot_layers
 from mergekit_symalign.commands.solve import alignment_options
+from mergekit_symalign.errors import ConfigError, GeometryError, ModelError
+from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.merge_report import WriteReport, by_model
 
 Block = Mapping[str, Any]
@@ -57,17 +62,17 @@ def inspect(
     \b
     Example: mergekit-symalign inspect HuggingFaceTB/SmolLM2-135M ./tuned --plot tuned.png
     """
-    if plot is not None:
-        require_matplotlib()
-    merge_options.apply_global_options()
-    report = measured(anchor, model, merge_options, parameters, layers)
+    with readable():
+        if plot is not None:
+            require_plot(plot)
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise ConfigError(f"--json {json_file}", "its directory does not exist", "Make the directory first")
+        merge_options.apply_global_options()
+        report = measured(anchor, model, merge_options, parameters, layers)
     for name, entry in report["models"].items():
         click.echo(f"{name}\nagainst {anchor}\n")
-        click.echo("\n".join(table(entry["blocks"])))
-        click.echo("\n" + "\n".join(summary(entry["totals"])))
+        click.echo("\n".join([*table(entry["blocks"]), "", *summary(entry["totals"])]))
         if plot is not None:
-            from mergekit_symalign.commands.plots import plot_layers
-
             plot_layers(entry["blocks"], f"{name} against {anchor}", plot)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
@@ -89,6 +94,7 @@ def measured(
             "parameters": {name: value for name, value in parameters.items() if value is not None},
         }
     )
+    _require_one_family((anchor, model), options)
     task = _report_task(config, options)
     chosen = [block for block in task.blocks if layers is None or block[1] in layers]
     if not chosen:
@@ -96,10 +102,8 @@ def measured(
         raise click.UsageError(f"--layers: there is none of them; the models have layers 0 to {there[-1]}")
     device = options.device or "cpu"
     facts_of = {facts: (name, layer, kind) for name, layer, kind, facts in chosen}
-    executor = Executor(
-        list(facts_of), math_device=device, storage_device=device if options.low_cpu_memory else "cpu"
-    )
-    found = [(*facts_of[t], value) for t, value in executor.run(quiet=options.quiet, desc="Inspecting")]
+    executor = Executor(list(facts_of), math_device=device, storage_device=device if options.low_cpu_memory else "cpu")
+    found = [(*facts_of[t], value) for t, value in executor.run(quiet=not bars(options.quiet), desc="Inspecting")]
     found.sort(key=lambda block: (block[0], block[1], block[2].value))
     return json.loads(task.head) | {"models": by_model(found)}
 
@@ -123,7 +127,7 @@ def summary(totals: Block) -> list[str]:
     share = symmetry_share(totals)
     lines = [
         f"distance {totals['distance_before'] ** 0.5:.6g} before, {totals['distance_after'] ** 0.5:.6g} after"
-        + ("" if share is None else f" ({share:.2%} of it is symmetry)"),
+        + ("" if share is None else f" ({100 * share:.4g} % of it is symmetry)"),
         ", ".join(
             f"{totals[f'{name}_moved']} of {totals[name]} {label}"
             for name, label in (
@@ -132,9 +136,21 @@ def summary(totals: Block) -> list[str]:
             if totals.get(name)
         )
         + " moved",
-        *([f"neurons proven {totals['routes']}"] if totals.get("routes") else []),
+        *_routes(totals),
     ]  # fmt: skip
     return [*lines, "", verdict(totals)]
+
+
+def _routes(totals: Block) -> list[str]:
+    """By which route the optimal assignment of the neurons was proven."""
+    names = {
+        "neurons_prefix_1": "on a short prefix",
+        "neurons_prefix_2": "on a longer one",
+        "neurons_rows": "by their rows alone",
+        "neurons_full": "by the full problem",
+    }
+    parts = [f"{totals[key]} {label}" for key, label in names.items() if totals.get(key)]
+    return [f"proven optimal: {', '.join(parts)}"] if parts else []
 
 
 def _moved(b: Block) -> str:
@@ -150,6 +166,34 @@ def _angles(b: Block, name: str) -> str:
 def _scales(b: Block) -> str:
     low, high = b["scale_min"], b["scale_max"]
     return "" if low == high == 1 else f"{low:.2f}-{high:.2f}"
+
+
+def _require_one_family(names: Sequence[str], options: MergeOptions) -> None:
+    """What MergeKit would say with a traceback.
+
+    Raises:
+        ModelError: if a model cannot be found.
+        ArchitectureError, GeometryError: if no family describes it, or they are of two.
+    """
+    families = {}
+    for name in names:
+        try:
+            config = ModelReference.parse(name).config(trust_remote_code=options.trust_remote_code)
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise ModelError(
+                f"model {name}",
+                f"it cannot be opened ({reason})",
+                "Name a directory with config.json and weights, or a model of the Hugging Face hub",
+            ) from error
+        families[name] = resolve(config, model=name).family.name
+    anchor, model = names
+    if families[anchor] != families[model]:
+        raise GeometryError(
+            f"model {model}",
+            f"it is of family {families[model]}, the anchor {anchor} of {families[anchor]}",
+            "Compare models of one architecture",
+        )
 
 
 def _report_task(config: MergeConfiguration, options: MergeOptions) -> WriteReport:

@@ -18,7 +18,15 @@ from mergekit_symalign.families.schema import BlockKind
 REPORT = "symalign_report.json"
 FORMAT = 1
 _COUNTED = ("neurons", "experts", "kv_heads", "query_heads")
-_SUMMED = ("distance_before", "distance_after", "signs_flipped", *_COUNTED, *(f"{name}_moved" for name in _COUNTED))
+_ROUTES = ("neurons_prefix_1", "neurons_prefix_2", "neurons_rows", "neurons_full")
+_SUMMED = (
+    "distance_before",
+    "distance_after",
+    "signs_flipped",
+    *_COUNTED,
+    *(f"{name}_moved" for name in _COUNTED),
+    *_ROUTES,
+)
 _LARGEST = ("query_angle_max", "value_angle_max", "scale_max")
 
 
