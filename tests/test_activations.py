@@ -343,9 +343,10 @@ def test_solving_by_activations_stays_on_fake_cuda(
     # The assignment runs on the CPU, and whether an element is the identity is asked of the device: not here.
     flipped = lambda score: torch.arange(score.shape[0], device=score.device).flip(0)  # noqa: E731
     monkeypatch.setattr(covariance, "best_assignment", flipped)
-    monkeypatch.setattr(covariance, "match_heads", lambda problem, m: None)
+    monkeypatch.setattr(covariance, "match_heads", lambda problem: None)
     monkeypatch.setattr(covariance, "_silent", lambda squares: None)
     monkeypatch.setattr(activations, "without_identities", lambda element: element)
+    monkeypatch.setattr(activations, "describe_block", lambda *_: {})  # plain numbers: asked of the device
     layout = resolve(make_model(family, 0, num_hidden_layers=1).config, model="m")
     with FakeTensorMode():
         for solve in solves:

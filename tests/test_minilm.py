@@ -34,12 +34,9 @@ def _embeddings(model: PreTrainedModel) -> torch.Tensor:
     return model(**tokens).last_hidden_state[tokens["attention_mask"].bool()]
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.05])
-def test_planted_twin_comes_back_through_the_command(
-    noise: float, minilm: PreTrainedModel, mergekit_yaml, tmp_path: Path
-) -> None:
+def test_planted_twin_comes_back_through_the_command(minilm: PreTrainedModel, mergekit_yaml, tmp_path: Path) -> None:
     layout = resolve(minilm.config, model="minilm")
-    sibling = perturbed(minilm, noise, 1) if noise else minilm
+    sibling = perturbed(minilm, 0.05, 1)
     twin = with_weights(sibling, transform(sibling.state_dict(), layout, random_elements(layout, 2)))
     assert relative_deviation(_embeddings(sibling), _embeddings(twin)) < 1e-4  # norms are computed in float32
     paths = [save(model, tmp_path / name) for name, model in (("anchor", minilm), ("twin", twin))]

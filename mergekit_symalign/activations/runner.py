@@ -104,7 +104,7 @@ class LayerRunner:
             return self._returned(hidden)
 
         with _replaced(self.layers, recorder), suppress(_LastLayerReachedError):
-            functional_call(self.model, dict(weights), (), batch.inputs())
+            functional_call(self.model, dict(weights), (), batch.inputs(), tie_weights=False)
         slots = _Slots()
         structure = tuple(slots.emptied((args, kwargs)) for _, args, kwargs in calls)
         return Recorded(calls[0][0], tuple(slots.tensors), structure)

@@ -83,7 +83,9 @@ def _watch(process: subprocess.Popen[bytes]) -> tuple[float, float]:
 def _routes(log: str) -> Counter[str]:
     total: Counter[str] = Counter()
     for facts in map(json.loads, re.findall(r"solved .*?: (\{.*\})", log)):
-        total.update({name: count for name, count in facts.items() if name.startswith("neurons_")})
+        total.update(
+            {name: count for name, count in facts.items() if name.startswith("neurons_") and name != "neurons_moved"}
+        )
         if "heads_route" in facts:
             total[f"heads_{facts['heads_route']}"] += 1
     return total
