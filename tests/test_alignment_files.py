@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import BIN, OFFLINE, State, load, merge_config, merged
+from conftest import State, load, merge_config, merged
 from models import logits, make_model, perturbed, relative_deviation, save, with_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from mergekit_symalign.alignment_file import AlignmentFile, Origin, save_alignment
 from mergekit_symalign.cli import main
@@ -199,13 +199,27 @@ def test_files_pair_equal_layers_only(llama: Pair, tmp_path: Path) -> None:
 
 def test_apply_refuses_without_writing(llama: Pair, tmp_path: Path) -> None:
     other = save(perturbed(llama.model, 0.01, 9), tmp_path / "other")
-    run = [BIN / "mergekit-symalign", "apply", llama.file, other, "-o", tmp_path / "out"]
-    done = subprocess.run(run, capture_output=True, text=True, env=OFFLINE)
-    assert done.returncode == 1
-    assert "solved for model" in done.stderr
-    assert "Traceback" not in done.stderr
+    done = command("apply", llama.file, other, "-o", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "solved for model" in done.output
+    assert "Traceback" not in done.output
     assert not (tmp_path / "out").exists()
     refused = command("apply", llama.file, llama.twin_path, "-o", llama.anchor_path)
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "not empty" in refused.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other"]
+
+
+@pytest.mark.parametrize("command", ["solve", "apply"])
+def test_commands_say_what_they_cannot_find(command: str, tmp_path: Path) -> None:
+    config = LlamaConfig(architectures=["LlamaForCausalLM"])
+    for name, architecture in (("llama", "LlamaForCausalLM"), ("opt", "OPTForCausalLM")):
+        config.architectures = [architecture]
+        config.save_pretrained(tmp_path / name)
+    pairs = [("/nowhere/at/all", "cannot be opened"), (tmp_path / "opt", "OPTForCausalLM is not supported")]
+    for model, message in pairs:
+        first = [tmp_path / "llama", model] if command == "solve" else ["a.safetensors", model]
+        done = CliRunner().invoke(main, [command, *map(str, first), "-o", str(tmp_path / "out")])
+        assert done.exit_code == 2, done.output
+        assert message in done.output
+        assert not (tmp_path / "out").exists()

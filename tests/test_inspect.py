@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from conftest import BIN, OFFLINE, merge_config
 from models import make_model, perturbed, save, with_weights
 
+from mergekit_symalign.cli import main
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.planting import Planted, random_elements, transform
 
@@ -27,6 +29,11 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     twin = with_weights(sibling, transform(sibling.state_dict(), layout, elements))
     models = {"anchor": anchor, "sibling": sibling, "twin": twin, "other": make_model("qwen3", 0)}
     return {name: save(model, folder / name) for name, model in models.items()}
+
+
+def here(*args: object) -> Result:
+    """The same in this process."""
+    return CliRunner().invoke(main, ["inspect", *map(str, args)])
 
 
 @pytest.fixture
@@ -59,9 +66,9 @@ def test_a_twin_shows_what_was_planted_and_totals_are_those_of_the_merge(
     assert merged == inspected
 
 
-def test_a_sibling_has_nothing_to_align(paths: dict[str, Path], run: Run) -> None:
-    done = run(paths["anchor"], paths["sibling"], "--layers", "1-2", "--no-neuron-scaling")
-    assert done.returncode == 0, done.stderr
+def test_a_sibling_has_nothing_to_align(paths: dict[str, Path]) -> None:
+    done = here(paths["anchor"], paths["sibling"], "--layers", "1-2", "--no-neuron-scaling")
+    assert done.exit_code == 0, done.output
     assert "nothing to align: matching lowers the distance by 0." in done.stdout
     assert [line.split()[:2] for line in done.stdout.splitlines()[4:8]] == [
         ["1", "attention"], ["1", "mlp"], ["2", "attention"], ["2", "mlp"]
@@ -80,7 +87,7 @@ def test_a_sibling_has_nothing_to_align(paths: dict[str, Path], run: Run) -> Non
         (("{anchor}",), 2, "Missing argument 'MODEL'"),
     ],
 )
-def test_wrong_usage(args: tuple[str, ...], code: int, message: str, paths: dict[str, Path], run: Run) -> None:
-    done = run(*(a.format(**paths) for a in args))
-    assert done.returncode == code, done.stderr
-    assert message in done.stderr
+def test_wrong_usage(args: tuple[str, ...], code: int, message: str, paths: dict[str, Path]) -> None:
+    done = here(*(a.format(**paths) for a in args))
+    assert done.exit_code == code, done.output
+    assert message in done.output

@@ -14,6 +14,7 @@ from mergekit.io.tasks import FinalizeModel, LoaderCache, LoadTensor, SaveTensor
 from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.alignment_file import AlignmentFile, block_name
+from mergekit_symalign.commands.common import readable, require_one_family
 from mergekit_symalign.errors import CheckpointError, ConfigError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.fingerprint import fingerprint
@@ -22,7 +23,6 @@ from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.headers import Header
 from mergekit_symalign.graph.load import LoadFinite
-from mergekit_symalign.graph.report import readable_errors
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
@@ -41,7 +41,8 @@ def apply(alignment: Path, model: str, out: Path, invert: bool, dtype: str | Non
     Example: mergekit-symalign apply tuned.safetensors ./tuned -o tuned-in-anchor-coordinates
     """
     merge_options.apply_global_options()
-    with readable_errors():
+    with readable():
+        require_one_family((model,), merge_options)
         run_apply(alignment, ModelReference.parse(model), out, merge_options, invert=invert, dtype=dtype)
     click.echo(f"wrote {out}")
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 from mergekit.architecture import get_architecture_info
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache
@@ -18,11 +17,10 @@ from mergekit.plan import MergePlanner
 
 from mergekit_symalign.card import symmetry_share, verdict
 from mergekit_symalign.commands.barrier import require_plot
-from mergekit_symalign.commands.common import bars, readable
+from mergekit_symalign.commands.common import bars, readable, require_one_family
 from mergekit_symalign.commands.plots import plot_layers
 from mergekit_symalign.commands.solve import alignment_options
-from mergekit_symalign.errors import ConfigError, GeometryError, ModelError
-from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.errors import ConfigError
 from mergekit_symalign.graph.merge_report import WriteReport, by_model
 
 Block = Mapping[str, Any]
@@ -94,7 +92,7 @@ def measured(
             "parameters": {name: value for name, value in parameters.items() if value is not None},
         }
     )
-    _require_one_family((anchor, model), options)
+    require_one_family((anchor, model), options)
     task = _report_task(config, options)
     chosen = [block for block in task.blocks if layers is None or block[1] in layers]
     if not chosen:
@@ -166,34 +164,6 @@ def _angles(b: Block, name: str) -> str:
 def _scales(b: Block) -> str:
     low, high = b["scale_min"], b["scale_max"]
     return "" if low == high == 1 else f"{low:.2f}-{high:.2f}"
-
-
-def _require_one_family(names: Sequence[str], options: MergeOptions) -> None:
-    """What MergeKit would say with a traceback.
-
-    Raises:
-        ModelError: if a model cannot be found.
-        ArchitectureError, GeometryError: if no family describes it, or they are of two.
-    """
-    families = {}
-    for name in names:
-        try:
-            config = ModelReference.parse(name).config(trust_remote_code=options.trust_remote_code)
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise ModelError(
-                f"model {name}",
-                f"it cannot be opened ({reason})",
-                "Name a directory with config.json and weights, or a model of the Hugging Face hub",
-            ) from error
-        families[name] = resolve(config, model=name).family.name
-    anchor, model = names
-    if families[anchor] != families[model]:
-        raise GeometryError(
-            f"model {model}",
-            f"it is of family {families[model]}, the anchor {anchor} of {families[anchor]}",
-            "Compare models of one architecture",
-        )
 
 
 def _report_task(config: MergeConfiguration, options: MergeOptions) -> WriteReport:

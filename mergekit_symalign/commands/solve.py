@@ -14,6 +14,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions, add_merge_options
 from mergekit.plan import MergePlanner
 
+from mergekit_symalign.commands.common import readable, require_one_family
 from mergekit_symalign.graph.alignments import SaveAlignment
 from mergekit_symalign.methods import ALIGNMENT_PARAMETERS
 
@@ -49,7 +50,9 @@ def solve(anchor: str, model: str, out: Path, merge_options: MergeOptions, **par
     Example: mergekit-symalign solve HuggingFaceTB/SmolLM2-135M ./tuned -o tuned.safetensors
     """
     merge_options.apply_global_options()
-    run_solve(anchor, model, out, merge_options, parameters)
+    with readable():
+        require_one_family((anchor, model), merge_options)
+        run_solve(anchor, model, out, merge_options, parameters)
 
 
 def run_solve(anchor: str, model: str, out: Path, options: MergeOptions, parameters: dict[str, Any]) -> None:
