@@ -14,7 +14,6 @@ import click
 import torch
 import transformers
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from torch import Tensor
@@ -23,9 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.runner import Batch
+from mergekit_symalign.commands.alignment import alignment_config, alignment_options
 from mergekit_symalign.commands.common import bars, progress, readable
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
-from mergekit_symalign.commands.solve import alignment_options
 from mergekit_symalign.errors import ArchitectureError, ConfigError
 from mergekit_symalign.graph.streaming import require_embedded, tokenizer_of
 
@@ -127,7 +126,7 @@ def run_barrier(
     batches = _batches(a, b, text, tokens, options)
     with tempfile.TemporaryDirectory(prefix="symalign-barrier-") as scratch:
         aligned = Path(scratch)
-        run_merge(_alignment(model_a, model_b, parameters or {}), str(aligned), options)
+        run_merge(alignment_config(model_a, model_b, parameters or {}, dtype="float32"), str(aligned), options)
         states = [_state(m.checkpoint.model, options) for m in (a, b)]
         states.append(_state(ModelReference.parse(str(aligned)), options))
     work = _loaded(a.checkpoint.model, options)
@@ -155,19 +154,6 @@ def _batches(a: StoredModel, b: StoredModel, text: Path, tokens: int, options: M
     for model in (a, b):
         require_embedded(found, model.checkpoint)
     return [Batch(x.ids.to(a.device), x.valid.to(a.device)) for x in found.batches()]
-
-
-def _alignment(model_a: str, model_b: str, parameters: dict[str, Any]) -> MergeConfiguration:
-    """The merge that writes B in A's coordinates."""
-    return MergeConfiguration.model_validate(
-        {
-            "merge_method": "rotation_match",
-            "base_model": model_a,
-            "models": [{"model": model_b}],
-            "parameters": {name: value for name, value in parameters.items() if value is not None},
-            "dtype": "float32",
-        }
-    )
 
 
 def _loaded(model: ModelReference, options: MergeOptions) -> Any:

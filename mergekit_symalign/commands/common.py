@@ -37,6 +37,24 @@ def readable() -> Iterator[None]:
         raise click.ClickException(f"{error.filename or 'writing'}: {error.strerror or error}") from error
 
 
+@contextmanager
+def opening(name: str) -> Iterator[None]:
+    """What transformers, huggingface_hub and MergeKit's loader raise for a model that is not there, as our error.
+
+    Raises:
+        ModelError: in place of theirs.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"model {name}",
+            f"it cannot be opened ({reason})",
+            "Name a directory with config.json and weights, or a model of the Hugging Face hub",
+        ) from error
+
+
 def bars(quiet: bool) -> bool:
     """Whether to draw progress bars: on a terminal only."""
     return not quiet and sys.stderr.isatty()
@@ -57,15 +75,8 @@ def require_one_family(names: Sequence[str], options: MergeOptions) -> None:
     """
     families = {}
     for name in names:
-        try:
+        with opening(name):
             config = ModelReference.parse(name).config(trust_remote_code=options.trust_remote_code)
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise ModelError(
-                f"model {name}",
-                f"it cannot be opened ({reason})",
-                "Name a directory with config.json and weights, or a model of the Hugging Face hub",
-            ) from error
         families[name] = resolve(config, model=name).family.name
     anchor, model = names[0], names[-1]
     if families[anchor] != families[model]:

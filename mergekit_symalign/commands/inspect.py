@@ -8,18 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from mergekit.architecture import get_architecture_info
-from mergekit.config import MergeConfiguration
-from mergekit.graph import Executor
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions, add_merge_options
-from mergekit.plan import MergePlanner
 
 from mergekit_symalign.card import symmetry_share, verdict
+from mergekit_symalign.commands.alignment import alignment_config, alignment_options, planned_task, run_tasks
 from mergekit_symalign.commands.barrier import require_plot
 from mergekit_symalign.commands.common import bars, readable, require_one_family
 from mergekit_symalign.commands.plots import plot_layers
-from mergekit_symalign.commands.solve import alignment_options
 from mergekit_symalign.errors import ConfigError
 from mergekit_symalign.graph.merge_report import WriteReport, by_model
 
@@ -84,24 +79,15 @@ def measured(
     Raises:
         click.UsageError: if there are no such layers.
     """
-    config = MergeConfiguration.model_validate(
-        {
-            "merge_method": "rotation_match",
-            "base_model": anchor,
-            "models": [{"model": model}],
-            "parameters": {name: value for name, value in parameters.items() if value is not None},
-        }
-    )
     require_one_family((anchor, model), options)
-    task = _report_task(config, options)
+    task = planned_task(alignment_config(anchor, model, parameters), options, WriteReport)
     chosen = [block for block in task.blocks if layers is None or block[1] in layers]
     if not chosen:
         there = sorted({layer for _, layer, *_ in task.blocks})
         raise click.UsageError(f"--layers: there is none of them; the models have layers 0 to {there[-1]}")
-    device = options.device or "cpu"
     facts_of = {facts: (name, layer, kind) for name, layer, kind, facts in chosen}
-    executor = Executor(list(facts_of), math_device=device, storage_device=device if options.low_cpu_memory else "cpu")
-    found = [(*facts_of[t], value) for t, value in executor.run(quiet=not bars(options.quiet), desc="Inspecting")]
+    computed = run_tasks(list(facts_of), options, "Inspecting", quiet=not bars(options.quiet))
+    found = [(*facts_of[task], value) for task, value in computed]
     found.sort(key=lambda block: (block[0], block[1], block[2].value))
     return json.loads(task.head) | {"models": by_model(found)}
 
@@ -164,12 +150,3 @@ def _angles(b: Block, name: str) -> str:
 def _scales(b: Block) -> str:
     low, high = b["scale_min"], b["scale_max"]
     return "" if low == high == 1 else f"{low:.2f}-{high:.2f}"
-
-
-def _report_task(config: MergeConfiguration, options: MergeOptions) -> WriteReport:
-    LoaderCache().setup(options=options)
-    arch = get_architecture_info(config, options)
-    assert config.base_model is not None
-    out_config = config.base_model.config(trust_remote_code=options.trust_remote_code)
-    targets = MergePlanner(config, arch, options=options, out_model_config=out_config).plan_to_disk(out_path="unused")
-    return next(task for task in targets if isinstance(task, WriteReport))

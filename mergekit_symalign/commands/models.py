@@ -13,7 +13,8 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_symalign.activations.runner import LayerRunner
-from mergekit_symalign.errors import CheckpointError, GeometryError, ModelError
+from mergekit_symalign.commands.common import opening
+from mergekit_symalign.errors import CheckpointError, GeometryError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import LoadFinite
@@ -41,16 +42,10 @@ class StoredModel:
             ArchitectureError, CheckpointError: if it cannot be run, or a tensor is missing, quantised or misshapen.
         """
         reference = ModelReference.parse(name)
-        try:
+        with opening(name):
             config = reference.config(trust_remote_code=options.trust_remote_code)
             layout = resolve(config, model=name)
             checkpoint = Checkpoint.open(reference, config.model_type, layout)
-        except (OSError, ValueError, RuntimeError) as error:  # transformers, huggingface_hub, MergeKit's loader
-            raise ModelError(
-                f"model {name}",
-                f"it cannot be opened ({(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')})",
-                "Name a directory with config.json and weights, or a model of the Hugging Face hub",
-            ) from error
         model = StoredModel(checkpoint, LayerRunner(config, layout), options.device or "cpu")
         model._check()
         return model

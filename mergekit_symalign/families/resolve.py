@@ -127,8 +127,11 @@ class ModelLayout:
         """Full name of a tensor inside a layer."""
         return self._layer_prefix.format(layer=layer) + part
 
-    def stored_as(self, claim: Claim) -> tuple[str, ...]:
+    def stored_as(self, name: str) -> tuple[str, ...]:
         """Other names (or patterns, for tensors stored in pieces) that checkpoints may have for a tensor."""
+        claim = self.claim(name)
+        if claim is None:
+            return ()
         if claim.layer is None:
             return claim.spec.stored_as
         inside, whole = self.name(claim.layer, ""), self.family.prefix
@@ -136,6 +139,10 @@ class ModelLayout:
             whole + pattern.format(layer=claim.layer) if "{layer}" in pattern else inside + pattern
             for pattern in claim.spec.stored_as
         )
+
+    def other_names(self, name: str) -> tuple[str, ...]:
+        """Those names under which a checkpoint may have the tensor in one piece."""
+        return tuple(other for other in self.stored_as(name) if "*" not in other)
 
     def block(self, kind: BlockKind) -> dict[str, TensorSpec]:
         """The tensors of a block, by their name inside the layer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from mergekit.architecture import WeightInfo
@@ -46,6 +47,7 @@ class Block:
     def layout(self) -> ModelLayout:
         return self.checkpoints[self.anchor].layout
 
+    @cached_property
     def axes(self) -> tuple[TensorAxes, ...]:
         specs = [self.layout.claim(weight.name).spec for weight, _ in self.members]  # type: ignore[union-attr]
         return tuple(self.layout.axes(spec) for spec in specs)
@@ -55,6 +57,7 @@ class Block:
         gathered = [GatherAligned(**dict(gather_of(task))).loads() for _, task in self.members]
         return {model: tuple(load[model] for load in gathered) for model in gathered[0]}
 
+    @cached_property
     def symmetries(self) -> Symmetries:
         chosen = {name: self.agreed(name) for name in SYMMETRY_NAMES}
         return Symmetries(**chosen | {"rotation": Rotation(chosen["rotation"])})

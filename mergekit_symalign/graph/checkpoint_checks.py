@@ -49,15 +49,13 @@ class Checkpoint:
 
     def pieces(self, name: str) -> set[str]:
         """The stored tensors that a planned one is made of, where it has other names in checkpoints."""
-        claim = self.layout.claim(name)
-        patterns = self.layout.stored_as(claim) if claim is not None else ()
-        return {stored for pattern in patterns for stored in self.headers if fnmatchcase(stored, pattern)}
+        return {
+            stored for pattern in self.layout.stored_as(name) for stored in self.headers if fnmatchcase(stored, pattern)
+        }
 
     def aliases(self, name: str) -> tuple[str, ...] | None:
         """Other names under which a checkpoint may have this tensor in one piece, for a load."""
-        claim = self.layout.claim(name)
-        names = self.layout.stored_as(claim) if claim is not None else ()
-        return tuple(other for other in names if "*" not in other) or None
+        return self.layout.other_names(name) or None
 
     def _joined(self, name: str) -> Header | None:
         """What MergeKit's own conversion gives for a tensor that is stored in pieces, on tensors without data."""

@@ -10,9 +10,9 @@ from mergekit.graph import Task
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
-from mergekit_symalign.graph.solve import align, describe_block, without_identities
+from mergekit_symalign.graph.solve import align, block_rows, describe_block, without_identities
 from mergekit_symalign.symmetry.consensus import Rows, find_consensus
-from mergekit_symalign.symmetry.element import TensorAxes, rows_by_axis
+from mergekit_symalign.symmetry.element import TensorAxes
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Symmetries
 
 
@@ -58,12 +58,7 @@ class SolveConsensus(Task[Dict[str, Any]]):
         return results
 
     def _rows(self, tensors: Dict[str, torch.Tensor], model: int) -> Rows:
-        rows: Dict[str, Any] = {}
-        for i, axes in enumerate(self.axes):
-            for axis, part in rows_by_axis(tensors[f"model{model}_{i}"], axes).items():
-                if axis in self.kind.axes:
-                    rows.setdefault(axis, []).append(part)
-        return rows
+        return block_rows(self.kind, self.axes, [tensors[f"model{model}_{i}"] for i in range(len(self.axes))])
 
 
 class OneOfConsensus(Task[Dict[str, Any]]):

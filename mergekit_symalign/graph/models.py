@@ -58,9 +58,7 @@ class Models:
         Raises:
             ArchitectureError, CheckpointError: no family describes this model, or it is quantised.
         """
-        layout = self.layout(model)
-        claim = layout.claim(info.name)
-        return tuple(name for name in layout.stored_as(claim) if "*" not in name) if claim is not None else ()
+        return self.layout(model).other_names(info.name)
 
     def is_superfluous(self, task: ExecuteMergeMethodTask) -> bool:
         """Whether MergeKit's architecture file asks for a tensor that models of this config do not have.

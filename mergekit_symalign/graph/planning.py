@@ -116,15 +116,15 @@ class AlignedPlan:
 
     def _aligned(self, block: Block) -> dict[str, dict[ModelReference, ApplyBlock]]:
         """For each tensor of a block (by output name) the aligned task of each model that is aligned."""
-        check_possible(block.symmetries(), block.kind, block.layout)
-        loads, axes = block.loads(), block.axes()
+        check_possible(block.symmetries, block.kind, block.layout)
+        loads = block.loads()
         solutions = self._solutions(block, loads)
         for model, solution in solutions.items():
             self._record(block, model, solution)
             self.reports.record(model, block.layer, block.kind, solution)
         return {
             weight.name: {
-                model: ApplyBlock(load=loads[model][i], axes=axes[i], solution=solution)
+                model: ApplyBlock(load=loads[model][i], axes=block.axes[i], solution=solution)
                 for model, solution in solutions.items()
             }
             for i, (weight, _) in enumerate(block.members)
@@ -137,9 +137,9 @@ class AlignedPlan:
         moved = block.moved()
         shared: dict[str, Any] = {
             "kind": block.kind,
-            "axes": block.axes(),
+            "axes": block.axes,
             "mlp": block.layout.mlp_shape(),
-            "use": block.symmetries(),
+            "use": block.symmetries,
         }
         heads = {model: block.heads(model) for model in moved}
         if moved and block.agreed("anchor") == "consensus":

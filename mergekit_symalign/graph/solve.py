@@ -74,12 +74,19 @@ class SolveBlock(Task[Dict[str, Any]]):
 
     def _sides(self, tensors: Dict[str, torch.Tensor]) -> Sides:
         """For each axis the tensors that have it, as rows [axis, columns], anchor and model."""
-        sides: Dict[str, Any] = {}
-        for i, axes in enumerate(self.axes):
-            anchor, model = (rows_by_axis(tensors[f"{side}{i}"], axes) for side in ("anchor", "model"))
-            for axis in anchor.keys() & self.kind.axes:
-                sides.setdefault(axis, []).append((anchor[axis], model[axis]))
-        return sides
+        stored = ([tensors[f"{side}{i}"] for i in range(len(self.axes))] for side in ("anchor", "model"))
+        anchor, model = (block_rows(self.kind, self.axes, of_one) for of_one in stored)
+        return {axis: list(zip(rows, model[axis], strict=True)) for axis, rows in anchor.items()}
+
+
+def block_rows(kind: BlockKind, axes: Tuple[TensorAxes, ...], stored: list[torch.Tensor]) -> Dict[str, Any]:
+    """For each axis of a block the tensors that have it, as rows [axis, columns]."""
+    rows: Dict[str, Any] = {}
+    for x, of_tensor in zip(stored, axes, strict=True):
+        for axis, part in rows_by_axis(x, of_tensor).items():
+            if axis in kind.axes:
+                rows.setdefault(axis, []).append(part)
+    return rows
 
 
 def align(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -97,8 +98,7 @@ def best_assignment(score: Tensor) -> Tensor:
         return rows.indices  # every row's own best column is a different one: no assignment can do better
     index = shortlist_assignment(score, _sparse_matching) if len(score) >= _LARGE else None
     if index is None:
-        _, found = linear_sum_assignment(score.cpu().numpy(), maximize=True)
-        index = torch.from_numpy(found).to(score.device)
+        index = _on_cpu(lambda s: linear_sum_assignment(s, maximize=True)[1], score)
     gain = score.gather(1, index.unsqueeze(1)).double().sum() - score.diagonal().double().sum()
     noise = torch.finfo(score.dtype).eps * score.diagonal().double().abs().sum()
     return identity if bool(gain <= noise) else index
@@ -150,9 +150,11 @@ def lazy_assignment(
 
 def _sparse_matching(rows: Tensor, columns: Tensor, cost: Tensor) -> Tensor:
     """The perfect matching with the least cost over some edges: the column of each row."""
-    at, values = torch.stack((rows, columns)).cpu().numpy(), cost.cpu().numpy()
-    _, found = min_weight_full_bipartite_matching(csr_matrix((values, (at[0], at[1]))))
-    return torch.from_numpy(found).long().to(cost.device)
+
+    def solve(at: Any, values: Any) -> Any:
+        return min_weight_full_bipartite_matching(csr_matrix((values, tuple(at))))[1]
+
+    return _on_cpu(solve, torch.stack((rows, columns)), cost)
 
 
 def _reopen_shared(found: Nearest) -> None:
@@ -199,7 +201,13 @@ def _look_closer(found: Nearest, costs: NeuronCosts, rows: Tensor) -> None:
 
 def _free_choice(cost: Tensor) -> Tensor:
     """A different column for each row [rows, columns] with the least total cost; columns may stay unused."""
-    return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).to(cost.device)
+    return _on_cpu(lambda c: linear_sum_assignment(c)[1], cost)
+
+
+def _on_cpu(solve: Callable[..., Any], *given: Tensor) -> Tensor:
+    """What one of scipy's solvers finds, int64, on the device of what it is given: the only move to the CPU."""
+    found: Tensor = torch.from_numpy(solve(*(x.cpu().numpy() for x in given))).long()
+    return found.to(given[0].device)
 
 
 def _routes(found: Nearest) -> dict[str, int]:

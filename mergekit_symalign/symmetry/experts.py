@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -102,11 +103,11 @@ class ExpertProblem:
     def costs(self, i: Tensor, j: Tensor) -> Tensor:
         """What remains between anchor's experts ``i[n]`` and model's ``j[n]``, router rows included."""
         inside = [self.solved(a, b).cost for a, b in zip(i.tolist(), j.tolist(), strict=True)]
-        return self._router().flatten().index_select(0, i * self.experts + j) + torch.stack(inside)
+        return self._router.flatten().index_select(0, i * self.experts + j) + torch.stack(inside)
 
     def unmoved(self) -> Tensor:
         """The same for every expert and the one that stands in its place, neurons as they are [experts]."""
-        total = self._router().diagonal()
+        total = self._router.diagonal()
         for axis in ("gate", "up", "down"):
             for a, b in self.sides.get(axis, ()):
                 total = total + (a.double() - b.double()).square().sum(1).unflatten(0, (self.experts, -1)).sum(1)
@@ -119,9 +120,8 @@ class ExpertProblem:
         """
         axes = ("gate",) if self.scale is not NeuronScale.none else ("gate", "up", "down")
         both = [pair for axis in axes for pair in self.sides.get(axis, ())]
-        router = self._router()
         if not both:
-            return router * (1 - _SLACK)
+            return self._router * (1 - _SLACK)
         anchor, model = (torch.cat([spread_columns(pair[k], _PREFIX) for pair in both], dim=1) for k in range(2))
         norms = model.square().sum(1)
         nearest = []
@@ -131,8 +131,9 @@ class ExpertProblem:
             slack = _SLACK * (own + norms.max())
             nearest.append((distance.unflatten(1, (self.experts, -1)).amin(2) - slack).clamp_min(0))
         inside = torch.cat(nearest).double().unflatten(0, (self.experts, -1)).sum(1)
-        return router * (1 - _SLACK) + inside
+        return self._router * (1 - _SLACK) + inside
 
+    @cached_property
     def _router(self) -> Tensor:
         """Squared distance of every two router rows [experts, experts]."""
         rows = [(a.double().unsqueeze(1) - b.double()).square().sum(-1) for a, b in self.sides["expert"]]

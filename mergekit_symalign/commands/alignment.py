@@ -1,0 +1,62 @@
+"""What the commands share that align a model without merging it: options, configuration, plan and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import click
+from mergekit.architecture import get_architecture_info
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor, Task
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+
+from mergekit_symalign.methods import ALIGNMENT_PARAMETERS
+
+Kind = TypeVar("Kind", bound=Task)
+
+_NOT_HERE = ("anchor", "align", "alignment", "save_alignment")  # parameters of a merge that a solve has no use for
+_PARAMETERS = tuple(p for p in ALIGNMENT_PARAMETERS if p.name not in _NOT_HERE)
+
+
+def alignment_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """An option for every parameter of the aligned methods that says how to align."""
+    for p in reversed(_PARAMETERS):
+        name, shown = p.name.replace("_", "-"), {"default": p.default, "show_default": p.default is not None}
+        if p.value_type is bool:
+            option = click.option(f"--{name}/--no-{name}", help=p.description, **shown)
+        elif get_origin(p.value_type) is Literal:
+            option = click.option(f"--{name}", type=click.Choice(get_args(p.value_type)), help=p.description, **shown)
+        else:
+            kind = int if p.value_type is int else str
+            option = click.option(f"--{name}", type=kind, help=p.description, **shown)
+        command = option(command)
+    return command
+
+
+def alignment_config(anchor: str, model: str, parameters: Mapping[str, Any], **rest: Any) -> MergeConfiguration:
+    """The merge that writes a model in the anchor's coordinates; parameters that are None were not given."""
+    given = {name: value for name, value in parameters.items() if value is not None}
+    merge = {"merge_method": "rotation_match", "base_model": anchor, "models": [{"model": model}], "parameters": given}
+    return MergeConfiguration.model_validate(merge | rest)
+
+
+def planned_task(config: MergeConfiguration, options: MergeOptions, kind: type[Kind]) -> Kind:
+    """The task of this kind in the plan of a merge."""
+    LoaderCache().setup(options=options)
+    arch = get_architecture_info(config, options)
+    assert config.base_model is not None
+    out_config = config.base_model.config(trust_remote_code=options.trust_remote_code)
+    targets = MergePlanner(config, arch, options=options, out_model_config=out_config).plan_to_disk(out_path="unused")
+    return next(task for task in targets if isinstance(task, kind))
+
+
+def run_tasks(
+    tasks: Sequence[Task], options: MergeOptions, what: str, *, quiet: bool | None = None
+) -> Iterable[tuple[Task, Any]]:
+    """Each task and its value, computed where MergeKit's options say."""
+    device = options.device or "cpu"
+    executor = Executor(list(tasks), math_device=device, storage_device=device if options.low_cpu_memory else "cpu")
+    return executor.run(quiet=options.quiet if quiet is None else quiet, desc=what)  # type: ignore[no-any-return]
