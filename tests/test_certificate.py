@@ -9,10 +9,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mergekit_symalign.symmetry import certificate, neuron_costs
+from mergekit_symalign.symmetry import certificate, coarse, distance, neuron_costs
 from mergekit_symalign.symmetry.assignment import best_permutation
 from mergekit_symalign.symmetry.certificate import nearest_neighbours
-from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs, neuron_factors, squared_distance
+from mergekit_symalign.symmetry.coarse import CoarseRows, two_lowest
+from mergekit_symalign.symmetry.distance import squared_distance
+from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs, neuron_factors
 from mergekit_symalign.symmetry.options import NeuronScale
 
 N, HIDDEN = 300, 200
@@ -113,9 +115,12 @@ def _all_costs(pairs: NeuronPairs, scale: NeuronScale) -> Tensor:
 def test_optimum_of_the_whole_problem(case: str, dtype: torch.dtype) -> None:
     make, expected = CASES[case]
     pairs = _pairs(*([x.to(dtype) for x in side] for side in make()))
+    before = [x.clone() for pair in pairs.all for x in pair]
     found = best_permutation(pairs, scale=NeuronScale.none)
+    assert all(torch.equal(x, y) for x, y in zip(before, (x for pair in pairs.all for x in pair), strict=True))
     costs = _all_costs(pairs, scale=NeuronScale.none)
     assert sorted(found.index.tolist()) == list(range(N))
+    assert found.cost == pytest.approx(float(costs[torch.arange(N), found.index].sum()), rel=1e-5, abs=1e-6)
     assert float(costs[torch.arange(N), found.index].sum()) == pytest.approx(_reference(costs), rel=1e-6, abs=1e-6)
     assert sum(found.routes.values()) == N
     assert expected & found.routes.keys(), found.routes
@@ -143,7 +148,11 @@ def test_same_for_any_block_size_and_number_of_threads(case: str, monkeypatch: p
     try:
         for block, threads in ((1 << 9, 1), (1 << 12, 2), (1 << 22, 3)):
             monkeypatch.setattr(certificate, "_BLOCK", block)
-            monkeypatch.setattr(neuron_costs, "_BLOCK", block)
+            monkeypatch.setattr(distance, "_BLOCK", block)
+            monkeypatch.setattr(distance, "_PIECE", max(1, block >> 5))
+            monkeypatch.setattr(neuron_costs, "_ROWS", max(1, block >> 9))
+            monkeypatch.setattr(coarse, "_BLOCK", block)
+            monkeypatch.setattr(coarse, "_PIECE", max(17, block >> 5))
             torch.set_num_threads(threads)
             found = best_permutation(pairs, scale=NeuronScale.none)
             assert torch.equal(found.index, expected.index)
@@ -173,6 +182,34 @@ def test_a_prefix_that_misleads_proves_nothing_wrong(monkeypatch: pytest.MonkeyP
     assert torch.equal(found.index, torch.arange(60))
 
 
+@pytest.mark.parametrize("spread", [1.0, 50.0])
+def test_coarse_bound_holds(spread: float) -> None:
+    """No other row is nearer than the bound, with outlying coordinates, small rows and very large ones too."""
+    g = torch.Generator().manual_seed(0)
+    anchor, model = (torch.randn(200, 24, generator=g) for _ in range(2))
+    for x in (anchor, model):
+        x[:, 0] *= spread
+        x[:40] *= 0.02
+        x[40:50] *= spread
+    found = CoarseRows.of(anchor, model).nearest(torch.arange(200))
+    distance = torch.cdist(anchor.double(), model.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    others = distance.scatter(1, found.columns.unsqueeze(1), torch.inf).amin(1)
+    assert (found.bound <= others * (1 + 1e-5)).all()
+    if spread == 1:
+        assert (found.bound[50:] > 0.8 * others[50:]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+@pytest.mark.parametrize("n", [7, 300, 512, 1])
+def test_two_lowest(n: int, dtype: torch.dtype) -> None:
+    x = (1000 * torch.randn(20, n, generator=torch.Generator().manual_seed(0))).to(dtype)
+    place, second = two_lowest(x)
+    ordered = x.sort(1).values
+    assert torch.equal(x.gather(1, place.unsqueeze(1)).squeeze(1), ordered[:, 0])
+    if n > 1:
+        assert torch.equal(second, ordered[:, 1])
+
+
 def test_settled_rows_are_nearest_neighbours() -> None:
     pairs = _pairs(*CASES["partly unrelated"][0]())
     found = nearest_neighbours(NeuronCosts(pairs, scale=NeuronScale.none))
@@ -183,7 +220,8 @@ def test_settled_rows_are_nearest_neighbours() -> None:
 
 @pytest.mark.parametrize("stored", ["neurons first", "neurons last"])
 def test_squared_distance(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neuron_costs, "_BLOCK", 1000)
+    monkeypatch.setattr(distance, "_BLOCK", 1000)
+    monkeypatch.setattr(distance, "_PIECE", 30)
     a, b = _kinds(0)[0].double(), _kinds(1)[0].double()
     if stored == "neurons last":
         a, b = (x.mT.contiguous().mT for x in (a, b))

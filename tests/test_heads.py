@@ -80,7 +80,7 @@ def test_optimum_over_all_orders_of_unrelated_heads(case: str, rotation: Rotatio
     layout = resolve(a.config, model="m")
     sides, shape = _sides(a.state_dict(), b.state_dict(), layout), _shape(layout)
     use = Symmetries(rotation=rotation, scaling=scaling)
-    problem, k = HeadProblem(sides, head_moments(sides, shape), shape, use), shape.kv_heads
+    problem, k = HeadProblem(sides, *head_moments(sides, shape), shape, use), shape.kv_heads
     i, j = torch.meshgrid(torch.arange(k), torch.arange(k), indexing="ij")
     costs = problem.cost(i.flatten(), j.flatten()).reshape(k, k)
     assert (problem.lower_bounds <= costs).all()
@@ -106,7 +106,7 @@ def test_siblings_are_settled_by_their_bounds(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(heads_module.HeadProblem, "cost", cost)
     shape = _shape(layout)
     facts: Facts = {}
-    assert match_heads(HeadProblem(sides, head_moments(sides, shape), shape, Symmetries()), facts) is None
+    assert match_heads(HeadProblem(sides, *head_moments(sides, shape), shape, Symmetries()), facts) is None
     assert asked == []
     assert facts == {"heads_route": "identity"}
 

@@ -17,6 +17,7 @@ from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
 from mergekit_symalign.symmetry.describe import describe, describe_heads, describe_neurons
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes, rows_by_axis
 from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, Sides, Symmetries
+from mergekit_symalign.symmetry.threads import one_thread
 
 LOG = logging.getLogger(__name__)
 
@@ -65,10 +66,11 @@ class SolveBlock(Task[Dict[str, Any]]):
     def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
         sides = self._sides(tensors)
         facts: Dict[str, Any] = {}
-        with readable_errors():
-            element = align(self.kind, sides, self.heads, self.mlp, self.use, facts)
-        element = without_identities(element)
-        facts |= describe_block(self.kind, element, sides, self.heads, self.mlp)
+        with one_thread():
+            with readable_errors():
+                element = align(self.kind, sides, self.heads, self.mlp, self.use, facts)
+            element = without_identities(element)
+            facts |= describe_block(self.kind, element, sides, self.heads, self.mlp, facts)
         LOG.info("solved %s of %s: %s", self.model[0].tensor, self.model[0].model, json.dumps(facts))
         return {"actions": element.pack(), "facts": facts}
 
@@ -98,9 +100,16 @@ def align(
     return align_attention(sides, heads, use, facts)
 
 
-def describe_block(kind: BlockKind, element: BlockElement, sides: Sides, heads: HeadShape, mlp: MlpShape) -> Facts:
-    """What an element does to a block, in plain numbers (asks the device for values)."""
+def describe_block(
+    kind: BlockKind, element: BlockElement, sides: Sides, heads: HeadShape, mlp: MlpShape, known: Facts | None = None
+) -> Facts:
+    """What an element does to a block, in plain numbers (asks the device for values).
+
+    The distances are taken again only if the solver left none in ``known``.
+    """
     own = describe_neurons(element, mlp) if kind is BlockKind.mlp else describe_heads(element, heads)
+    if known is not None and {"distance_before", "distance_after"} <= known.keys():
+        return own
     return {**describe(element, sides), **own}
 
 

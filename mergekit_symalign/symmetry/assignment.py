@@ -36,10 +36,12 @@ class Assignment:
     Attributes:
         index: int64 [neurons]: slot ``i`` takes the model's neuron ``index[i]``.
         routes: how many neurons were settled by each route (docs/performance.md).
+        cost: of the whole, under this permutation.
     """
 
     index: Tensor
     routes: dict[str, int]
+    cost: float
 
 
 def align_neurons(
@@ -53,7 +55,8 @@ def align_neurons(
     Args:
         pairs: rows of anchor and model.
         permute, scale: what is admitted.
-        facts: takes the number of neurons that were settled by each route.
+        facts: takes the number of neurons that were settled by each route, and without scales the squared distance
+            that is left (``distance_after``).
 
     Returns:
         The actions that gate rows and up rows carry; down columns carry the dual of the latter.
@@ -64,6 +67,8 @@ def align_neurons(
         index = found.index
         if facts is not None:
             facts.update(found.routes)
+            if scale is NeuronScale.none:
+                facts["distance_after"] = found.cost
     permutation = Permutation(index)
     if scale is NeuronScale.none:
         return permutation, permutation
@@ -77,8 +82,10 @@ def best_permutation(pairs: NeuronPairs, *, scale: NeuronScale) -> Assignment:
     _reopen_shared(found)
     while len(found.open) <= _FEW * pairs.neurons:
         if len(found.open) == 0 or _complete(found, costs):
-            return Assignment(found.index, _routes(found))
-    return Assignment(best_assignment(costs.scores()), {"neurons_full": pairs.neurons})
+            return Assignment(found.index, _routes(found), _total(found, costs))
+    index = best_assignment(costs.scores())
+    rows = torch.arange(len(index), device=index.device)
+    return Assignment(index, {"neurons_full": len(index)}, float(costs.of(rows, index).double().sum()))
 
 
 def best_assignment(score: Tensor) -> Tensor:
@@ -183,6 +190,14 @@ def _complete(found: Nearest, costs: NeuronCosts) -> bool:
     columns = left.nonzero().flatten()
     found.settle(rows, columns[best_assignment(scores.index_select(1, columns))], len(PREFIXES))
     return True
+
+
+def _total(found: Nearest, costs: NeuronCosts) -> float:
+    """The cost of all rows; most of them were asked for theirs already."""
+    rows = found.cost.isnan().nonzero().flatten()
+    if len(rows):
+        found.cost[rows] = costs.of(rows, found.index[rows]).double()
+    return float(found.cost.sum())
 
 
 def _look_closer(found: Nearest, costs: NeuronCosts, rows: Tensor) -> None:

@@ -6,7 +6,7 @@ head (or for each candidate pair of KV heads, symmetry/heads.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -35,6 +35,8 @@ from mergekit_symalign.symmetry.procrustes import (
 
 GAIN_AXES = ("query_gain", "key_gain")
 
+HeadNorms = Mapping[str, Tensor]  # axis -> squared norm of each of the anchor's coordinates [heads, d]
+
 
 @dataclass(frozen=True)
 class AttentionMoments:
@@ -58,19 +60,15 @@ class HeadActions:
     query: AxisAction | None
 
 
-def attention_moments(sides: Sides, shape: HeadShape) -> AttentionMoments:
-    """Moments over all tensors of each axis, summed over the query heads of each group."""
-    return head_moments(sides, shape).per_kv_head(shape.kv_heads)
+def head_moments(sides: Sides, shape: HeadShape) -> tuple[AttentionMoments, HeadNorms]:
+    """Moments over all tensors of each axis, of each head by itself: KV heads of value and key, else query heads.
 
-
-def head_moments(sides: Sides, shape: HeadShape) -> AttentionMoments:
-    """Moments over all tensors of each axis, of each head by itself: KV heads of value and key, else query heads."""
-    return AttentionMoments(
-        _moments(sides["value"], shape.kv_heads),
-        _moments(sides["attended"], shape.query_heads),
-        _moments(sides["query"], shape.query_heads),
-        _moments(sides["key"], shape.kv_heads),
-    )
+    Returns:
+        The moments, and the squared norms of the anchor's coordinates.
+    """
+    heads = {"value": shape.kv_heads, "attended": shape.query_heads, "query": shape.query_heads, "key": shape.kv_heads}
+    found = {axis: _moments(sides[axis], count) for axis, count in heads.items()}
+    return AttentionMoments(**{axis: m for axis, (m, _) in found.items()}), {axis: a for axis, (_, a) in found.items()}
 
 
 def solve_heads(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> HeadActions:
@@ -127,8 +125,9 @@ def solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisA
     return partial.of(planes, rest)
 
 
-def _moments(side: Sequence[Pair], heads: int) -> Moments:
-    return reduce(add, (moments(*pair, heads) for pair in side))
+def _moments(side: Sequence[Pair], heads: int) -> tuple[Moments, Tensor]:
+    of_models, of_anchors = zip(*(moments(*pair, heads) for pair in side), strict=True)
+    return reduce(add, of_models), reduce(add, of_anchors)
 
 
 def dense(g: AxisAction | None, like: Moments) -> Tensor:
@@ -136,6 +135,20 @@ def dense(g: AxisAction | None, like: Moments) -> Tensor:
     n, d = like.model.shape
     eye = torch.eye(d, dtype=like.model.dtype, device=like.model.device).repeat(n, 1)
     return (eye if g is None else g(eye, 0)).unflatten(0, (n, d))
+
+
+def distance(m: AttentionMoments, norms: HeadNorms, found: HeadActions) -> float:
+    """Squared distance of query, key, value and attended to the anchor's under ``found``, to the rounding of float64.
+
+    Args:
+        m: moments of the KV heads.
+        norms: the anchor's.
+        found: what the model is moved by.
+    """
+    own = float(torch.stack([x.sum() for x in norms.values()]).sum())
+    left = remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key)
+    total = own + float(left.sum())
+    return total if total > 64 * torch.finfo(left.dtype).eps * own else 0.0
 
 
 def remaining(g: AxisAction | None, first: Moments, second: Moments) -> Tensor:

@@ -6,19 +6,21 @@ that axis first: a weight and its bias are two of them, and the bias counts as o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons
 from mergekit_symalign.symmetry.attention import (
     GAIN_AXES,
-    attention_moments,
+    HeadActions,
+    distance,
     head_moments,
     per_query_head,
     solve_gains,
     solve_heads,
 )
+from mergekit_symalign.symmetry.distance import total_distance
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.experts import align_experts
 from mergekit_symalign.symmetry.groups import AxisAction, Chain
@@ -35,14 +37,16 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries, facts: Fact
         sides: axes query, key, value, attended; with QK-norm query_gain and key_gain too.
         shape: heads of the block.
         use: what is admitted.
-        facts: takes the route by which the order of the heads was proven.
+        facts: takes the route by which the order of the heads was proven, and the squared distances before and after.
     """
-    own = head_moments(sides, shape)
+    own, norms = head_moments(sides, shape)
     m = own.per_kv_head(shape.kv_heads)
-    order = match_heads(HeadProblem(sides, own, shape, use), facts) if use.heads else None
+    if facts is not None:
+        facts["distance_before"] = distance(m, norms, HeadActions(None, None)) + _gain_distance(sides, {})
+    order = match_heads(HeadProblem(sides, own, norms, shape, use), facts) if use.heads else None
     if order is not None:
         sides = _reordered(sides, order, shape)
-        m = attention_moments(sides, shape)
+        m = head_moments(sides, shape)[0].per_kv_head(shape.kv_heads)
     actions: dict[str, AxisAction] = {}
     found = solve_heads(m, shape, use)
     if found.value is not None:
@@ -52,6 +56,8 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries, facts: Fact
     actions |= solve_gains(sides, shape, use)
     tolerance = _tolerance(sides["query"])
     actions = {axis: action.snapped(tolerance) for axis, action in actions.items()}
+    if facts is not None:
+        facts["distance_after"] = distance(m, norms, found) + _gain_distance(sides, actions)
     return BlockElement(actions if order is None else after(order, actions, shape))
 
 
@@ -73,6 +79,9 @@ def align_mlp(sides: Sides, shape: MlpShape, use: Symmetries, facts: Facts | Non
     else:
         pairs = NeuronPairs(sides.get("gate", ()), sides["up"], sides["down"])
         gate, up = align_neurons(pairs, permute=use.permutation, scale=scale, facts=facts)
+        if facts is not None and "distance_after" in facts:
+            moved = not bool(up.is_identity())
+            facts["distance_before"] = sum(map(total_distance, pairs.all)) if moved else facts["distance_after"]
     up = up.snapped(_tolerance(sides["up"]))
     return BlockElement(actions | {"gate": gate, "up": up, "down": up.dual()})
 
@@ -80,6 +89,11 @@ def align_mlp(sides: Sides, shape: MlpShape, use: Symmetries, facts: Facts | Non
 def moved_axes(shape: HeadShape) -> tuple[str, ...]:
     """The axes that a permutation of heads moves."""
     return HEAD_AXES + (GAIN_AXES if shape.norm.per_head else ())
+
+
+def _gain_distance(sides: Sides, actions: Mapping[str, AxisAction]) -> float:
+    """Squared distance of the gains of a QK-norm, if there are any."""
+    return sum(total_distance(pair, actions.get(axis)) for axis in GAIN_AXES for pair in sides.get(axis, ()))
 
 
 def _reordered(sides: Sides, order: HeadOrder, shape: HeadShape) -> Sides:

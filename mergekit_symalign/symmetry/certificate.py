@@ -14,7 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, Pair
+from mergekit_symalign.symmetry import coarse
+from mergekit_symalign.symmetry.coarse import CoarseRows, two_lowest
+from mergekit_symalign.symmetry.neuron_costs import NeuronCosts
+from mergekit_symalign.symmetry.options import Pair
+from mergekit_symalign.symmetry.threads import in_parallel
 
 PREFIXES = (0.015, 0.16)  # shares of the coordinates; rows that the first leaves open get the second
 _BLOCK = 1 << 21  # prefix distances that are held at once
@@ -31,11 +35,19 @@ class Nearest:
         index: int64 [neurons], the model's neuron that is nearest to each of the anchor's, −1 where nothing is proven.
         route: int64 [neurons], the number of the prefix that proved it, counted from 0.
         gap: float64 [neurons], how much more each settled row would cost anywhere else, at least.
+        cost: float64 [neurons], what each settled row costs, NaN where that was not asked for.
     """
 
     index: Tensor
     route: Tensor
     gap: Tensor
+    cost: Tensor
+
+    @staticmethod
+    def nothing(neurons: int, device: torch.device) -> Nearest:
+        index = torch.full((neurons,), -1, device=device)
+        gap = torch.zeros(neurons, dtype=torch.float64, device=device)
+        return Nearest(index, torch.zeros_like(index), gap, torch.full_like(gap, torch.nan))
 
     @property
     def open(self) -> Tensor:
@@ -52,7 +64,7 @@ class Nearest:
         self.gap[rows] = torch.as_tensor(gap, dtype=self.gap.dtype, device=self.gap.device)
 
     def reopen(self, rows: Tensor) -> None:
-        self.index[rows] = -1
+        self.index[rows], self.cost[rows] = -1, torch.nan
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,8 @@ class _Candidates:
 
     Attributes:
         rows, columns: int64, the anchor's rows and their candidates.
-        cost: whole cost of the candidate, with the rounding that it may hide added.
-        bound: prefix distance of the second nearest.
+        cost: whole cost of the candidate.
+        bound: prefix distance of the second nearest, less the rounding that both may hide.
     """
 
     rows: Tensor
@@ -74,6 +86,10 @@ class _Candidates:
     def settled(self) -> Tensor:
         return self.cost < self.bound
 
+    @property
+    def open_rows(self) -> Tensor:
+        return self.rows[~self.settled]
+
     def promising(self, growth: float) -> Tensor:
         """Rows that a prefix ``growth`` times as long would settle, if distances grew with its length."""
         return ~self.settled & (self.cost < growth * self.bound)
@@ -82,7 +98,7 @@ class _Candidates:
 def nearest_neighbours(costs: NeuronCosts) -> Nearest:
     """Every nearest neighbour that prefixes of the coordinates can prove."""
     rows = torch.arange(costs.pairs.neurons, device=costs.pairs.device)
-    found = Nearest(torch.full_like(rows, -1), torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.float64))
+    found = Nearest.nothing(len(rows), rows.device)
     if not costs.bounding:
         return found
     for number, share in enumerate(PREFIXES):
@@ -103,11 +119,21 @@ def _settle(costs: NeuronCosts, rows: Tensor, number: int, growth: float, found:
     sample = prefix.candidates(costs, rows[few])
     if not bool((sample.settled | sample.promising(growth)).any()):
         return rows.narrow(0, 0, 0)
-    all_rows = prefix.candidates(costs, rows)
-    settled = all_rows.settled
-    gap = (all_rows.bound - all_rows.cost)[settled]
-    found.settle(all_rows.rows[settled], all_rows.columns[settled], number, gap)
-    return all_rows.rows[all_rows.promising(growth)]
+    if number == 0 and coarse.usable(rows.device, prefix.anchor.shape[1]):
+        rows = _settled_by(prefix.coarse_candidates(costs, rows), number, found).open_rows
+        if len(rows) == 0:
+            return rows
+    candidates = _settled_by(prefix.candidates(costs, rows), number, found)
+    return candidates.rows[candidates.promising(growth)]
+
+
+def _settled_by(candidates: _Candidates, number: int, found: Nearest) -> _Candidates:
+    """Note the rows that are proven."""
+    settled = candidates.settled
+    rows = candidates.rows[settled]
+    found.settle(rows, candidates.columns[settled], number, (candidates.bound - candidates.cost)[settled])
+    found.cost[rows] = candidates.cost[settled].double()
+    return candidates
 
 
 @dataclass(frozen=True)
@@ -129,25 +155,24 @@ class _Prefix:
         return max(1, _BLOCK // len(self.model))
 
     def candidates(self, costs: NeuronCosts, rows: Tensor) -> _Candidates:
-        parts = [self._nearest(block) for block in rows.split(self.height)]
+        parts = in_parallel(self._nearest, rows.split(self.height), rows.device)
         columns, bound, own = (torch.cat(x) for x in zip(*parts, strict=True))
         cost = costs.of(rows, columns)
-        return _Candidates(rows, columns, cost + SLACK * (own + self.norms.max()), bound)
+        return _Candidates(rows, columns, cost, bound - SLACK * (own + self.norms.max()))
+
+    def coarse_candidates(self, costs: NeuronCosts, rows: Tensor) -> _Candidates:
+        """The same from 8-bit numbers: cheaper, and fewer rows settle."""
+        found = CoarseRows.of(self.anchor, self.model).nearest(rows)
+        bound = (1 - SLACK) * found.bound
+        return _Candidates(rows, found.columns, costs.of(rows, found.columns), bound)
 
     def _nearest(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Nearest column on the prefix, distance of the next, and squared norm of each row.
-
-        Most rows of a sibling are nearest to the column of their own number: that is asked first, as a minimum is
-        cheaper than its place.
-        """
+        """Nearest column on the prefix, distance of the next, and squared norm of each row."""
         a = self.anchor.index_select(0, rows)
         own = a.square().sum(1)
         distance = torch.addmm(self.norms.unsqueeze(0), a, self.model.mT, alpha=-2)
-        columns = rows.unsqueeze(1)
-        if bool((distance.gather(1, columns).squeeze(1) > distance.amin(1)).any()):
-            columns = distance.argmin(1, keepdim=True)
-        second = distance.scatter_(1, columns, torch.inf).amin(1)
-        return columns.squeeze(1), second + own, own
+        columns, second = two_lowest(distance)
+        return columns, second + own, own
 
 
 def spread_columns(rows: Tensor, share: float) -> Tensor:

@@ -161,7 +161,8 @@ class CovarianceProblem(HeadProblem):
             "key": shape.kv_heads,
         }
         own = AttentionMoments(**{axis: covariances[axis].moments(count, count) for axis, count in heads.items()})
-        super().__init__({}, own, shape, use)
+        anchor = {axis: c.anchor.unflatten(0, (-1, shape.head_dim)) for axis, c in covariances.items()}
+        super().__init__({}, own, anchor, shape, use)
         self.covariances = covariances
         self.value_scaling = False  # values come in units of their own norm
 
@@ -188,11 +189,6 @@ class CovarianceProblem(HeadProblem):
     def all_pairs(self, axis: str) -> Moments:
         k, c = self.shape.kv_heads, self.covariances[axis]
         return Moments(c.by_head(k), c.model.unflatten(0, (k, -1)).expand(k, k, -1))
-
-    def norms(self, axis: str) -> tuple[Tensor, Tensor]:
-        c, groups = self.covariances[axis], (self.shape.kv_heads, -1, self.shape.head_dim)
-        anchor, model = (x.unflatten(0, groups).sum(1) for x in (c.anchor, c.model))
-        return anchor, model
 
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments:
         k, c = self.shape.kv_heads, self.covariances[axis]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry.distance import total_distance
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
@@ -17,7 +18,6 @@ from mergekit_symalign.symmetry.groups import (
     Permutation,
     PlaneRotation,
     Scaling,
-    compute_dtype,
 )
 from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, Sides
 
@@ -28,14 +28,11 @@ def describe(element: BlockElement, sides: Sides) -> Facts:
     Returns:
         ``distance_before`` and ``distance_after``, squared, over all tensors of the block.
     """
-    before = after = 0.0
-    for axis, pairs in sides.items():
-        g = element.actions.get(axis)
-        for a, b in pairs:
-            own = _squared_distance(a, b)
-            before += own
-            after += own if g is None else _squared_distance(a, g(b, 0))
-    return {"distance_before": before, "distance_after": after}
+    before = {axis: sum(map(total_distance, pairs)) for axis, pairs in sides.items()}
+    after = dict(before)
+    for axis, g in element.actions.items():
+        after[axis] = sum(total_distance(pair, g) for pair in sides.get(axis, ()))
+    return {"distance_before": sum(before.values()), "distance_after": sum(after.values())}
 
 
 def describe_heads(element: BlockElement, shape: HeadShape) -> Facts:
@@ -127,8 +124,3 @@ def _range(factors: list[Tensor]) -> Facts:
     low, high = torch.aminmax(torch.cat([f.abs() for f in factors]))
     flipped = sum(int((f < 0).sum()) for f in factors)
     return {"scale_min": float(low), "scale_max": float(high), "signs_flipped": flipped}
-
-
-def _squared_distance(a: Tensor, b: Tensor) -> float:
-    dtype = compute_dtype(a.dtype)
-    return float((a.to(dtype) - b.to(dtype)).square().sum(dim=-1).double().sum())

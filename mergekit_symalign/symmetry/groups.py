@@ -66,14 +66,17 @@ class AxisAction(ABC):
         Raises:
             ShapeError: if that axis does not have length ``size``.
         """
+        self._require_size(x, dim)
+        rows = x.to(compute_dtype(x.dtype)).movedim(dim, 0)
+        return self.transform(rows.reshape(self.size, -1)).reshape(rows.shape).movedim(0, dim)
+
+    def _require_size(self, x: Tensor, dim: int) -> None:
         if x.shape[dim] != self.size:
             raise ShapeError(
                 f"{self.kind} of size {self.size}",
                 f"axis {dim} of a tensor of shape {tuple(x.shape)} has length {x.shape[dim]}",
                 "Use an element that was solved for a model of this shape",
             )
-        rows = x.to(compute_dtype(x.dtype)).movedim(dim, 0)
-        return self.transform(rows.reshape(self.size, -1)).reshape(rows.shape).movedim(0, dim)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The element's own numbers, in the order of its fields."""
@@ -106,6 +109,14 @@ class Permutation(AxisAction):
     @property
     def size(self) -> int:
         return self.index.shape[0]
+
+    def __call__(self, x: Tensor, dim: int) -> Tensor:
+        """Apply to axis ``dim`` of ``x``; the numbers only move, so they keep their dtype."""
+        self._require_size(x, dim)
+        index = self.index.to(x.device)
+        if x.ndim > 1 and dim in (-1, x.ndim - 1):
+            return x.gather(-1, index.expand_as(x))  # several times as fast as index_select along the last axis
+        return x.index_select(dim, index)
 
     def transform(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.index.to(x.device))
@@ -311,6 +322,11 @@ class Chain(AxisAction):
     @property
     def size(self) -> int:
         return self.steps[0].size
+
+    def __call__(self, x: Tensor, dim: int) -> Tensor:
+        for step in self.steps:
+            x = step(x, dim)
+        return x
 
     def transform(self, x: Tensor) -> Tensor:
         for step in self.steps:

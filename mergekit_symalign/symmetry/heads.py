@@ -19,14 +19,16 @@ from mergekit_symalign.symmetry.assignment import best_assignment, identity_is_o
 from mergekit_symalign.symmetry.attention import (
     AttentionMoments,
     HeadActions,
+    HeadNorms,
     dense,
     remaining,
     solve_heads,
 )
 from mergekit_symalign.symmetry.groups import AxisAction, Permutation, compute_dtype
-from mergekit_symalign.symmetry.options import Facts, HeadShape, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.options import Facts, HeadShape, Pair, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.procrustes import Moments, plane_correlation, plane_norm
 from mergekit_symalign.symmetry.scale import quartic_scale
+from mergekit_symalign.symmetry.threads import in_parallel
 
 _ROUNDS = 2  # of matching query heads by a rotation, and solving the rotation for the match
 _BLOCK = 1 << 19  # numbers that are held in a wider dtype at once: small enough to stay in the cache
@@ -86,17 +88,20 @@ def match_heads(problem: HeadProblem, facts: Facts | None = None) -> HeadOrder |
 class HeadProblem:
     """All pairs of KV heads of one attention block.
 
-    Another source of the products than rows of weights (symmetry/covariance.py) overrides `all_pairs`, `norms` and
+    Another source of the products than rows of weights (symmetry/covariance.py) overrides `all_pairs` and
     `group_moments`, and the cheap proofs `identity_route`, `assignment` and `query_heads_stay`.
 
     Args:
         sides: rows of the block's axes.
         own: their moments with the heads as they stand, of each side's own heads.
+        anchor: squared norms of the anchor's coordinates, of each side's own heads.
         shape, use: as for the block.
     """
 
-    def __init__(self, sides: Sides, own: AttentionMoments, shape: HeadShape, use: Symmetries) -> None:
-        self.sides, self.own, self.shape, self.use = sides, own, shape, use
+    def __init__(
+        self, sides: Sides, own: AttentionMoments, anchor: HeadNorms, shape: HeadShape, use: Symmetries
+    ) -> None:
+        self.sides, self.own, self.anchor, self.shape, self.use = sides, own, anchor, shape, use
         self.value_scaling = use.scaling
         self.inner: dict[tuple[int, int], Tensor] = {}  # order of the query heads in each pair that was solved
 
@@ -248,8 +253,12 @@ class HeadProblem:
         for pair in self.sides[axis]:
             anchor, model = (x.unflatten(0, (-1, d)) for x in pair)
             few = max(1, _BLOCK // (2 * anchor.shape[0] * anchor.shape[2]))
-            chunks = zip(*(half.split(few) for half in at.chunk(2)), strict=True)
-            parts = torch.cat([_plane_products(anchor, model, *ends) for ends in chunks])
+            chunks = list(zip(*(half.split(few) for half in at.chunk(2)), strict=True))
+
+            def products(ends: Pair, anchor: Tensor = anchor, model: Tensor = model) -> Tensor:
+                return _plane_products(anchor, model, *ends)
+
+            parts = torch.cat(in_parallel(products, chunks, at.device))
             total = parts if total is None else total + parts
         assert total is not None
         real, imaginary = total.double().chunk(2, dim=1)
@@ -273,15 +282,7 @@ class HeadProblem:
 
     def _head_norms(self, axis: str) -> tuple[Tensor, Tensor]:
         """The same for the axis' own heads."""
-        return self._anchor_norms[axis], getattr(self.own, axis).model
-
-    @cached_property
-    def _anchor_norms(self) -> dict[str, Tensor]:
-        d = self.shape.head_dim
-        return {
-            axis: reduce(add, (_squared_norms(anchor) for anchor, _ in self.sides[axis])).unflatten(0, (-1, d))
-            for axis in HEAD_AXES
-        }
+        return self.anchor[axis], getattr(self.own, axis).model
 
     def _sizes(self) -> Tensor:
         """Squared norms of both heads of each pair [KV heads, KV heads]."""
@@ -294,12 +295,18 @@ class HeadProblem:
         groups = (self.shape.kv_heads, -1)
 
         def of(anchor: Tensor, other: Tensor) -> Tensor:
-            parts = []
-            for x, y in zip(i.tolist(), j.tolist(), strict=True):
-                a, b = (z.unflatten(0, groups).select(0, at) for z, at in ((anchor, x), (other, y)))
-                a, b = (z.to(compute_dtype(z.dtype)) for z in (a, b))
-                parts.append((a @ b.mT).double())
-            return torch.stack(parts).unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).transpose(2, 3)
+            def product(at: tuple[int, int]) -> Tensor:
+                sides = (z.unflatten(0, groups).select(0, head) for z, head in zip((anchor, other), at, strict=True))
+                a, b = (z.to(compute_dtype(z.dtype)) for z in sides)
+                return (a @ b.mT).double()
+
+            pairs = list(zip(i.tolist(), j.tolist(), strict=True))
+            return (
+                torch.stack(in_parallel(product, pairs, i.device))
+                .unflatten(2, (heads, -1))
+                .unflatten(1, (heads, -1))
+                .transpose(2, 3)
+            )
 
         norms = self._head_norms(axis)[1].unflatten(0, groups)
         return GroupMoments(reduce(add, (of(*pair) for pair in self.sides[axis])), norms.index_select(0, j))
@@ -355,13 +362,6 @@ def _plane_products(anchor: Tensor, model: Tensor, first: Tensor, partner: Tenso
     left = torch.cat((torch.cat((a, c), dim=2), torch.cat((c, -a), dim=2)))
     right = torch.cat((b, d), dim=2)
     return left.transpose(0, 1) @ right.permute(1, 2, 0)
-
-
-def _squared_norms(x: Tensor) -> Tensor:
-    """Squared norm of each row, without a copy of the whole; good enough for bounds with slack."""
-    height = max(1, _BLOCK // x.shape[1])
-    parts = [part.to(compute_dtype(x.dtype)) for part in x.split(height)]
-    return torch.cat([(part * part).sum(1) for part in parts]).double()
 
 
 def nuclear_bound(m: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry.distance import squared_distance
 from mergekit_symalign.symmetry.groups import compute_dtype
-from mergekit_symalign.symmetry.options import NeuronScale
+from mergekit_symalign.symmetry.options import NeuronScale, Pair
 from mergekit_symalign.symmetry.scale import joint_log_scale, newton_step, quartic_scale
+from mergekit_symalign.symmetry.threads import in_parallel
 
-_BLOCK = 1 << 20  # numbers that are held in the compute dtype at once: small enough to stay in the cache
+_ROWS = 256  # of a product or a sum of squares that are taken at once
 _PAIRS = 1 << 22  # pairs of neurons whose scales are solved at once
-
-Pair = tuple[Tensor, Tensor]  # anchor's and model's rows of one kind, [neurons, columns] each
 
 
 @dataclass(frozen=True)
@@ -123,43 +123,6 @@ def neuron_factors(scaled: tuple[Tensor, Tensor], divided: tuple[Tensor, Tensor]
     return factor
 
 
-def squared_distance(pair: Pair, rows: Tensor, columns: Tensor) -> Tensor:
-    """Squared distance of anchor's ``rows[i]`` and model's ``columns[i]`` over all their coordinates.
-
-    Works through the tensors in the order in which they are stored, a block at a time, without a copy of either.
-    """
-    anchor, model = pair
-    dtype = compute_dtype(anchor.dtype)
-    if anchor.stride(0) < anchor.stride(1):  # stored with the neurons last
-        blocks = _blocks(anchor.mT, model.mT, len(rows))
-        total = torch.zeros(len(rows), dtype=dtype, device=anchor.device)
-        for a, b in blocks:
-            a, b = _selected(a, rows, 1), _selected(b, columns, 1)
-            total += (a.to(dtype) - b).square_().sum(0)
-        return total
-    height = max(1, _BLOCK // anchor.shape[1])
-    parts = []
-    for at, to in zip(rows.split(height), columns.split(height), strict=True):
-        a, b = _selected(anchor, at, 0), _selected(model, to, 0)
-        parts.append((a.to(dtype) - b).square_().sum(1))
-    return torch.cat(parts)
-
-
-def _blocks(anchor: Tensor, model: Tensor, width: int) -> list[Pair]:
-    height = max(1, _BLOCK // max(1, width))
-    return list(zip(anchor.split(height), model.split(height), strict=True))
-
-
-def _selected(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """``index_select``, without a copy where the index counts through."""
-    first = int(index[0])
-    if first + len(index) <= x.shape[dim]:
-        through = torch.arange(first, first + len(index), device=index.device)
-        if torch.equal(index, through):
-            return x.narrow(dim, first, len(index))
-    return x.index_select(dim, index)
-
-
 def _best_saving(p: Tensor, b: Tensor, q: Tensor, o: Tensor, *, signed: bool) -> Tensor:
     """``max_c c p + q/c − (c² b + o/c²) / 2`` for every pair, plus ``(b + o) / 2``, which no permutation changes.
 
@@ -191,17 +154,31 @@ def _best_saving(p: Tensor, b: Tensor, q: Tensor, o: Tensor, *, signed: bool) ->
 
 
 def _products(side: Sequence[Pair], rows: Tensor | None) -> Tensor:
-    total: Tensor | None = None
+    if not side:
+        return torch.zeros(())
+    first, _ = side[0]
+    if rows is None:
+        rows = torch.arange(len(first), device=first.device)
+    dtype = compute_dtype(first.dtype)
+    total = torch.zeros(len(rows), len(first), dtype=dtype, device=first.device)
     for anchor, model in side:
-        a = anchor if rows is None else anchor.index_select(0, rows)
-        a, b = (x.to(compute_dtype(x.dtype)) for x in (a, model))
-        total = a @ b.mT if total is None else total.addmm_(a, b.mT)
-    return torch.zeros(()) if total is None else total
+        b = model.to(dtype).mT
+
+        def add(block: Pair, anchor: Tensor = anchor, b: Tensor = b) -> None:
+            sums, at = block
+            sums.addmm_(anchor.index_select(0, at).to(dtype), b)
+
+        in_parallel(add, list(zip(total.split(_ROWS), rows.split(_ROWS), strict=True)), first.device)
+    return total
 
 
 def _squares(side: Sequence[Pair]) -> Tensor:
     """Squared norm of each of the model's rows [neurons]."""
-    return torch.stack([model.double().square().sum(-1) for _, model in side]).sum(0)
+
+    def of(model: Tensor) -> Tensor:
+        return torch.cat(in_parallel(lambda x: x.double().square().sum(-1), model.split(_ROWS), model.device))
+
+    return torch.stack([of(model) for _, model in side]).sum(0)
 
 
 def _paired(side: Sequence[Pair], rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

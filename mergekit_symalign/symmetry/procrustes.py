@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import HeadRotation, PlaneRotation, Scaling
+from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.scale import joint_log_scale, quartic_scale
-from mergekit_symalign.symmetry.threads import one_thread
+from mergekit_symalign.symmetry.threads import in_parallel, one_thread
 
-Pair = tuple[Tensor, Tensor]
-
-_BLOCK = 1 << 19  # numbers that are held in float64 at once: small enough to stay in the cache
+_MATRICES = 4  # that are decomposed at once
 _POLISH = 4  # alternating steps after the global search; none of them can be worse than the one before
 
 
@@ -50,17 +49,21 @@ class Moments:
         return Moments(*(x.unflatten(0, (kv_heads, -1)).sum(1) for x in (self.cross, self.model)))
 
 
-def moments(anchor: Tensor, model: Tensor, heads: int) -> Moments:
-    """Moments of two matrices [heads · d, columns], in float64, a few heads at a time."""
+def moments(anchor: Tensor, model: Tensor, heads: int) -> tuple[Moments, Tensor]:
+    """Of two matrices [heads · d, columns], in float64, a head at a time.
+
+    Returns:
+        The moments, and the squared norm of each of the anchor's coordinates [heads, d].
+    """
     a, b = (x.unflatten(0, (heads, -1)) for x in (anchor, model))
-    few = max(1, _BLOCK * heads // anchor.numel())
-    parts = [_moments(*(x.double() for x in part)) for part in zip(a.split(few), b.split(few), strict=True)]
-    cross, norms = (torch.cat(x) for x in zip(*parts, strict=True))
-    return Moments(cross, norms)
+    parts = in_parallel(_of_head, list(zip(a.unbind(), b.unbind(), strict=True)), anchor.device)
+    cross, own, norms = (torch.stack(x) for x in zip(*parts, strict=True))
+    return Moments(cross, norms), own
 
 
-def _moments(a: Tensor, b: Tensor) -> Pair:
-    return a @ b.mT, (b * b).sum(-1)
+def _of_head(head: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = (x.double() for x in head)
+    return a @ b.mT, (a * a).sum(-1), (b * b).sum(-1)
 
 
 def align_heads(first: Moments, second: Moments, *, rotate: bool, scale: bool) -> HeadRotation:
@@ -186,8 +189,13 @@ def _polar(m: Tensor) -> Tensor:
     norm = torch.linalg.matrix_norm(m, keepdim=True)
     eye = torch.eye(d, dtype=m.dtype, device=m.device)
     tie_break = 4 * d * torch.finfo(m.dtype).eps * torch.where(norm > 0, norm, 1.0)
+    flat = (m + tie_break * eye).reshape(-1, d, d)
+    return torch.cat(in_parallel(_rotation_of, flat.split(_MATRICES), m.device)).reshape(m.shape)
+
+
+def _rotation_of(m: Tensor) -> Tensor:
     with one_thread():
-        u, _, vh = torch.linalg.svd(m + tie_break * eye)
+        u, _, vh = torch.linalg.svd(m)
     return u @ vh
 
 
@@ -209,6 +217,11 @@ def _unless_noise(g: HeadRotation, first: Moments, second: Moments) -> HeadRotat
 
 
 def _nuclear(m: Tensor) -> Tensor:
+    flat = m.reshape(-1, *m.shape[-2:])
+    return torch.cat(in_parallel(_singular_sums, flat.split(_MATRICES), m.device)).reshape(m.shape[:-2])
+
+
+def _singular_sums(m: Tensor) -> Tensor:
     with one_thread():
         return torch.linalg.svdvals(m).sum(-1)
 

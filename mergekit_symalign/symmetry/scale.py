@@ -23,6 +23,8 @@ from torch import Tensor
 from mergekit_symalign.symmetry.threads import one_thread
 
 _DENSE = 128  # intervals of the first sweep, which needs no decomposition
+_STEPS = (6e-4, 3e-3, 1.5e-2, torch.inf)  # to either side of what looks like the optimum: the second sweep
+_NEAR = 1e-3  # distance of the points that tell where it is
 _SECTIONS = 8  # intervals of each later sweep
 _SWEEPS = 6  # at most
 _PROVEN = 1e-7  # of the norms: a gap with which the search is at its end
@@ -54,17 +56,14 @@ class _Sweep:
         return _convex(self.t, self.b, self.o) - 2 * self.g
 
     def lower_bounds(self) -> Tensor:
-        """A lower bound of ``f`` on each interval [*batch, k]: tangents of the convex part minus chord of ``g``."""
-        t, tiny = self.t, torch.finfo(self.t.dtype).tiny
-        width = t.diff(dim=-1).clamp_min(tiny)
-        chord = self.g.diff(dim=-1) / width
-        rise = 2 * (self.b * torch.exp(2 * t) - self.o * torch.exp(-2 * t))
-        left, right = (end - 2 * chord for end in _ends(rise))
-        f_left, f_right = _ends(self.objective())
-        bend = (right - left).clamp_min(tiny)
-        meet = f_left + left * (f_right - f_left - right * width) / -bend
-        inside = torch.minimum(meet, torch.minimum(f_left, f_right))
-        return torch.where(left >= 0, f_left, torch.where(right <= 0, f_right, inside))
+        """A lower bound of ``f`` on each interval [*batch, k]: the least of the convex part minus the chord of ``g``."""
+        left, right = _ends(self.t)
+        start, _ = _ends(self.g)
+        chord = self.g.diff(dim=-1) / self.t.diff(dim=-1).clamp_min(torch.finfo(self.t.dtype).tiny)
+        root = torch.sqrt(chord.square() + 4 * self.b * self.o)  # least where b y − o / y = chord, y = e^{2t}
+        y = torch.where(chord > 0, (chord + root) / (2 * self.b), 2 * self.o / (root - chord))
+        lowest = torch.minimum(torch.maximum(torch.log(y) / 2, left), right)
+        return _convex(lowest, self.b, self.o) - 2 * (start + chord * (lowest - left))
 
     def bracket(self, best: Tensor) -> tuple[Tensor, Tensor]:
         """Hull of the intervals whose lower bound does not exceed ``best`` [*batch, 1]."""
@@ -81,7 +80,9 @@ def joint_log_scale(
 ) -> ScaleOptimum:
     """Minimise ``f`` over ``t`` globally, for a batch of problems at once.
 
-    A first sweep needs only ``g(t) ≤ e^t α + e^{-t} β`` and leaves a small bracket; sweeps with ``g`` itself close it.
+    A first sweep needs only ``g(t) ≤ e^t α + e^{-t} β`` and leaves a small bracket. Where a Newton step from its best
+    point leads, a few points with ``g`` itself mostly close it: the chord bound loses no more than the square of an
+    interval, and farther from the optimum ``f`` has more to spare. Otherwise evenly spaced sweeps follow.
 
     Args:
         b: [*batch] squared norms of what is multiplied by ``e^t``.
@@ -100,12 +101,13 @@ def joint_log_scale(
     t = _grid(low, high, _DENSE)
     sweep = _Sweep(t, torch.exp(t) * alpha + torch.exp(-t) * beta, b, o)
     promising = t.gather(-1, sweep.objective().argmin(-1, keepdim=True))
-    candidates = torch.cat((promising, torch.zeros_like(promising)), dim=-1)
-    values = _convex(candidates, b, o) - 2 * masked(candidates)
-    best, where = values.min(-1, keepdim=True)
+    candidates = torch.cat((promising - _NEAR, promising, promising + _NEAR, torch.zeros_like(promising)), dim=-1)
+    g = masked(candidates)
+    best, where = (_convex(candidates, b, o) - 2 * g).min(-1, keepdim=True)
     at = candidates.gather(-1, where)
-    for _ in range(_SWEEPS):
-        t = _grid(*sweep.bracket(best), _SECTIONS)
+    for number in range(_SWEEPS):
+        low, high = sweep.bracket(best)
+        t = _grid(low, high, _SECTIONS) if number else _graded(low, high, _refined(promising, g, b, o))
         sweep = _Sweep(t, masked(t), b, o)
         value, where = sweep.objective().min(-1, keepdim=True)
         at = torch.where(value < best, t.gather(-1, where), at)
@@ -179,6 +181,23 @@ def _convex(t: Tensor, b: Tensor, o: Tensor) -> Tensor:
 def _grid(low: Tensor, high: Tensor, intervals: int) -> Tensor:
     """``intervals + 1`` equally spaced points from ``low`` to ``high`` [*batch, 1]."""
     return low + (high - low) * torch.linspace(0, 1, intervals + 1, dtype=low.dtype, device=low.device)
+
+
+def _graded(low: Tensor, high: Tensor, centre: Tensor) -> Tensor:
+    """Points ever farther apart to either side of ``centre``, up to ``low`` and ``high`` [*batch, 1]."""
+    steps = torch.tensor(_STEPS, dtype=low.dtype, device=low.device)
+    centre = torch.maximum(torch.minimum(centre, high), low)
+    left = centre - torch.minimum(steps.flip(0), centre - low)
+    return torch.cat((left, centre, centre + torch.minimum(steps, high - centre)), dim=-1)
+
+
+def _refined(t: Tensor, g: Tensor, b: Tensor, o: Tensor) -> Tensor:
+    """A Newton step from ``t`` [*batch, 1] to the minimum of ``f``, with ``g`` at t − h, t, t + h, and at 0."""
+    below, here, above, _ = g.split(1, dim=-1)
+    up, down = torch.exp(2 * t) * b, torch.exp(-2 * t) * o
+    slope = 2 * (up - down) - (above - below) / _NEAR
+    bend = 4 * (up + down) - 2 * (above - 2 * here + below) / _NEAR**2
+    return t - torch.where(bend > 0, slope / bend, 0.0).clamp(-0.1, 0.1)
 
 
 def _first_bracket(b: Tensor, o: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:

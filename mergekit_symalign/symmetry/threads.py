@@ -1,23 +1,59 @@
-"""How many threads a computation uses, where torch's choice is a bad one."""
+"""How the work is divided among threads: in large pieces, each of which stays on one of them.
+
+torch divides every single operation among all threads and waits for the last of them. For the blocks that pass through
+here (a few hundred kilobytes, small enough to stay in the cache) that waiting takes longer than the work: somewhat on a
+free machine, and ten times as long where another program holds one of the cores (docs/performance.md).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+_SHARED: ContextVar[int] = ContextVar("threads that the pieces may use", default=0)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run decompositions of many small matrices in one thread.
-
-    LAPACK divides each of them among all threads, which takes longer than the decomposition itself: somewhat on a free
-    machine, and a hundred times as long where another program holds one of the cores (docs/performance.md).
-    """
+    """Run torch's operations in one thread each; `in_parallel` still uses as many as there were before."""
     threads = torch.get_num_threads()
+    token = _SHARED.set(_SHARED.get() or threads)
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        _SHARED.reset(token)
+
+
+def in_parallel(
+    work: Callable[[Piece], Result], pieces: Sequence[Piece], device: torch.device | None = None
+) -> list[Result]:
+    """``[work(piece) for piece in pieces]``, on the CPU with one thread for each of several pieces at a time.
+
+    The result does not depend on the number of threads if the pieces do not.
+
+    Args:
+        work: called in other threads; it must not write to anything that the pieces share.
+        pieces: of about the same size.
+        device: where the work is done; anything but the CPU has its own parallelism, and gets the pieces in turn.
+    """
+    threads = min(_SHARED.get() or torch.get_num_threads(), len(pieces))
+    if threads <= 1 or (device is not None and device.type != "cpu"):
+        return [work(piece) for piece in pieces]
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def run(piece: Piece) -> Result:
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            return work(piece)
+
+    with one_thread(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(run, pieces))

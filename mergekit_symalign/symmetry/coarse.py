@@ -1,0 +1,109 @@
+"""Nearest rows from 8-bit numbers: a bound that costs a fifth of the product in float32, and settles most rows.
+
+Every number is cut off at a few standard deviations and rounded to a whole multiple of a unit. Cutting off brings no
+two numbers farther apart, and rounding moves a row by a length that is known. So the distance of the rounded rows, less
+both lengths, bounds the distance of the rows from below, and products of whole numbers are exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_symalign.symmetry.threads import in_parallel
+
+_LARGEST = 127
+_RANGE = 4.5  # standard deviations that the whole numbers span to either side
+_PIECE = 1024  # rows for one thread
+_BLOCK = 1 << 19  # distances that are held at once: small enough to stay in the cache
+_CHUNK = 256  # columns of which the nearest is found first
+
+
+@dataclass(frozen=True)
+class TwoNearest:
+    """For each row the nearest column, and a lower bound of the squared distance of every other [rows]."""
+
+    columns: Tensor
+    bound: Tensor
+
+
+@dataclass(frozen=True)
+class CoarseRows:
+    """Rows of anchor and model as whole numbers.
+
+    Attributes:
+        anchor: int8 [neurons, k].
+        model: int8 [k, neurons].
+        norms: int32 [neurons], squared norms of the model's.
+        unit: what a whole number stands for.
+        error: [neurons], how far rounding moved each of the anchor's rows, and at most each of the model's.
+    """
+
+    anchor: Tensor
+    model: Tensor
+    norms: Tensor
+    unit: Tensor
+    error: Tensor
+
+    @staticmethod
+    def of(anchor: Tensor, model: Tensor) -> CoarseRows:
+        """From float32 [neurons, k] each."""
+        tiny = torch.finfo(anchor.dtype).tiny
+        rms = torch.stack([x.square().mean() for x in (anchor, model)]).mean().sqrt().clamp_min(tiny)
+        unit = rms * _RANGE / _LARGEST
+        whole, errors = zip(*(_rounded(x / unit) for x in (anchor, model)), strict=True)
+        norms = whole[1].to(torch.int32).square().sum(1, dtype=torch.int32)
+        # oneDNN's product wants the second matrix contiguous
+        return CoarseRows(whole[0], whole[1].mT.contiguous(), norms, unit, unit * (errors[0] + errors[1].max()))
+
+    def nearest(self, rows: Tensor) -> TwoNearest:
+        """For some of the anchor's rows (their numbers)."""
+        parts = in_parallel(self._of_piece, rows.split(_PIECE), rows.device)
+        columns, second = (torch.cat(x) for x in zip(*parts, strict=True))
+        own = self.anchor.index_select(0, rows).to(torch.int32).square().sum(1)
+        apart = (second + own).clamp_min(0).to(self.unit.dtype).sqrt() * self.unit
+        return TwoNearest(columns, (apart - self.error.index_select(0, rows)).clamp_min(0).square())
+
+    def _of_piece(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        height = max(17, _BLOCK // len(self.norms))  # the product wants more than 16 rows
+        parts = [self._of_block(block) for block in rows.split(height)]
+        columns, second = (torch.cat(x) for x in zip(*parts, strict=True))
+        return columns, second
+
+    def _of_block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        product = torch._int_mm(self.anchor.index_select(0, rows), self.model)
+        return two_lowest(torch.sub(self.norms, product, alpha=2, out=product))
+
+
+def usable(device: torch.device, columns: int) -> bool:
+    """Whether products of 8-bit numbers are fast here, and cannot overflow."""
+    capable = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return capable and torch.backends.mkldnn.is_available() and 4 * columns * _LARGEST**2 < 2**31
+
+
+def two_lowest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Place of the lowest number of each row [rows, n], and the second lowest number; ``x`` stays as it is.
+
+    In two steps, first over chunks: a minimum is several times cheaper than its place.
+    """
+    n = x.shape[1]
+    size = next(d for d in range(min(_CHUNK, n), 0, -1) if n % d == 0)
+    chunks = x.unflatten(1, (-1, size))
+    lowest = chunks.amin(2)
+    chunk = lowest.argmin(1)
+    at = chunk.reshape(-1, 1, 1).expand(-1, 1, size)
+    inside = chunks.gather(1, at).squeeze(1)
+    place = inside.argmin(1, keepdim=True)
+    ceiling = torch.iinfo(x.dtype).max if not x.is_floating_point() else torch.inf
+    rest = inside.scatter(1, place, ceiling).amin(1)
+    others = lowest.scatter(1, chunk.unsqueeze(1), ceiling).amin(1)
+    return chunk * size + place.squeeze(1), torch.minimum(rest, others)
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers [rows, k], and how far rounding moved each row (after cutting off) [rows]."""
+    cut = x.clamp(-_LARGEST, _LARGEST)
+    whole = cut.round()
+    return whole.to(torch.int8), torch.linalg.vector_norm(cut - whole, dim=1)

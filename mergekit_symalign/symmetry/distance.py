@@ -1,0 +1,87 @@
+"""Squared distances of weights, a block at a time: no copy of a whole tensor in a wider dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mergekit_symalign.symmetry.groups import AxisAction, Permutation, compute_dtype
+from mergekit_symalign.symmetry.options import Pair
+from mergekit_symalign.symmetry.threads import in_parallel
+
+_PIECE = 512  # rows, or columns, for one thread
+_BLOCK = 1 << 18  # numbers that are held in the compute dtype at once: small enough to stay in the cache
+
+Selection = Tensor | slice
+
+
+def squared_distance(pair: Pair, rows: Tensor, columns: Tensor) -> Tensor:
+    """Squared distance of anchor's ``rows[i]`` and model's ``columns[i]`` over all their coordinates, compute dtype.
+
+    Works through the tensors in the order in which they are stored, a block at a time.
+    """
+    anchor, model = pair
+    if anchor.stride(0) < anchor.stride(1):  # stored with the neurons last
+        at, to = _selection(rows), _selection(columns)
+        pieces = list(zip(anchor.mT.split(_PIECE), model.mT.split(_PIECE), strict=True))
+        return torch.stack(in_parallel(lambda piece: _of_columns(piece, at, to, len(rows)), pieces, rows.device)).sum(0)
+    pieces = list(zip(rows.split(_PIECE), columns.split(_PIECE), strict=True))
+    return torch.cat(in_parallel(lambda piece: _of_rows(pair, *piece), pieces, rows.device))
+
+
+def _of_rows(pair: Pair, rows: Tensor, columns: Tensor) -> Tensor:
+    """Squared distances of some rows."""
+    anchor, model = pair
+    height = min(len(rows), max(1, _BLOCK // anchor.shape[1]))
+    scratch = torch.empty(height, anchor.shape[1], dtype=compute_dtype(anchor.dtype), device=anchor.device)
+    found = []
+    for at, to in zip(rows.split(height), columns.split(height), strict=True):
+        block = scratch.narrow(0, 0, len(at))
+        block.copy_(_selected(anchor, _selection(at), 0)).sub_(_selected(model, _selection(to), 0))
+        found.append(block.square_().sum(1))
+    return torch.cat(found)
+
+
+def _of_columns(piece: Pair, at: Selection, to: Selection, width: int) -> Tensor:
+    """What some coordinates [coordinates, neurons] add to the squared distances."""
+    dtype = compute_dtype(piece[0].dtype)
+    height = max(1, _BLOCK // max(1, width))
+    scratch = torch.empty(height, width, dtype=dtype, device=piece[0].device)
+    total = torch.zeros(width, dtype=dtype, device=piece[0].device)
+    for a, b in zip(piece[0].split(height), piece[1].split(height), strict=True):
+        block = scratch.narrow(0, 0, len(a))
+        block.copy_(_selected(a, at, 1)).sub_(_selected(b, to, 1))
+        total += block.square_().sum(0)
+    return total
+
+
+def total_distance(pair: Pair, action: AxisAction | None = None) -> float:
+    """Squared distance of all of anchor and model [axis, columns], the model moved by ``action``."""
+    anchor, model = pair
+    rows = torch.arange(len(anchor), device=anchor.device)
+    if action is None or isinstance(action, Permutation):
+        columns = rows if action is None else action.index.to(anchor.device)
+        return float(squared_distance(pair, rows, columns).double().sum())
+    dtype, moved = compute_dtype(anchor.dtype), action
+
+    def of_block(block: Pair) -> Tensor:
+        a, b = block
+        return (moved(b, 0) - a.to(dtype)).square_().sum().double()
+
+    width = max(1, _BLOCK // len(anchor))
+    blocks = list(zip(anchor.split(width, dim=1), model.split(width, dim=1), strict=True))
+    return float(torch.stack(in_parallel(of_block, blocks, anchor.device)).sum())
+
+
+def _selection(index: Tensor) -> Selection:
+    """A slice where the index counts through."""
+    first = int(index[0])
+    through = torch.arange(first, first + len(index), device=index.device)
+    return slice(first, first + len(index)) if torch.equal(index, through) else index
+
+
+def _selected(x: Tensor, index: Selection, dim: int) -> Tensor:
+    """``index_select``, without a copy for a slice (along the last axis ``gather`` is several times as fast)."""
+    if isinstance(index, slice):
+        return x.narrow(dim, index.start, index.stop - index.start)
+    return x.index_select(0, index) if dim == 0 else x.gather(1, index.expand(len(x), -1))
