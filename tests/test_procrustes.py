@@ -45,7 +45,7 @@ class Sides:
 
     @property
     def moments(self) -> tuple[Moments, Moments]:
-        return moments(self.first_a, self.first_b, HEADS), moments(self.second_a, self.second_b, HEADS)
+        return moments(self.first_a, self.first_b, HEADS)[0], moments(self.second_a, self.second_b, HEADS)[0]
 
     def distances(self, g: AxisAction) -> Tensor:
         """Squared distance of each head after ``g``."""
@@ -145,8 +145,8 @@ def test_signs_are_the_better_ones() -> None:
     sides = Sides("sibling", 3)
     sign = torch.randint(2, (HEADS, DIM // 2), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     flip = sign.repeat(1, 2).flatten().to(D)
-    first = moments(sides.first_a, flip[:, None] * (sides.first_a + 0.1 * sides.second_a), HEADS)
-    second = moments(sides.second_a, flip[:, None] * sides.second_a, HEADS)
+    first = moments(sides.first_a, flip[:, None] * (sides.first_a + 0.1 * sides.second_a), HEADS)[0]
+    second = moments(sides.second_a, flip[:, None] * sides.second_a, HEADS)[0]
     torch.testing.assert_close(align_signs(first, second, of_heads=False).factor, flip)
 
 
@@ -171,7 +171,7 @@ def test_nothing_to_align_gives_the_identity(relation: str) -> None:
         first[:DIM], second[:DIM] = 0, 0
     if relation == "one side dead":
         second[:] = 0
-    sides = moments(first, first.clone(), HEADS), moments(second, second.clone(), HEADS)
+    sides = moments(first, first.clone(), HEADS)[0], moments(second, second.clone(), HEADS)[0]
     for found in (
         align_heads(*sides, rotate=True, scale=True),
         align_planes(*sides, rotate=True, scale=True),

@@ -60,14 +60,21 @@ class HeadActions:
     query: AxisAction | None
 
 
-def head_moments(sides: Sides, shape: HeadShape) -> tuple[AttentionMoments, HeadNorms]:
+def head_moments(
+    sides: Sides, shape: HeadShape, order: Mapping[str, Tensor] | None = None
+) -> tuple[AttentionMoments, HeadNorms]:
     """Moments over all tensors of each axis, of each head by itself: KV heads of value and key, else query heads.
+
+    Args:
+        sides: rows of the axes.
+        shape: heads of the block.
+        order: for each axis the model's heads that stand beside the anchor's, if not those of the same number.
 
     Returns:
         The moments, and the squared norms of the anchor's coordinates.
     """
     heads = {"value": shape.kv_heads, "attended": shape.query_heads, "query": shape.query_heads, "key": shape.kv_heads}
-    found = {axis: _moments(sides[axis], count) for axis, count in heads.items()}
+    found = {axis: _moments(sides[axis], n, order[axis] if order else None) for axis, n in heads.items()}
     return AttentionMoments(**{axis: m for axis, (m, _) in found.items()}), {axis: a for axis, (_, a) in found.items()}
 
 
@@ -125,8 +132,8 @@ def solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisA
     return partial.of(planes, rest)
 
 
-def _moments(side: Sequence[Pair], heads: int) -> tuple[Moments, Tensor]:
-    of_models, of_anchors = zip(*(moments(*pair, heads) for pair in side), strict=True)
+def _moments(side: Sequence[Pair], heads: int, order: Tensor | None) -> tuple[Moments, Tensor]:
+    of_models, of_anchors = zip(*(moments(*pair, heads, order) for pair in side), strict=True)
     return reduce(add, of_models), reduce(add, of_anchors)
 
 

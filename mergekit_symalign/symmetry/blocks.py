@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons
 from mergekit_symalign.symmetry.attention import (
@@ -45,8 +46,8 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries, facts: Fact
         facts["distance_before"] = distance(m, norms, HeadActions(None, None)) + _gain_distance(sides, {})
     order = match_heads(HeadProblem(sides, own, norms, shape, use), facts) if use.heads else None
     if order is not None:
-        sides = _reordered(sides, order, shape)
-        m = head_moments(sides, shape)[0].per_kv_head(shape.kv_heads)
+        m = head_moments(sides, shape, {axis: order.of(axis) for axis in HEAD_AXES})[0].per_kv_head(shape.kv_heads)
+        sides = {**sides, **reordered_gains(sides, order, shape)}
     actions: dict[str, AxisAction] = {}
     found = solve_heads(m, shape, use)
     if found.value is not None:
@@ -96,13 +97,13 @@ def _gain_distance(sides: Sides, actions: Mapping[str, AxisAction]) -> float:
     return sum(total_distance(pair, actions.get(axis)) for axis in GAIN_AXES for pair in sides.get(axis, ()))
 
 
-def _reordered(sides: Sides, order: HeadOrder, shape: HeadShape) -> Sides:
-    """The same rows with the model's heads in the anchor's order."""
-    moved = {}
-    for axis in moved_axes(shape):
-        permutation = order.permutation(axis, shape.head_dim)
-        moved[axis] = [(a, permutation.transform(b)) for a, b in sides[axis]]
-    return {**sides, **moved}
+def reordered_gains(sides: Sides, order: HeadOrder, shape: HeadShape) -> dict[str, list[Pair]]:
+    """The gains of a QK-norm; those that every head has for itself move with the heads."""
+
+    def moved(axis: str, x: Tensor) -> Tensor:
+        return order.permutation(axis, shape.head_dim).transform(x) if axis in moved_axes(shape) else x
+
+    return {axis: [(a, moved(axis, b)) for a, b in sides[axis]] for axis in GAIN_AXES if axis in sides}
 
 
 def after(order: HeadOrder, actions: dict[str, AxisAction], shape: HeadShape) -> dict[str, AxisAction]:

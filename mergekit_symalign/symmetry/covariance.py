@@ -24,10 +24,10 @@ from mergekit_symalign.symmetry.attention import (
     solve_gains,
     solve_query,
 )
-from mergekit_symalign.symmetry.blocks import HEAD_AXES, after, moved_axes
+from mergekit_symalign.symmetry.blocks import HEAD_AXES, after, reordered_gains
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling, compute_dtype
-from mergekit_symalign.symmetry.heads import GroupMoments, HeadOrder, HeadProblem, match_heads
+from mergekit_symalign.symmetry.heads import GroupMoments, HeadProblem, match_heads
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Pair, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.procrustes import Moments, align_heads
 
@@ -107,7 +107,7 @@ def align_attention_by(seen: Covariances, weights: Sides, shape: HeadShape, use:
         moved = {axis: order.permutation(axis, shape.head_dim) for axis in (*HEAD_AXES, *gains)}
         problem = CovarianceProblem({axis: c.reordered(moved[axis]) for axis, c in blended.items()}, shape, use)
         seen = {axis: c.reordered(moved[axis]) for axis, c in seen.items()}
-        gains = _reordered_gains(gains, order, shape)
+        gains = reordered_gains(gains, order, shape)
     found = problem.solve(problem.moments())
     actions: dict[str, AxisAction] = {}
     if found.value is not None:
@@ -258,15 +258,6 @@ def _size_ratio(anchor: Tensor, model: Tensor) -> Tensor:
     """``√(anchor / model)`` of squared norms; 1 where either shows nothing."""
     shown = (anchor > 0) & (model > 0)
     return torch.where(shown, anchor / torch.where(shown, model, 1.0), 1.0).sqrt()
-
-
-def _reordered_gains(gains: Sides, order: HeadOrder, shape: HeadShape) -> dict[str, list[Pair]]:
-    """Gains that every head has for itself move with the heads."""
-
-    def moved(axis: str, x: Tensor) -> Tensor:
-        return order.permutation(axis, shape.head_dim).transform(x) if axis in moved_axes(shape) else x
-
-    return {axis: [(a, moved(axis, b)) for a, b in side] for axis, side in gains.items()}
 
 
 def _neuron_scores(seen: Covariance, weights: Sides, scale: NeuronScale) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.groups import AxisAction, Permutation, compute_dtype
+from mergekit_symalign.symmetry.groups import AxisAction, Permutation, compute_dtype, select_last
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.threads import in_parallel
 
@@ -81,7 +81,7 @@ def _selection(index: Tensor) -> Selection:
 
 
 def _selected(x: Tensor, index: Selection, dim: int) -> Tensor:
-    """``index_select``, without a copy for a slice (along the last axis ``gather`` is several times as fast)."""
+    """``index_select``, without a copy for a slice."""
     if isinstance(index, slice):
         return x.narrow(dim, index.start, index.stop - index.start)
-    return x.index_select(0, index) if dim == 0 else x.gather(1, index.expand(len(x), -1))
+    return x.index_select(0, index) if dim == 0 else select_last(x, index)

@@ -30,6 +30,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def select_last(x: Tensor, index: Tensor) -> Tensor:
+    """``index_select`` along the last axis, where ``gather`` is twice as fast, the more so on whole numbers."""
+    if x.element_size() == 2 and not x.requires_grad:
+        return x.view(torch.int16).gather(-1, index.expand(*x.shape[:-1], -1)).view(x.dtype)
+    return x.gather(-1, index.expand(*x.shape[:-1], -1))
+
+
 class AxisAction(ABC):
     """An invertible linear map along one axis of length ``size``."""
 
@@ -114,9 +121,7 @@ class Permutation(AxisAction):
         """Apply to axis ``dim`` of ``x``; the numbers only move, so they keep their dtype."""
         self._require_size(x, dim)
         index = self.index.to(x.device)
-        if x.ndim > 1 and dim in (-1, x.ndim - 1):
-            return x.gather(-1, index.expand_as(x))  # several times as fast as index_select along the last axis
-        return x.index_select(dim, index)
+        return select_last(x, index) if x.ndim > 1 and dim in (-1, x.ndim - 1) else x.index_select(dim, index)
 
     def transform(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.index.to(x.device))

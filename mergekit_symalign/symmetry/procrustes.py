@@ -49,14 +49,21 @@ class Moments:
         return Moments(*(x.unflatten(0, (kv_heads, -1)).sum(1) for x in (self.cross, self.model)))
 
 
-def moments(anchor: Tensor, model: Tensor, heads: int) -> tuple[Moments, Tensor]:
+def moments(anchor: Tensor, model: Tensor, heads: int, order: Tensor | None = None) -> tuple[Moments, Tensor]:
     """Of two matrices [heads · d, columns], in float64, a head at a time.
+
+    Args:
+        anchor, model: the matrices.
+        heads: their number of heads.
+        order: which of the model's heads stands beside each of the anchor's, if not its own number.
 
     Returns:
         The moments, and the squared norm of each of the anchor's coordinates [heads, d].
     """
-    a, b = (x.unflatten(0, (heads, -1)) for x in (anchor, model))
-    parts = in_parallel(_of_head, list(zip(a.unbind(), b.unbind(), strict=True)), anchor.device)
+    a, b = (x.unflatten(0, (heads, -1)).unbind() for x in (anchor, model))
+    if order is not None:
+        b = tuple(b[i] for i in order.tolist())
+    parts = in_parallel(_of_head, list(zip(a, b, strict=True)), anchor.device)
     cross, own, norms = (torch.stack(x) for x in zip(*parts, strict=True))
     return Moments(cross, norms), own
 

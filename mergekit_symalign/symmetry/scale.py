@@ -56,11 +56,13 @@ class _Sweep:
         return _convex(self.t, self.b, self.o) - 2 * self.g
 
     def lower_bounds(self) -> Tensor:
-        """A lower bound of ``f`` on each interval [*batch, k]: the least of the convex part minus the chord of ``g``."""
+        """A lower bound of ``f`` on each interval [*batch, k]: the least of its convex part less the chord of ``g``."""
         left, right = _ends(self.t)
         start, _ = _ends(self.g)
-        chord = self.g.diff(dim=-1) / self.t.diff(dim=-1).clamp_min(torch.finfo(self.t.dtype).tiny)
-        root = torch.sqrt(chord.square() + 4 * self.b * self.o)  # least where b y − o / y = chord, y = e^{2t}
+        width = self.t.diff(dim=-1).clamp_min(torch.finfo(self.t.dtype).tiny)
+        chord = self.g.diff(dim=-1) / width
+        # the convex part rises as fast as the chord where b y − o / y = chord, with y = e^{2t}
+        root = torch.sqrt(chord.square() + 4 * self.b * self.o)
         y = torch.where(chord > 0, (chord + root) / (2 * self.b), 2 * self.o / (root - chord))
         lowest = torch.minimum(torch.maximum(torch.log(y) / 2, left), right)
         return _convex(lowest, self.b, self.o) - 2 * (start + chord * (lowest - left))

@@ -7,10 +7,12 @@ free machine, and ten times as long where another program holds one of the cores
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -46,8 +48,8 @@ def in_parallel(
         pieces: of about the same size.
         device: where the work is done; anything but the CPU has its own parallelism, and gets the pieces in turn.
     """
-    threads = min(_SHARED.get() or torch.get_num_threads(), len(pieces))
-    if threads <= 1 or (device is not None and device.type != "cpu"):
+    threads = _SHARED.get() or torch.get_num_threads()
+    if min(threads, len(pieces)) <= 1 or (device is not None and device.type != "cpu"):
         return [work(piece) for piece in pieces]
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
@@ -55,5 +57,13 @@ def in_parallel(
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             return work(piece)
 
-    with one_thread(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(run, pieces))
+    with one_thread():
+        return list(_pool(threads).map(run, pieces))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "symalign", initializer=torch.set_num_threads, initargs=(1,))
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
