@@ -60,14 +60,27 @@ def block_name(layer: int, kind: str) -> BlockName:
     return f"layer {layer} {kind}"
 
 
-def save_alignment(path: Path, origin: Origin, elements: Mapping[BlockName, BlockElement]) -> None:
-    """Write an alignment; the file appears under its name only when it is whole."""
+def save_alignment(
+    path: Path,
+    origin: Origin,
+    elements: Mapping[BlockName, BlockElement],
+    facts: Mapping[BlockName, Mapping[str, Any]] | None = None,
+) -> None:
+    """Write an alignment; the file appears under its name only when it is whole.
+
+    Args:
+        path: of the file.
+        origin: what the alignment belongs to.
+        elements: of each block.
+        facts: what is known of each block's solve, for the reports of merges that use the file.
+    """
     store = _Store()
     blocks = {
         block: {axis: store.steps(f"{block} {axis}", action) for axis, action in element.actions.items()}
         for block, element in elements.items()
     }
-    content = {"format": FORMAT, "origin": asdict(origin), "blocks": blocks, "sha256": _digest(store.tensors)}
+    content = {"format": FORMAT, "origin": asdict(origin), "blocks": blocks, "facts": dict(facts or {})}
+    content["sha256"] = _digest(store.tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}-{os.getpid()}")
     try:
@@ -86,12 +99,14 @@ class AlignmentFile:
         origin: what it belongs to.
         blocks: by name of block and axis, the steps of the element.
         sha256: of its numbers.
+        facts: what was known of each block when it was solved; empty for files that do not say.
     """
 
     path: Path
     origin: Origin
     blocks: Mapping[BlockName, Mapping[str, Steps]]
     sha256: str
+    facts: Mapping[BlockName, Mapping[str, Any]] = field(default_factory=dict)
 
     @staticmethod
     def open(path: Path) -> AlignmentFile:
@@ -123,7 +138,8 @@ class AlignmentFile:
                     f"its format is {content['format']}, newer than the {FORMAT} that this version reads",
                     "Install a newer mergekit-symalign",
                 )
-            return AlignmentFile(path, Origin(**content["origin"]), content["blocks"], content["sha256"])
+            origin, facts = Origin(**content["origin"]), content.get("facts", {})
+            return AlignmentFile(path, origin, content["blocks"], content["sha256"], facts)
         except (ValueError, KeyError, TypeError) as error:
             raise _unusable(path, f"its metadata are damaged ({error})") from error
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,8 @@ def test_a_merge_saves_what_a_merge_from_the_file_uses(pair: Pair, tmp_path: Pat
     assert [p.name for p in (tmp_path / "saved").iterdir()] == ["twin.safetensors"]
     from_file = _match(pair, tmp_path / "b", alignment=str(tmp_path / "saved" / "twin.safetensors"))
     assert all(torch.equal(x, from_file[name]) for name, x in saving.items())
+    solved, read = (json.loads((tmp_path / out / "symalign_report.json").read_text())["models"] for out in "ab")
+    assert solved == read  # the file carries what was known of the solve
     twin = pair.loaded(pair.twin_path)
     assert any(not torch.equal(x, twin[name]) for name, x in pair.loaded(tmp_path / "a").items())
 
@@ -223,3 +227,30 @@ def test_commands_say_what_they_cannot_find(command: str, tmp_path: Path) -> Non
         assert done.exit_code == 2, done.output
         assert message in done.output
         assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def nearly_full_disk() -> Iterator[None]:
+    """No file can grow beyond 2000 bytes: what has been written by then stays, as on a full disk."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, most))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+@pytest.mark.parametrize("name", ["solve", "apply", "inspect --json", "inspect --plot"])
+def test_a_full_disk_leaves_nothing_half_written(
+    name: str, llama: Pair, tmp_path: Path, nearly_full_disk: None
+) -> None:
+    out, models = tmp_path / "out.png", (llama.anchor_path, llama.twin_path)
+    commands = {
+        "solve": ("solve", *models, "-o", out, "--quiet"),
+        "apply": ("apply", llama.file, llama.twin_path, "-o", out, "--quiet"),
+        "inspect --json": ("inspect", *models, "--json", out, "--quiet"),
+        "inspect --plot": ("inspect", *models, "--plot", out, "--quiet"),
+    }
+    done = command(*commands[name])
+    assert done.exit_code == 1
+    assert "too large" in done.output  # what the operating system says of it
+    assert isinstance(done.exception, SystemExit)  # in one line
+    assert not list(tmp_path.iterdir())

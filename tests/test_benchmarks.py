@@ -17,7 +17,17 @@ def test_small_benchmark_runs(tmp_path: Path) -> None:
     command = [sys.executable, script, "--small", "--cache", tmp_path / "cache"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    for expected in ("siblings, 10 % noise", "prefix_1 100.0%", "heads identity", "full 100.0%", "2 layers", "| yes |"):
+    for expected in (
+        "siblings, 10 % noise",
+        "prefix_1 100.0%",
+        "heads identity",
+        "full 100.0%",
+        "2 layers",
+        "hidden 512",
+        "-j 4",
+        "| yes |",
+        "| small |",
+    ):
         assert expected in done.stdout, done.stdout
     assert list((tmp_path / "cache").glob("*/model.safetensors"))
 

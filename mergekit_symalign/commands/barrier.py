@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.runner import Batch
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options
-from mergekit_symalign.commands.common import bars, progress, readable
+from mergekit_symalign.commands.common import bars, progress, readable, written_whole
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
 from mergekit_symalign.errors import ArchitectureError, ConfigError
 from mergekit_symalign.graph.streaming import require_embedded, tokenizer_of
@@ -236,8 +236,5 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     axes.set_title("Loss on the line from model A to model B")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError:
-        path.unlink(missing_ok=True)  # half a picture
-        raise
+    with written_whole(path) as scratch:
+        figure.savefig(scratch, dpi=150)

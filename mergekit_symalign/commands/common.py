@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import click
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from mergekit_symalign.errors import CheckpointError, GeometryError, ModelError, SymalignError, ValueInTensorError
@@ -35,6 +38,19 @@ def readable() -> Iterator[None]:
         raise BadInput(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error.filename or 'writing'}: {error.strerror or error}") from error
+    except SafetensorError as error:  # inputs are checked before: this is a file that could not be written
+        raise click.ClickException(f"writing: {error}") from error
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to; it becomes ``path`` when all is written, and is removed on an error."""
+    scratch = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 @contextmanager

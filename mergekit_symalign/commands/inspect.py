@@ -13,7 +13,7 @@ from mergekit.options import MergeOptions, add_merge_options
 from mergekit_symalign.card import symmetry_share, verdict
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options, planned_task, run_tasks
 from mergekit_symalign.commands.barrier import require_plot
-from mergekit_symalign.commands.common import bars, readable, require_one_family
+from mergekit_symalign.commands.common import bars, readable, require_one_family, written_whole
 from mergekit_symalign.commands.plots import plot_layers
 from mergekit_symalign.errors import ConfigError
 from mergekit_symalign.graph.merge_report import WriteReport, by_model
@@ -62,13 +62,14 @@ def inspect(
             raise ConfigError(f"--json {json_file}", "its directory does not exist", "Make the directory first")
         merge_options.apply_global_options()
         report = measured(anchor, model, merge_options, parameters, layers)
-    for name, entry in report["models"].items():
-        click.echo(f"{name}\nagainst {anchor}\n")
-        click.echo("\n".join([*table(entry["blocks"]), "", *summary(entry["totals"])]))
-        if plot is not None:
-            plot_layers(entry["blocks"], f"{name} against {anchor}", plot)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        for name, entry in report["models"].items():
+            click.echo(f"{name}\nagainst {anchor}\n")
+            click.echo("\n".join([*table(entry["blocks"]), "", *summary(entry["totals"])]))
+            if plot is not None:
+                plot_layers(entry["blocks"], f"{name} against {anchor}", plot)
+        if json_file is not None:
+            with written_whole(json_file) as scratch:
+                scratch.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
 
 def measured(

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mergekit_symalign.commands.common import written_whole
+
 Block = Mapping[str, Any]
 
 
@@ -52,4 +54,5 @@ def plot_layers(blocks: Sequence[Block], title: str, path: Path) -> None:
     for axes in (distance, moved, angle):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=150)
+    with written_whole(path) as scratch:
+        figure.savefig(scratch, dpi=150)

@@ -54,7 +54,10 @@ class ReadBlock(Task[Dict[str, Any]]):
             if file.sha256 != self.sha256:
                 raise AlignmentFileError(file.label, "it was replaced while it was in use", "Start again")
         element = file.element(self.block)
-        return {"actions": (element.inverse() if self.inverse else element).pack(), "facts": {}}
+        return {
+            "actions": (element.inverse() if self.inverse else element).pack(),
+            "facts": dict(file.facts.get(self.block, {})),
+        }
 
 
 class SaveAlignment(Task[str]):
@@ -75,7 +78,8 @@ class SaveAlignment(Task[str]):
 
     def execute(self, **solutions: Dict[str, Any]) -> str:
         elements = {block: BlockElement.unpack(s["actions"]) for block, s in solutions.items()}
-        save_alignment(Path(self.path), Origin(**json.loads(self.origin)), elements)
+        facts = {block: s["facts"] for block, s in solutions.items()}
+        save_alignment(Path(self.path), Origin(**json.loads(self.origin)), elements, facts)
         return self.path
 
 

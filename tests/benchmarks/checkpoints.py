@@ -44,11 +44,18 @@ class Shape:
             architectures=["LlamaForCausalLM"],
         )
 
+    def scaled(self, up: int, down: int) -> Shape:
+        """Of another width, with more or fewer heads of the same size."""
+        sizes = ("hidden", "neurons", "heads", "kv_heads")
+        return replace(self, **{name: getattr(self, name) * up // down for name in sizes})
+
     def with_layers(self, layers: int) -> Shape:
         return replace(self, layers=layers)
 
 
 LLAMA_1B = Shape(hidden=2048, neurons=8192, layers=16, heads=32, kv_heads=8)
+LLAMA_8B = Shape(hidden=4096, neurons=14336, layers=32, heads=32, kv_heads=8, vocabulary=128256)
+LLAMA_70B = Shape(hidden=8192, neurons=28672, layers=80, heads=64, kv_heads=8, vocabulary=128256)
 LLAMA_8B_LAYER = Shape(hidden=4096, neurons=14336, layers=1, heads=32, kv_heads=8, vocabulary=1000)
 SMALL = Shape(hidden=256, neurons=768, layers=3, heads=8, kv_heads=4, vocabulary=1000)
 
@@ -96,7 +103,7 @@ def _write(folder: Path, shape: Shape, recipe: Recipe) -> None:
     config.save_pretrained(folder)
     with torch.device("meta"):
         sizes = {name: x.shape for name, x in LlamaForCausalLM(config).state_dict().items() if name != "lm_head.weight"}
-    finish = _foreign(config, recipe.seed) if recipe.foreign else _as_it_is
+    finish = foreign(config, recipe.seed) if recipe.foreign else _as_it_is
     state = {name: finish(name, weights(recipe, name, size)) for name, size in sizes.items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -105,7 +112,8 @@ def _as_it_is(name: str, x: Tensor) -> Tensor:
     return x.bfloat16()
 
 
-def _foreign(config: LlamaConfig, seed: int) -> Callable[[str, Tensor], Tensor]:
+def foreign(config: LlamaConfig, seed: int) -> Callable[[str, Tensor], Tensor]:
+    """What brings a tensor, by its name, into foreign coordinates."""
     layout = resolve(config, model="benchmark")
     elements = random_elements(layout, seed)
     return lambda name, x: transform({name: x}, layout, elements)[name].bfloat16().contiguous()

@@ -19,7 +19,7 @@ from statistics import median
 import click
 import torch
 from measure import Cost, merge
-from workloads import Workload, depths, shapes, workloads
+from workloads import Workload, depths, growth, shapes, workloads
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -52,6 +52,7 @@ class Line:
         ]
 
 
+GROWTH = ["", "plain, wall s", "added, wall s", "added, CPU s", "added, CPU s per layer and model"]
 HEAD = ["workload", "wall, s", "ratio", "CPU, s", "ratio", "peak RSS, GiB", "ratio", "settled by"]
 
 
@@ -61,8 +62,11 @@ HEAD = ["workload", "wall, s", "ratio", "CPU, s", "ratio", "peak RSS, GiB", "rat
 @click.option("--cache", type=Path, default=Path(".cache/benchmarks"), help="Where the checkpoints are kept.")
 @click.option("--only", default="", help="Only workloads whose name contains this.")
 @click.option("--depths/--no-depths", "with_depths", default=True, help="Memory against the number of layers.")
-@click.option("--layer/--no-layer", "with_layer", default=True, help="One 8B-shaped layer alone.")
-def main(small: bool, runs: int, cache: Path, only: str, with_depths: bool, with_layer: bool) -> None:
+@click.option("--growth/--no-growth", "with_growth", default=True, help="Cost against layers, width, models, threads.")
+@click.option("--layer/--no-layer", "with_layer", default=True, help="One layer alone, of 1B, 8B and 70B shape.")
+def main(
+    small: bool, runs: int, cache: Path, only: str, with_depths: bool, with_growth: bool, with_layer: bool
+) -> None:
     cache = cache.resolve()
     shape, layers = shapes(small)
     runs = 1 if small else runs
@@ -72,9 +76,13 @@ def main(small: bool, runs: int, cache: Path, only: str, with_depths: bool, with
     if with_depths:
         click.echo("\nMemory against depth, of the aligned merge (output in shards of 500 MB)\n")
         _table(["", "anonymous memory, MiB", "peak RSS, GiB"], (_depth(w, cache) for w in depths(shape, layers)))
+    if with_growth:
+        click.echo(f"\nWhat alignment adds to a merge of siblings (base and models), medians of {runs}\n")
+        _table(GROWTH, (_growth(w, cache, runs) for w in growth(shape)[-1 if small else 0 :]))
     if with_layer:
-        here = Path(__file__).with_name("layer.py")
-        subprocess.run([sys.executable, here, *(["--small"] * small)], check=True)
+        for name in ("layer.py", "shapes.py"):
+            here = Path(__file__).with_name(name)
+            subprocess.run([sys.executable, here, *(["--small"] * small)], check=True)
 
 
 def machine() -> str:
@@ -99,8 +107,20 @@ def routes(total: Counter[str]) -> str:
 
 def _measured(workload: Workload, cache: Path, runs: int) -> Line:
     plain, aligned = workload.configs(cache)
-    pairs = [(merge(plain, cache / "out"), merge(aligned, cache / "out")) for _ in range(runs)]
+    out, options = cache / "out", workload.options
+    pairs = [(merge(plain, out, *options), merge(aligned, out, *options)) for _ in range(runs)]
     return Line(workload, *map(list, zip(*pairs, strict=True)))
+
+
+def _growth(workload: Workload, cache: Path, runs: int) -> list[str]:
+    line = _measured(workload, cache, runs)
+    wall, cpu = (
+        median(getattr(a, field) - getattr(p, field) for p, a in zip(line.plain, line.aligned, strict=True))
+        for field in ("wall", "cpu")
+    )
+    solves = workload.shape.layers * len(workload.models)
+    plain = median(cost.wall for cost in line.plain)
+    return [workload.name, f"{plain:.1f}", f"{wall:.1f}", f"{cpu:.1f}", f"{cpu / solves:.2f}"]
 
 
 def _depth(workload: Workload, cache: Path) -> list[str]:

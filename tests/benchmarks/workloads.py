@@ -18,15 +18,17 @@ class Workload:
 
     Attributes:
         name: what it is.
-        models: target and skill.
-        align_skill: whether the second model is aligned too.
+        models: target and skill, or more.
+        align_skill: whether the models after the first are aligned too.
         shape: of all models.
+        options: of `mergekit-yaml`, for the plain merge too.
     """
 
     name: str
-    models: tuple[Recipe, Recipe]
+    models: tuple[Recipe, ...]
     align_skill: bool = True
     shape: Shape = LLAMA_1B
+    options: tuple[str, ...] = ()
 
     def configs(self, cache: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """The plain merge and the aligned one; missing checkpoints are written."""
@@ -34,7 +36,7 @@ class Workload:
         return _config("task_arithmetic", folders), _config("aligned_task_arithmetic", folders, self.align_skill)
 
 
-def siblings(noise: float, **rest: Any) -> tuple[Recipe, Recipe]:
+def siblings(noise: float, **rest: Any) -> tuple[Recipe, ...]:
     return Recipe(TARGET, noise, **rest), Recipe(SKILL, noise)
 
 
@@ -56,14 +58,30 @@ def depths(shape: Shape, layers: Sequence[int]) -> Sequence[Workload]:
     return [Workload(f"{n} layers", siblings(0.1, foreign=True), shape=shape.with_layers(n)) for n in layers]
 
 
+def growth(shape: Shape) -> Sequence[Workload]:
+    """Siblings at several depths, widths, numbers of models and of threads."""
+    few = shape.with_layers(min(shape.layers, 4))
+    more = [Recipe(seed, 0.1) for seed in (1, 2, 3)]
+    return [
+        *(
+            Workload(f"{few.layers * n} layers", tuple(more[:2]), shape=few.with_layers(few.layers * n))
+            for n in (1, 2, 4)
+        ),
+        *(Workload(f"hidden {x.hidden}", tuple(more[:2]), shape=x) for x in (few.scaled(1, 2), few, few.scaled(2, 1))),
+        *(Workload(f"{n} models", tuple(more[:n]), shape=few) for n in (1, 2, 3)),
+        *(Workload(f"-j {n}", tuple(more[:2]), shape=few, options=("-j", str(n))) for n in (1, 2, 4)),
+    ]
+
+
 def shapes(small: bool) -> tuple[Shape, tuple[int, ...]]:
     """The shape of the workloads, and the depths that are compared."""
     return (SMALL, (2,)) if small else (LLAMA_1B, (8, 16, 32))
 
 
 def _config(method: str, folders: Sequence[str], align_skill: bool = True) -> dict[str, Any]:
-    base, target, skill = folders
-    models: list[dict[str, Any]] = [{"model": m, "parameters": {"weight": 1.0}} for m in (target, skill)]
+    base, *rest = folders
+    models: list[dict[str, Any]] = [{"model": m, "parameters": {"weight": 1.0}} for m in rest]
     if not align_skill:
-        models[1]["parameters"]["align"] = False
+        for model in models[1:]:
+            model["parameters"]["align"] = False
     return {"merge_method": method, "base_model": base, "models": models, "dtype": "bfloat16"}

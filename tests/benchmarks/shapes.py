@@ -1,0 +1,67 @@
+"""One layer of one model, alone: seconds to solve its MLP and its attention, for models of several sizes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from statistics import median
+
+import torch
+from checkpoints import LLAMA_1B, LLAMA_8B, LLAMA_70B, SMALL, Recipe, Shape, foreign, weights
+from transformers import LlamaForCausalLM
+
+from mergekit_symalign.families.resolve import ModelLayout, resolve
+from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.graph.solve import align, block_rows
+from mergekit_symalign.symmetry.options import Sides, Symmetries
+from mergekit_symalign.symmetry.threads import one_thread
+
+RUNS = 3
+CASES = {
+    "sibling, 10 % noise": Recipe(1, 0.1),
+    "the same, permuted, rotated, rescaled": Recipe(1, 0.1, foreign=True),
+}
+
+
+def main(small: bool) -> None:
+    shapes = {"small": SMALL} if small else {"1B": LLAMA_1B, "8B": LLAMA_8B, "70B": LLAMA_70B}
+    print(f"\nOne layer of one model, {torch.get_num_threads()} threads, seconds, medians of {RUNS}\n")
+    print("| shape | model | MLP | attention |\n|---|---|---:|---:|")
+    for name, shape in shapes.items():
+        for case, recipe in CASES.items():
+            seconds = layer(replace(shape, layers=1, vocabulary=64), recipe)
+            print(
+                f"| {name} | {case} | {seconds[BlockKind.mlp]:.2f} | {seconds[BlockKind.attention]:.2f} |", flush=True
+            )
+
+
+def layer(shape: Shape, recipe: Recipe) -> dict[BlockKind, float]:
+    """Seconds to align each block of a layer to the base's."""
+    config = shape.config()
+    layout = resolve(config, model="benchmark")
+    with torch.device("meta"):
+        sizes = {name: x.shape for name, x in LlamaForCausalLM(config).state_dict().items() if ".layers." in name}
+    finish = foreign(config, recipe.seed) if recipe.foreign else lambda name, x: x.bfloat16()
+    seconds = {}
+    for kind in (BlockKind.mlp, BlockKind.attention):
+        claims = {name: layout.claim(name) for name in sizes}
+        own = {name: claim.spec for name, claim in claims.items() if claim and claim.spec.block is kind}
+        axes = tuple(layout.axes(spec) for spec in own.values())
+        anchor = block_rows(kind, axes, [weights(Recipe(), name, sizes[name]).bfloat16() for name in own])
+        model = block_rows(kind, axes, [finish(name, weights(recipe, name, sizes[name])) for name in own])
+        sides: Sides = {axis: list(zip(rows, model[axis], strict=True)) for axis, rows in anchor.items()}
+        seconds[kind] = median(_seconds(kind, sides, layout) for _ in range(RUNS))
+    return seconds
+
+
+def _seconds(kind: BlockKind, sides: Sides, layout: ModelLayout) -> float:
+    start = time.perf_counter()
+    with one_thread():  # as the merge's own task does: the pieces share the threads
+        align(kind, sides, layout.head_shape(0), layout.mlp_shape(), Symmetries(), {})
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main("--small" in sys.argv)

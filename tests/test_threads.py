@@ -1,0 +1,66 @@
+"""Work is divided among the threads that torch has, one for each piece, and nothing of the caller's state is lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mergekit_symalign.symmetry.threads import in_parallel, one_thread
+
+
+@pytest.fixture(autouse=True)
+def _three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def _meet(barrier: threading.Barrier) -> tuple[str, int]:
+    barrier.wait(timeout=20)  # breaks unless three pieces run at the same time
+    return threading.current_thread().name, torch.get_num_threads()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_as_many_pieces_at_a_time_as_torch_has_threads(inside: bool) -> None:
+    barrier = threading.Barrier(3)
+    if inside:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+            found = in_parallel(_meet, [barrier] * 6)
+            assert torch.get_num_threads() == 1
+    else:
+        found = in_parallel(_meet, [barrier] * 6)
+    assert len({name for name, _ in found}) == 3
+    assert {threads for _, threads in found} == {1}
+    assert torch.get_num_threads() == 3
+
+
+def test_one_thread_stays_in_the_callers() -> None:
+    torch.set_num_threads(1)
+    assert set(in_parallel(lambda _: threading.current_thread(), range(4))) == {threading.current_thread()}
+
+
+def test_other_devices_get_the_pieces_in_turn() -> None:
+    found = in_parallel(lambda _: threading.current_thread(), range(4), torch.device("cuda"))
+    assert set(found) == {threading.current_thread()}
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_results_in_order_and_in_the_callers_grad_mode(mode: type) -> None:
+    with mode():
+        expected = (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+        found = in_parallel(lambda i: (i, torch.is_inference_mode_enabled(), torch.is_grad_enabled()), range(20))
+    assert found == [(i, *expected) for i in range(20)]
+
+
+def test_errors_reach_the_caller_and_threads_come_back() -> None:
+    def fail(i: int) -> None:
+        raise ValueError(f"piece {i}")
+
+    with pytest.raises(ValueError, match="piece 0"):
+        in_parallel(fail, range(3))
+    assert torch.get_num_threads() == 3
