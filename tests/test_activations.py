@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from mergekit_symalign.activations import calibration as calibration_module
 from mergekit_symalign.activations.calibration import Calibration
 from mergekit_symalign.activations.runner import LayerRunner
-from mergekit_symalign.activations.statistics import Stream, run_layer
+from mergekit_symalign.activations.statistics import Statistics, Stream, run_layer
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph import activations, streaming
 from mergekit_symalign.graph.activations import RunLayer, SolveActivations, seen_axes
@@ -117,7 +117,8 @@ def test_a_twin_aligns_to_the_same_weights_as_the_original(llama: Twins, tmp_pat
         torch.testing.assert_close(out[1][name], x, rtol=0, atol=1e-3 * float(x.abs().max()), msg=name)
 
 
-STREAMED = ["mistral", "gemma3", "qwen3", "olmo2", "cohere2", "phi4-mini", "gpt2"]  # windows, QK-norms, fused, Conv1D
+# Windows, QK-norms, fused, Conv1D, relative positions by their own projections and by those of the tokens.
+STREAMED = ["mistral", "gemma3", "qwen3", "olmo2", "cohere2", "phi4-mini", "gpt2", "deberta-v2", "deberta-v3"]
 # Where the activations are in the modules of transformers, written down once more, without the family files.
 OUTPUTS = {
     "q_proj": ("query",),
@@ -125,31 +126,37 @@ OUTPUTS = {
     "v_proj": ("value",),
     "qkv_proj": ("query", "key", "value"),
     "c_attn": ("query", "key", "value"),
+    "query_proj": ("query",),
+    "key_proj": ("key",),
+    "value_proj": ("value",),
+    "pos_query_proj": ("query",),
+    "pos_key_proj": ("key",),
 }
-INPUTS = {"o_proj": "attended", "dense": "attended", "down_proj": "down", "fc2": "down"}
+INPUTS = {"o_proj": "attended", "down_proj": "down", "attn.c_proj": "attended", "mlp.c_proj": "down"}
+INPUTS |= {"attention.output.dense": "attended"} | {f"{layer}.output.dense": "down" for layer in range(3)}
 
 
 @contextmanager
-def _hooked(model: PreTrainedModel) -> Iterator[dict[tuple[int, str], torch.Tensor]]:
-    seen: dict[tuple[int, str], torch.Tensor] = {}
+def _hooked(model: PreTrainedModel) -> Iterator[dict[tuple[int, str], list[torch.Tensor]]]:
+    """Inside, what every forward writes and reads, by layer and axis, in the order of the calls."""
+    seen: dict[tuple[int, str], list[torch.Tensor]] = defaultdict(list)
     handles = []
     for name, module in model.named_modules():
-        layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
-        last = name.rpartition(".")[2]
-        two = ".".join(name.split(".")[-2:])
-        reads = INPUTS.get(last) or {"attn.c_proj": "attended", "mlp.c_proj": "down"}.get(two)
-
-        writes = OUTPUTS.get(last, ())
+        path = name.split(".")
+        layer = next((int(part) for part in path if part.isdigit()), -1)
+        reads = next((INPUTS[end] for n in (1, 2, 3) if (end := ".".join(path[-n:])) in INPUTS), None)
+        writes = OUTPUTS.get(path[-1], ())
 
         def output(m: Any, args: Any, out: torch.Tensor, axes: Any = writes, layer: int = layer) -> None:
-            heads, kv = model.config.num_attention_heads, model.config.num_key_value_heads
-            kv = heads if model.config.model_type == "gpt2" else kv
+            heads = model.config.num_attention_heads
+            kv = getattr(model.config, "num_key_value_heads", heads) if model.config.model_type != "gpt2" else heads
             d = out.shape[-1] // (heads + 2 * kv)
             sizes = [heads * d, kv * d, kv * d] if len(axes) > 1 else [out.shape[-1]]
-            seen.update({(layer, axis): x for axis, x in zip(axes, out.split(sizes, -1), strict=True)})
+            for axis, x in zip(axes, out.split(sizes, -1), strict=True):
+                seen[layer, axis].append(x[0])
 
         def read(m: Any, args: Any, axis: Any = reads, layer: int = layer) -> None:
-            seen[layer, axis] = args[0]
+            seen[layer, axis].append(args[0][0])
 
         if writes:
             handles.append(module.register_forward_hook(output))
@@ -164,20 +171,24 @@ def _hooked(model: PreTrainedModel) -> Iterator[dict[tuple[int, str], torch.Tens
 def _reference(anchor: PreTrainedModel, model: PreTrainedModel, calibration: Calibration) -> dict[Any, list[Any]]:
     """Products of plain forwards of the whole models, one prompt at a time, so without any padding."""
     sums: dict[Any, list[Any]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-    for sequence in calibration.sequences:
+    for number, sequence in enumerate(calibration.sequences):
         ids, seen = torch.tensor([sequence]), []
         for each in (anchor, model):
             with _hooked(each) as found:
-                each(ids, use_cache=False)
-            seen.append({key: x[0] for key, x in found.items()})
-        for key, a in seen[0].items():
-            b = seen[1][key]
-            for i, product in enumerate((a.mT @ b, a.square().sum(0), b.square().sum(0))):
-                sums[key][i] = sums[key][i] + product
+                each(ids)
+            seen.append(found)
+        for key, calls in seen[0].items():
+            both = list(zip(calls, seen[1][key], strict=True))
+            for a, b in both if number == 0 else both[:1]:  # relative positions, behind the tokens, count once
+                for i, product in enumerate((a.mT @ b, a.square().sum(0), b.square().sum(0))):
+                    sums[key][i] = sums[key][i] + product
     return sums
 
 
-def _streamed(models: list[PreTrainedModel], calibration: Calibration) -> dict[Any, Covariance]:
+def _streamed(
+    models: list[PreTrainedModel], calibration: Calibration, axes: frozenset[str] = ALL_AXES
+) -> list[Statistics]:
+    """Of each layer."""
     runners = [LayerRunner(m.config, resolve(m.config, model="m")) for m in models]
     batches = list(calibration.batches())
     recorded, hidden = [], []
@@ -185,15 +196,16 @@ def _streamed(models: list[PreTrainedModel], calibration: Calibration) -> dict[A
         outside = {name: x for name, x in model.state_dict().items() if name in runner.layout.outside}
         recorded.append([runner.record(batch, outside) for batch in batches])
         hidden.append([r.hidden for r in recorded[-1]])
-    found = {}
+    found = []
     for layer in range(runners[0].layout.layers):
         streams = []
         for runner, model, h, r in zip(runners, models, hidden, recorded, strict=True):
             state = model.state_dict()
-            weights = {part: state[runner.layout.name(layer, part)] for part in runner.layout.inside}
-            streams.append(Stream(runner, weights, h, r, ALL_AXES if model is models[1] else frozenset()))
+            names = {part: runner.layout.name(layer, part) for part in runner.layout.inside}
+            weights = {part: state[name] for part, name in names.items() if name in state}
+            streams.append(Stream(runner, weights, h, r, axes if model is models[1] else frozenset()))
         hidden, sums = run_layer(layer, streams[0], streams[1:], [b.valid for b in batches])
-        found.update({(layer, axis): c for axis, c in sums[0].items()})
+        found.append(sums[0])
     return found
 
 
@@ -204,15 +216,38 @@ def test_streamed_statistics_are_those_of_the_whole_models(family: str, monkeypa
     model = perturbed(anchor, 0.1, 1)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, LENGTH + 1, (40,), generator=generator).tolist()
-    calibration = Calibration(tuple(tuple(torch.randint(97, (n,), generator=generator).tolist()) for n in lengths))
+    calibration = Calibration(tuple(tuple(torch.randint(1, 97, (n,), generator=generator).tolist()) for n in lengths))
     assert len(list(calibration.batches())) > 1
     with EverythingInFloat64():
-        expected, found = _reference(anchor, model, calibration), _streamed([anchor, model], calibration)
+        expected, streamed = _reference(anchor, model, calibration), _streamed([anchor, model], calibration)
+    found = {(i, axis): c for i, layer in enumerate(streamed) for axis, c in layer.covariances.items()}
     assert found.keys() == expected.keys()
     assert len(found) == 5 * anchor.config.num_hidden_layers
     for key, sums in expected.items():
         for wanted, got in zip(sums, (found[key].cross, found[key].anchor, found[key].model), strict=True):
             assert (got - wanted).abs().max() <= 1e-6 * wanted.abs().max(), key
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "olmoe"])
+def test_streamed_routing_is_that_of_the_whole_model(family: str) -> None:
+    """Prompts of one length, in one batch, so that plain forwards give the tokens in the same order."""
+    anchor = make_model(family, 0, attn_implementation="eager")
+    models = [anchor, perturbed(anchor, 0.1, 1)]
+    ids = torch.randint(1, 97, (6, LENGTH), generator=torch.Generator().manual_seed(0))
+    with EverythingInFloat64(), torch.no_grad():
+        streamed = _streamed(models, Calibration(tuple(map(tuple, ids.tolist()))), frozenset(("expert",)))
+        for side, model in enumerate(models):
+            given: list[Any] = []
+            for layer in model.model.layers:
+                layer.mlp.experts.register_forward_pre_hook(lambda m, args, given=given: given.append(args))
+            model(ids)
+            for layer, (entered, chosen, _) in zip(streamed, given, strict=True):
+                assert layer.routing is not None
+                found = layer.routing[side]
+                torch.testing.assert_close(found.entered, entered, rtol=0, atol=1e-6 * float(entered.abs().max()))
+                reached = torch.nn.functional.one_hot(chosen, found.logits.shape[1]).sum(1).bool()
+                assert torch.equal(found.reached, reached)
+                assert torch.equal(found.logits.topk(chosen.shape[1]).indices.sort().values, chosen.sort().values)
 
 
 def test_directions_without_evidence_are_left_where_weights_put_them(llama: Twins, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from mergekit_symalign.symmetry.blocks import HEAD_AXES, after, reordered_gains
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling, compute_dtype
 from mergekit_symalign.symmetry.heads import GroupMoments, HeadProblem, match_heads
+from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Pair, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.procrustes import Moments, align_heads
 
@@ -284,13 +285,14 @@ def _neuron_scores(seen: Covariance, weights: Sides, scale: NeuronScale) -> Tens
     rows, columns = _silent(seen.anchor), _silent(seen.model)
     if rows is None or columns is None:
         return score
-    sides = [
-        (a.index_select(0, rows), b.index_select(0, columns))
+    sides = (
+        [(a.index_select(0, rows), b.index_select(0, columns)) for a, b in weights.get(axis, ())]
         for axis in ("gate", "up", "down")
-        for a, b in weights.get(axis, ())
-    ]
-    silent = Covariance.of_rows(sides).cross
-    silent = silent * (_SILENT * score.abs().mean() / silent.abs().max().clamp_min(torch.finfo(silent.dtype).tiny))
+    )
+    silent = NeuronCosts(NeuronPairs(*sides), scale).scores()
+    size = score.abs().mean()
+    unit = torch.where(size > 0, _SILENT * size, 1.0)  # if all are silent, there is nothing to be smaller than
+    silent = silent * (unit / silent.abs().max().clamp_min(torch.finfo(silent.dtype).tiny))
     return score.index_put((rows.unsqueeze(1), columns), silent.to(score.dtype))
 
 
