@@ -100,9 +100,8 @@ def main() -> None:
     print(f"two plain forwards: {full:.1f} s ({median('plain', 'forward'):.1f} s without logits)")
     print(f"run on prompts:     {streamed:.1f} s, and solves {median('aligned', 'solves'):.1f} s")
     print(f"ratio:              {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
-    print(
-        f"peak memory:        {median('plain', 'peak'):.0f} MiB plain (one model), {median('aligned', 'peak'):.0f} MiB aligned"
-    )
+    peaks = median("plain", "peak"), median("aligned", "peak")
+    print(f"peak memory:        {peaks[0]:.0f} MiB plain (one model), {peaks[1]:.0f} MiB aligned")
 
 
 def run(part: str) -> dict[str, float]:

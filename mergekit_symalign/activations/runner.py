@@ -96,7 +96,7 @@ class LayerRunner:
         model_type = getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
         build = getattr(model_type, "_from_config", None) or model_type.from_config
         with init_empty_weights(include_buffers=False):
-            model = build(config, attn_implementation="eager")
+            model = build(config, attn_implementation="eager", experts_implementation="eager")
         model.tie_weights()  # building it without weights takes them apart
         self.model = model.eval().requires_grad_(False)
         path = layout.name(0, "").rstrip(".").rpartition(".")[0]

@@ -49,7 +49,7 @@ class Statistics:
 
 @torch.inference_mode()
 def run_layer(
-    layer: int, anchor: Stream, models: Sequence[Stream], valid: Sequence[Tensor]
+    layer: int, anchor: Stream, models: Sequence[Stream], kept: Sequence[Tensor | None]
 ) -> tuple[list[list[Tensor]], list[Statistics]]:
     """Run a layer of the anchor and of every model, and compare what they compute.
 
@@ -59,7 +59,7 @@ def run_layer(
     Args:
         layer: its index in all of them.
         anchor, models: what runs; the anchor's own ``seen`` is that of all models together.
-        valid: of each batch, which tokens are no padding [prompts, tokens].
+        kept: of each batch, where among prompts × tokens those are that are no padding; None if all are.
 
     Returns:
         The hidden states behind the layer, of the anchor and each model; and each model's statistics.
@@ -68,8 +68,7 @@ def run_layer(
     hidden: list[list[Tensor]] = [[] for _ in streams]
     routing: list[list[Routing]] = [[] for _ in streams]
     sums = [Statistics() for _ in models]
-    for batch, tokens in enumerate(valid):
-        at = None if bool(tokens.all()) else torch.nonzero(tokens.flatten()).flatten()
+    for batch, at in enumerate(kept):
         ours: dict[str, Tensor] = {}
         for i, stream in enumerate(streams):
             out, found = stream.runner.run(

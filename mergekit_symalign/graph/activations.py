@@ -106,7 +106,7 @@ class EmbedPrompts(_Streaming):
         return self.weight_arguments()
 
     def execute(self, **tensors: Optional[torch.Tensor]) -> Dict[str, Any]:
-        hidden, calls, valid = [], [], []
+        hidden, calls, kept = [], [], []
         for i, model in enumerate(self.models):
             weights = self.weights_of(i, tensors)
             device = next(iter(weights.values())).device
@@ -115,8 +115,8 @@ class EmbedPrompts(_Streaming):
             recorded = [runner.record(batch, weights) for batch in batches]
             hidden.append([r.hidden for r in recorded])
             calls.append([(r.tensors, r.calls) for r in recorded])
-            valid = [b.valid for b in batches]
-        return {"hidden": hidden, "arguments": {"calls": calls, "valid": valid}}
+            kept = [at if at is None else at.to(device) for at in self.calibration.kept()]
+        return {"hidden": hidden, "arguments": {"calls": calls, "kept": kept}}
 
 
 class RunLayer(_Streaming):
@@ -146,7 +146,7 @@ class RunLayer(_Streaming):
             )
             for i, model in enumerate(self.models)
         ]
-        out, sums = run_layer(self.layer, streams[0], streams[1:], recorded["valid"])
+        out, sums = run_layer(self.layer, streams[0], streams[1:], recorded["kept"])
         return {"hidden": out, "statistics": [_by_block(found) for found in sums]}
 
 

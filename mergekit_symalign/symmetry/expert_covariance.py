@@ -65,26 +65,30 @@ def align_experts_by(
     scale = shape.scale if use.neuron_scaling else NeuronScale.none
     if not use.permutation and scale is NeuronScale.none:
         return BlockElement({})
-    index = torch.arange(shape.experts, device=routing[0].logits.device)
-    if use.permutation:
-        index = _match_experts(routing, weights)
-    order: list[int] = index.tolist()
+    order = _match_experts(routing, weights) if use.permutation else list(range(shape.experts))
     pairs = []
     for i, j in enumerate(order):
-        at = torch.nonzero(routing[0].reached.select(1, i) | routing[1].reached.select(1, j)).flatten()
+        at = _tokens_of(routing, i, j)
         own = {
             axis: [(_of(a, i, shape), _of(b, j, shape)) for a, b in weights[axis]] for axis in ("gate", "up", "down")
         }
         seen = _neurons_seen(own, (routing[0].entered, routing[1].entered), at, act)
         pairs.append(match_neurons_by(seen, own, scale, permute=use.permutation))
     gate, up = (side_by_side([pair[k] for pair in pairs], order) for k in range(2))
+    index = torch.tensor(order, device=routing[0].logits.device)
     return BlockElement({"expert": Permutation(index), "gate": gate, "up": up, "down": up.dual()})
 
 
-def _match_experts(routing: tuple[Routing, Routing], weights: Sides) -> Tensor:
-    """The model's expert for each of the anchor's [experts]."""
+def _match_experts(routing: tuple[Routing, Routing], weights: Sides) -> list[int]:
+    """The model's expert for each of the anchor's."""
     logits = Covariance.of_rows([(routing[0].logits.mT, routing[1].logits.mT)])
-    return best_assignment(with_grain(logits, Covariance.of_rows(weights["expert"])).cross)
+    order: list[int] = best_assignment(with_grain(logits, Covariance.of_rows(weights["expert"])).cross).tolist()
+    return order
+
+
+def _tokens_of(routing: tuple[Routing, Routing], i: int, j: int) -> Tensor:
+    """The tokens that reach the anchor's expert ``i`` or the model's ``j``."""
+    return torch.nonzero(routing[0].reached.select(1, i) | routing[1].reached.select(1, j)).flatten()
 
 
 def _neurons_seen(
