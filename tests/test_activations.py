@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import State, load, merge_config, merged
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
@@ -286,31 +290,54 @@ def test_signed_neuron_scales_are_undone_by_activations(tmp_path: Path) -> None:
         torch.testing.assert_close(out[name], x, rtol=0, atol=1e-3 * float(x.abs().max()), msg=name)
 
 
-def test_the_command_the_file_and_a_second_run_agree(
+_KILLED_IN_LAYER_2 = """
+import os, signal
+from mergekit.scripts.run_yaml import main
+from mergekit_symalign.graph.activations import RunLayer
+execute = RunLayer.execute
+def killed(self, **given):
+    if self.layer == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return execute(self, **given)
+RunLayer.execute = killed
+main()
+"""
+
+
+def test_a_killed_run_started_again_the_file_and_an_undisturbed_run_agree(
     llama: Twins, tmp_path: Path, mergekit_yaml: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """mergekit-yaml on a run that was killed and started again, and a merge from the file that the first one saved."""
-    settings = {
-        "objective": "activations",
-        "calibration": str(llama.prompts),
-        "save_alignment": str(tmp_path / "saved"),
-    }
-    paths = llama.paths
+    """SIGKILL in the third layer, when shards of the first are written; then mergekit-yaml into the same folders."""
+    saved, paths = tmp_path / "saved", llama.paths
+    settings = {"objective": "activations", "calibration": str(llama.prompts), "save_alignment": str(saved)}
     config = merge_config("aligned_task_arithmetic", paths["anchor"], [paths["sibling-twin"]], parameters=settings)
     config["parameters"]["weight"] = 1.0
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "model.safetensors").write_bytes(b"half of a model that was killed")
-    done = mergekit_yaml(config, tmp_path / "out", "--no-copy-tokenizer")
+    out, file = tmp_path / "out", tmp_path / "killed.yml"
+    file.write_text(yaml.safe_dump(config))
+    options = ["--no-copy-tokenizer", "--no-write-model-card", "--out-shard-size", "50000"]
+    killed = subprocess.run([sys.executable, "-c", _KILLED_IN_LAYER_2, file, out, *options], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = {path.name for path in out.iterdir()}
+    assert left
+    assert all(re.fullmatch(r"model-\d+\.safetensors", name) for name in left)  # no index, no config, no report
+    assert not saved.exists()
+    done = mergekit_yaml(config, out, *options)
     assert done.returncode == 0, done.stderr
-    again = merged(config, tmp_path / "again")
-    file = str(tmp_path / "saved" / "sibling-twin.safetensors")
-    models = [{"model": paths["sibling-twin"], "parameters": {"alignment": file}}]
-    from_file = merged(
-        merge_config("aligned_task_arithmetic", paths["anchor"], models, parameters={"weight": 1.0}), tmp_path / "file"
-    )
-    for name, x in load(tmp_path / "out").items():
-        assert torch.equal(x, again[name]), name
-        assert torch.equal(x, from_file[name]), name
+    undisturbed = config | {"parameters": config["parameters"] | {"save_alignment": str(tmp_path / "undisturbed")}}
+    merged(undisturbed, tmp_path / "again", out_shard_size=50000)
+    assert _bytes(out) == _bytes(tmp_path / "again")
+    assert _bytes(saved) == _bytes(tmp_path / "undisturbed")
+    models = [{"model": paths["sibling-twin"], "parameters": {"alignment": str(saved / "sibling-twin.safetensors")}}]
+    from_file = merge_config("aligned_task_arithmetic", paths["anchor"], models, parameters={"weight": 1.0})
+    found = merged(from_file, tmp_path / "file")
+    assert all(torch.equal(x, found[name]) for name, x in load(out).items())
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    """The weights in a folder, file by file."""
+    found = {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors*"))}
+    assert found
+    return found
 
 
 def test_two_models_and_a_third_by_weights(llama: Twins, tmp_path: Path) -> None:
