@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import signal
@@ -30,6 +31,7 @@ from mergekit_symalign.activations import calibration as calibration_module
 from mergekit_symalign.activations.calibration import Calibration
 from mergekit_symalign.activations.runner import LayerRunner
 from mergekit_symalign.activations.statistics import Statistics, Stream, run_layer
+from mergekit_symalign.commands.solve import run_solve
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph import streaming
 from mergekit_symalign.graph.activations import RunLayer
@@ -383,3 +385,30 @@ def test_deep_models_hold_one_layer_at_a_time(tmp_path: Path) -> None:
         assert len(set(alive.values())) <= 1, (step, set(alive.values()))
         alive = {h: layer for h, layer in alive.items() if last_use[h] > step}
     assert ran == list(range(12))
+
+
+def test_memory_does_not_grow_with_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all tensors hold when each layer of a solve starts; the elements of the layers before are all that stays."""
+    models = [save(make_model("llama", i, num_hidden_layers=10), tmp_path / str(i)) for i in range(2)]
+    for path in models:
+        word_tokenizer(97).save_pretrained(path)
+    file, held = prompts(tmp_path / "p.jsonl", tokens=300), []
+    execute = RunLayer.execute
+
+    def watched(self: RunLayer, **given: Any) -> Any:
+        if self.layer in (1, 9):
+            held.append(_held())
+        return execute(self, **given)
+
+    monkeypatch.setattr(RunLayer, "execute", watched)
+    settings = {"objective": "activations", "calibration": str(file)}
+    run_solve(*map(str, models), tmp_path / "a.safetensors", MergeOptions(quiet=True), settings)
+    layer = sum(x.nbytes for name, x in load(models[0]).items() if ".layers.0." in name)
+    assert held[1] - held[0] < 8 * layer / 4
+
+
+def _held() -> int:
+    """Bytes of all tensors that are alive, each storage once."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
