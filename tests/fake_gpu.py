@@ -47,13 +47,13 @@ class FakeGpuMode(FakeTensorMode):
         return False
 
 
-FAMILIES = ["llama", "phi4-mini", "gemma3", "deberta-v3", "mixtral"]
+FAMILIES = ["llama", "gemma3", "deberta-v3", "mixtral"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_run_on_prompts_stays_on_a_fake_gpu(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embedding, layers and solves. Any tensor made on the CPU would raise: FakeTensorMode refuses to mix devices."""
-    paths = [save(make_model(family, i, num_hidden_layers=2), tmp_path / str(i)) for i in range(2)]
+    paths = [save(make_model(family, i, num_hidden_layers=1), tmp_path / str(i)) for i in range(2)]
     for path in paths:
         word_tokenizer(97).save_pretrained(path)
     monkeypatch.setattr(streaming, "AutoTokenizer", PreTrainedTokenizerFast)
@@ -92,7 +92,7 @@ def test_the_run_on_prompts_stays_on_a_fake_gpu(family: str, tmp_path: Path, mon
                 tensors = [x for x in tree_leaves(done[task]) if isinstance(x, torch.Tensor)]
                 assert tensors
                 assert all(x.device == GPU for x in tensors)
-    for kind, count in ((EmbedPrompts, 1), (RunLayer, 2), (SolveActivations, 4)):
+    for kind, count in ((EmbedPrompts, 1), (RunLayer, 1), (SolveActivations, 2)):
         assert sum(isinstance(task, kind) for task in done) == count
 
 

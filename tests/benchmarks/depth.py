@@ -2,8 +2,8 @@
 
     python tests/benchmarks/depth.py
 
-Random Llamas in bfloat16, whose layers take 28 MiB in float32; each solve in a process of its own. Anonymous memory is
-what the process allocates itself: pages of the mapped input files do not count.
+A random Llama and a sibling of it in bfloat16, a layer of each 24 MiB in float32; each solve in a process of its own.
+Anonymous memory is what the process allocates itself: pages of the mapped input files do not count.
 """
 
 from __future__ import annotations
@@ -27,13 +27,18 @@ WORDS = 1000
 
 
 def write_model(folder: Path, layers: int, seed: int) -> int:
-    """A random model with a tokenizer of whole words; returns the bytes of a layer in float32."""
-    torch.manual_seed(seed)
+    """A random model or (seed not 0) a sibling of it, and a tokenizer of words; returns a layer's bytes in float32."""
+    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=WORDS, hidden_size=768, intermediate_size=2048, num_hidden_layers=layers, num_attention_heads=12,
         num_key_value_heads=4, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
-    model = LlamaForCausalLM(config).bfloat16()
+    model = LlamaForCausalLM(config)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * (seed > 0) * parameter.std() * torch.randn(parameter.shape))
+    model.bfloat16()
     model.save_pretrained(folder)
     tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -72,7 +77,7 @@ def main() -> None:
             write_prompts(folder / "prompts.txt", args.tokens)
             options = ("--objective", "activations", "--calibration", str(folder / "prompts.txt"))
             resident, own = peaks(folder, *options)
-        print(f"| {layers} | {2 * layers * layer / 2**20:.0f} MiB | {own:.0f} MiB | {resident:.0f} MiB |")
+        print(f"| {layers} | {2 * layers * layer / 2**20:.0f} MiB | {own:.0f} MiB | {resident:.0f} MiB |", flush=True)
 
 
 if __name__ == "__main__":
