@@ -85,9 +85,10 @@ def run_layer(
             else:
                 for axis in columns:
                     _accumulate(sums[i - 1].covariances, axis, ours[axis], columns[axis])
-    for model, theirs in zip(sums, routing[1:], strict=True):
-        if theirs:
-            model.routing = (Routing.joined(routing[0]), Routing.joined(theirs))
+    whole = [Routing.joined(batches) if batches else None for batches in routing]
+    for model, theirs in zip(sums, whole[1:], strict=True):
+        if whole[0] is not None and theirs is not None:
+            model.routing = (whole[0], theirs)
     return hidden, sums
 
 

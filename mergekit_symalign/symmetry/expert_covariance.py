@@ -19,7 +19,7 @@ from mergekit_symalign.symmetry.experts import side_by_side
 from mergekit_symalign.symmetry.groups import Permutation, compute_dtype
 from mergekit_symalign.symmetry.options import MlpShape, NeuronScale, Sides, Symmetries
 
-NEURON_AXES = ("gate", "up", "down")
+_NEURON_AXES = ("gate", "up", "down")
 _TOKENS = 4096  # that run through an expert at once
 
 
@@ -39,7 +39,9 @@ class Routing:
 
     @staticmethod
     def joined(batches: Sequence[Routing]) -> Routing:
-        """The tokens of all batches."""
+        """The tokens of all batches (at least one)."""
+        if len(batches) == 1:
+            return batches[0]
         return Routing(*(torch.cat(x) for x in zip(*(b.tensors() for b in batches), strict=True)))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,9 +71,7 @@ def align_experts_by(
     pairs = []
     for i, j in enumerate(order):
         at = _tokens_of(routing, i, j)
-        own = {
-            axis: [(_of(a, i, shape), _of(b, j, shape)) for a, b in weights[axis]] for axis in ("gate", "up", "down")
-        }
+        own = {axis: [(_of(a, i, shape), _of(b, j, shape)) for a, b in weights[axis]] for axis in _NEURON_AXES}
         seen = _neurons_seen(own, (routing[0].entered, routing[1].entered), at, act)
         pairs.append(match_neurons_by(seen, own, scale, permute=use.permutation))
     gate, up = (side_by_side([pair[k] for pair in pairs], order) for k in range(2))
