@@ -153,12 +153,15 @@ def _hook_planner(plan: Any) -> None:
         return targets if aligned is None else [*targets, *aligned.extra_tasks(out_path, targets)]
 
     plan.MergePlanner.plan_to_disk = plan_to_disk
-    if plan.ReturnTensor.model_fields["tensor_task"].annotation is not plan.Task:
-        _repair_in_memory(plan)
+    _hook_in_memory(plan)
 
 
-def _repair_in_memory(plan: Any) -> None:
-    """MergeKit 0.1.5 cannot plan a merge in memory: it asks for a task of an abstract class. For our methods it can."""
+def _hook_in_memory(plan: Any) -> None:
+    """MergeKit 0.1.5 cannot plan a merge in memory: it asks for a task of an abstract class. For our methods it can.
+
+    Whoever runs such a plan takes every task for a tensor, so nothing can be saved beside it.
+    """
+    broken = plan.ReturnTensor.model_fields["tensor_task"].annotation is not plan.Task
     original = plan.MergePlanner.plan_in_memory
 
     @functools.wraps(original)
@@ -167,12 +170,20 @@ def _repair_in_memory(plan: Any) -> None:
 
         if not isinstance(self._method, AlignedMethod):
             return original(self)
-        self._plan()
+        targets = _returned(self) if broken else original(self)
+        from mergekit_symalign.graph.report import readable_errors
+
+        with readable_errors():
+            getattr(self, _PLAN).require_nothing_to_save()
+        return targets
+
+    def _returned(planner: Any) -> list[Any]:
+        planner._plan()
         return [
             plan.ReturnTensor.model_construct(
-                weight_info=weight, tensor_task=task, dtype=weight.force_dtype or self.config.out_dtype
+                weight_info=weight, tensor_task=task, dtype=weight.force_dtype or planner.config.out_dtype
             )
-            for weight, task in self._tensors
+            for weight, task in planner._tensors
         ]
 
     plan.MergePlanner.plan_in_memory = plan_in_memory

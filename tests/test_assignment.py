@@ -118,7 +118,7 @@ def test_signed_scale_beats_a_grid() -> None:
     assert (f(c) <= torch.minimum(f(grid).amin(0), f(-grid).amin(0)) + 1e-8).all()
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "low rank", "contested"])
+@pytest.mark.parametrize("kind", ["random", "ties", "low rank", "contested", "spread"])
 def test_short_lists_give_the_optimum_of_the_whole_matrix(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(0)
     n = 400
@@ -129,6 +129,9 @@ def test_short_lists_give_the_optimum_of_the_whole_matrix(kind: str, monkeypatch
         score = torch.randn(n, 3, generator=g) @ torch.randn(3, n, generator=g)
     elif kind == "contested":  # every row wants the same columns
         score = score + 3 * torch.randn(n, generator=g)
+    elif kind == "spread":  # neurons' activations differ in size by many orders of magnitude
+        size, x = (3 * torch.randn(n, 1, generator=g)).exp(), torch.randn(n, 60, generator=g)
+        score = (size * x) @ (size * (x + 0.1 * torch.randn(n, 60, generator=g))).mT
     monkeypatch.setattr(shortlist, "_LIST", 8)
     index = shortlist.shortlist_assignment(score, _sparse_matching)
     assert index is not None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -157,8 +160,69 @@ def test_a_consensus_takes_neither_prompts_nor_files(paths: list[Path], tmp_path
         _merge(paths, tmp_path / "out", calibration=str(prompts), anchor="consensus")
 
 
-@pytest.mark.parametrize("family", ["vit", "mixtral", "deberta-v3"])
-def test_models_that_prompts_cannot_compare_are_refused(family: str, tmp_path: Path) -> None:
-    models = [save(make_model(family, i), tmp_path / str(i)) for i in range(2)]
-    with pytest.raises(ArchitectureError, match="objective: activations does not know"):
+def test_models_that_read_no_text_are_refused(tmp_path: Path) -> None:
+    models = [save(make_model("vit", i), tmp_path / str(i)) for i in range(2)]
+    with pytest.raises(ArchitectureError, match="compares models on prompts, and ViT reads no text"):
         _merge(models, tmp_path / "out", calibration=str(_file(tmp_path, '{"text": "w3"}')))
+
+
+class HubRows:
+    """What `load_dataset(..., streaming=True)` gives, for rows of the data sets' published columns."""
+
+    COLUMNS: ClassVar[dict[tuple[str, str | None, str], dict[str, Any]]] = {
+        ("cais/mmlu", "all", "validation"): {
+            "question": "Which is even?", "subject": "mathematics", "choices": ["1", "2", "3", "5"], "answer": 1,
+        },
+        ("ucinlp/drop", None, "validation"): {
+            "section_id": "nfl_1", "query_id": "q", "passage": "Two teams met.", "question": "How many teams met?",
+            "answers_spans": {"spans": ["2"], "types": ["number"]},
+        },
+        ("nlile/hendrycks-MATH-benchmark", None, "train"): {
+            "problem": "Find $x$.", "solution": "", "answer": "1", "subject": "Algebra", "level": 2, "unique_id": "a",
+        },
+        ("openai/gsm8k", "main", "train"): {"question": "How many apples?", "answer": "#### 3"},
+        ("allenai/tulu-3-sft-personas-code", None, "train"): {
+            "id": "p", "prompt": "Sort a list.", "messages": [
+                {"role": "user", "content": "Sort a list."}, {"role": "assistant", "content": "sorted(x)"},
+            ],
+        },
+        ("allenai/WildChat", None, "train"): {
+            "conversation_id": "c", "model": "gpt-4", "language": "English", "toxic": False, "redacted": False,
+            "conversation": [
+                {"role": "user", "content": "Hello?", "language": "English", "toxic": False, "redacted": False},
+                {"role": "assistant", "content": "Hello.", "language": "English", "toxic": False, "redacted": False},
+            ],
+        },
+    }  # fmt: skip
+
+    def __init__(self, path: str, name: str | None = None, *, split: str, streaming: bool) -> None:
+        assert streaming
+        self.row = self.COLUMNS[path, name, split]
+
+    def shuffle(self, *, seed: int, buffer_size: int) -> list[dict[str, Any]]:
+        toxic = [self.row | {"toxic": True}, self.row | {"language": "French"}] if "language" in self.row else []
+        return [*toxic, self.row, self.row, self.row]
+
+
+def test_the_mixture_script_on_rows_like_those_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=HubRows))
+    script, out = (
+        Path(__file__).parents[1] / "examples" / "calibration" / "build_mixture.py",
+        tmp_path / "mixture.jsonl",
+    )
+
+    def run(each: int) -> None:
+        monkeypatch.setattr(sys, "argv", [str(script), "--out", str(out), "--each", str(each)])
+        runpy.run_path(str(script), run_name="__main__")
+
+    with pytest.raises(SystemExit):
+        run(4)
+    assert "cais/mmlu has only 3 prompts: give --each 3 at most" in capsys.readouterr().err
+    assert not out.exists()
+    run(2)
+    found = [prompt[0] for prompt in read_prompts(out)]
+    assert all(message["role"] == "user" for message in found)
+    six = ["Which is even?\nA. 1\nB. 2\nC. 3\nD. 5", "Two teams met.\n\nHow many teams met?", "Find $x$."]
+    assert [message["content"] for message in found] == 2 * [*six, "How many apples?", "Sort a list.", "Hello?"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,13 @@ def _shape(load: LoadFinite) -> tuple[int, ...]:
     claim = layout.claim(load.tensor)
     assert claim is not None
     return tuple(n or 97 for n in layout.shape(claim.spec))
+
+
+def test_the_run_on_prompts_stays_on_a_fake_gpu() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).with_name("fake_gpu.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout
 
 
 def test_fake_cuda_would_catch_a_mixed_device() -> None:

@@ -10,6 +10,7 @@ import torch
 from mergekit_symalign.symmetry.assignment import best_assignment
 from mergekit_symalign.symmetry.blocks import align_mlp
 from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.expert_covariance import Routing, align_experts_by
 from mergekit_symalign.symmetry.experts import ExpertProblem
 from mergekit_symalign.symmetry.groups import Chain, Permutation, Scaling
 from mergekit_symalign.symmetry.options import MlpShape, NeuronScale, Symmetries
@@ -98,3 +99,45 @@ def test_experts_keep_their_order_without_permutation() -> None:
     found = align_mlp(_sides(anchor, twin), SHAPE, Symmetries(permutation=False, neuron_scaling=True))
     assert bool(found.actions["expert"].is_identity() & found.actions["gate"].is_identity())
     assert align_mlp(_sides(anchor, twin), SHAPE, Symmetries(permutation=False)).actions == {}
+
+
+def _routing(rows: Rows, x: torch.Tensor, unused: int | None = None) -> Routing:
+    """Every token goes to two experts, none of them the unused one (a row of the router)."""
+    logits = x @ rows["expert"].mT
+    masked = logits.clone()
+    if unused is not None:
+        masked[:, unused] = -torch.inf
+    reached = torch.zeros_like(logits, dtype=torch.bool).scatter(1, masked.topk(2).indices, True)
+    return Routing(logits, reached, x)
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_planted_order_is_recovered_from_what_experts_do(scale: bool) -> None:
+    """A sibling's outputs differ by a little noise; one expert, which no token reaches, is matched by its weights."""
+    anchor, x = _rows(0), torch.randn(400, H, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    planted = _planted(2, scale=scale)
+    sibling = {axis: y + 0.05 * _rows(1)[axis] for axis, y in anchor.items()}
+    model = _moved(sibling, planted)
+    unused = int(planted.actions["expert"].inverse().index[1])
+    routing = (_routing(anchor, x, unused=1), _routing(model, x, unused=unused))
+    assert not routing[0].reached[:, 1].any()
+    act = torch.nn.functional.silu
+    use = Symmetries(neuron_scaling=scale)
+    found = align_experts_by(routing, _sides(anchor, model), SHAPE, use, act)
+    assert torch.equal(found.actions["expert"].index, planted.actions["expert"].inverse().index)
+    assert torch.equal(found.actions["gate"].index, planted.actions["gate"].inverse().index)
+    if scale:
+        twin = _moved(anchor, planted)
+        found = align_experts_by((routing[0], _routing(twin, x)), _sides(anchor, twin), SHAPE, use, act)
+        back = _moved(twin, found)
+        assert all(torch.allclose(back[axis], y, rtol=1e-5, atol=1e-6) for axis, y in anchor.items())
+
+
+def test_experts_that_may_not_move_keep_their_places() -> None:
+    anchor, x = _rows(0), torch.randn(50, H, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    twin = _moved(anchor, _planted(2, scale=False))
+    given = (_routing(anchor, x), _routing(twin, x)), _sides(anchor, twin), SHAPE
+    act = torch.nn.functional.silu
+    assert align_experts_by(*given, Symmetries(permutation=False), act).actions == {}
+    found = align_experts_by(*given, Symmetries(permutation=False, neuron_scaling=True), act)
+    assert bool(found.actions["expert"].is_identity() & found.actions["gate"].is_identity())

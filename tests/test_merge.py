@@ -13,11 +13,13 @@ from conftest import State, load, merge_config, merged, squared_distance
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
+from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from models import FAMILIES, logits, make_model, perturbed, relative_deviation, save, with_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from mergekit_symalign.errors import ParameterError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.planting import Planted, random_elements, transform
 
@@ -324,10 +326,20 @@ def test_merge_in_memory_is_the_merge_on_disk(llama: Trio, tmp_path: Path) -> No
     """As mergekit-evolve plans it; MergeKit 0.1.5 alone cannot."""
     models = [{"model": llama.path("twin"), "parameters": {"weight": 0.5}}]
     config = merge_config("aligned_task_arithmetic", llama.path("anchor"), models)
-    parsed, options = MergeConfiguration.model_validate(config), MergeOptions()
-    architecture = get_architecture_info(parsed, options)
-    planner = MergePlanner(parsed, architecture, options, out_model_config=llama.anchor.config)
-    out = {task.weight_info.name: x for task, x in Executor(planner.plan_in_memory()).run(quiet=True)}
+    out = {task.weight_info.name: x for task, x in Executor(_planned_in_memory(config, llama)).run(quiet=True)}
     on_disk = merged(config, tmp_path)
     assert out.keys() == on_disk.keys()
     assert all(torch.equal(x, out[name]) for name, x in on_disk.items())
+
+
+def test_a_merge_in_memory_saves_no_alignments(llama: Trio, tmp_path: Path) -> None:
+    config = merge_config("rotation_match", llama.path("anchor"), [llama.path("twin")])
+    with pytest.raises(ParameterError, match="save_alignment: the merge is planned in memory, which writes no files"):
+        _planned_in_memory(config | {"parameters": {"save_alignment": str(tmp_path / "saved")}}, llama)
+
+
+def _planned_in_memory(config: dict[str, Any], llama: Trio) -> Any:
+    parsed, options = MergeConfiguration.model_validate(config), MergeOptions()
+    LoaderCache().setup(options)
+    architecture = get_architecture_info(parsed, options)
+    return MergePlanner(parsed, architecture, options, out_model_config=llama.anchor.config).plan_in_memory()

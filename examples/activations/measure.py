@@ -1,13 +1,15 @@
 """Time and memory of the run on prompts, against plain forward passes of both models over the same tokens.
 
-    python examples/activations/measure.py tuned/anchor tuned/style --calibration prompts.jsonl --tokens 8192
+    OMP_NUM_THREADS=1 python examples/activations/measure.py tuned/anchor tuned/style --calibration prompts.jsonl
 
-Each part runs in a process of its own, so that the peaks of memory are its own.
+Seconds of CPU time, which other work on the same machine changes less than the clock's. Each part runs in a process of
+its own, so that the peaks of memory are its own, and the two parts in turn; medians are shown.
 """
 
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,12 +35,12 @@ def plain(args: argparse.Namespace) -> dict[str, float]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         with torch.inference_mode():
             for batch in calibration.batches():
-                started = time.perf_counter()
+                started = time.process_time()
                 hidden = model.base_model(batch.ids, attention_mask=batch.valid.long(), use_cache=False)[0]
-                middle = time.perf_counter()
+                middle = time.process_time()
                 model.lm_head(hidden)
                 seconds["forward"] += middle - started
-                seconds["vocabulary"] += time.perf_counter() - middle
+                seconds["vocabulary"] += time.process_time() - middle
     return seconds | {"tokens": float(calibration.tokens)}
 
 
@@ -54,9 +56,9 @@ def aligned(args: argparse.Namespace) -> dict[str, float]:
         original = cls.execute
 
         def execute(self: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            started = time.process_time()
             result = original(self, **kwargs)
-            seconds[name] += time.perf_counter() - started
+            seconds[name] += time.process_time() - started
             return result
 
         cls.execute = execute
@@ -76,6 +78,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--part", choices=["plain", "aligned"])
     args = parser.parse_args()
     if args.part:
@@ -83,20 +86,31 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({"peak": peak, **found}))
         return
-    results = {}
-    for part in ("plain", "aligned"):
-        run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", part], capture_output=True, text=True)
-        if run.returncode:
-            sys.exit(run.stderr)
-        results[part] = json.loads(run.stdout.splitlines()[-1])
-    forward, streamed = results["plain"], results["aligned"]
-    run_seconds = streamed["embed"] + streamed["layers"]
-    full = forward["forward"] + forward["vocabulary"]
-    print(f"{forward['tokens']:.0f} tokens")
-    print(f"two plain forwards: {full:.1f} s ({forward['forward']:.1f} s without logits)")
-    print(f"run on prompts:     {run_seconds:.1f} s, and solves {streamed['solves']:.1f} s")
-    print(f"ratio:              {run_seconds / full:.2f} ({run_seconds / forward['forward']:.2f} without logits)")
-    print(f"peak memory:        {forward['peak']:.0f} MiB plain (one model), {streamed['peak']:.0f} MiB aligned")
+    results = [{part: run(part) for part in ("plain", "aligned")} for _ in range(args.runs)]
+
+    def median(part: str, *names: str) -> float:
+        return statistics.median(sum(result[part][name] for name in names) for result in results)
+
+    full, streamed = median("plain", "forward", "vocabulary"), median("aligned", "embed", "layers")
+    ratios = [
+        (r["aligned"]["embed"] + r["aligned"]["layers"]) / (r["plain"]["forward"] + r["plain"]["vocabulary"])
+        for r in results
+    ]
+    print(f"{median('plain', 'tokens'):.0f} tokens, median of {args.runs} runs, CPU seconds")
+    print(f"two plain forwards: {full:.1f} s ({median('plain', 'forward'):.1f} s without logits)")
+    print(f"run on prompts:     {streamed:.1f} s, and solves {median('aligned', 'solves'):.1f} s")
+    print(f"ratio:              {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
+    peaks = median("plain", "peak"), median("aligned", "peak")
+    print(f"peak memory:        {peaks[0]:.0f} MiB plain (one model), {peaks[1]:.0f} MiB aligned")
+
+
+def run(part: str) -> dict[str, float]:
+    """One part in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", part], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 if __name__ == "__main__":

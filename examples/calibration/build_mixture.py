@@ -4,7 +4,8 @@
     python examples/calibration/build_mixture.py --out mixture.jsonl --each 64
 
 Only prompts are written, as `messages`, so that the anchor's chat template is used. The data sets are mixed evenly, in
-turn, so that `calibration_tokens` cuts all of them alike.
+turn, so that `calibration_tokens` cuts all of them alike. MATH has no development set of its own: its prompts are taken
+from the 12,000 problems that are not in MATH-500, on which the papers test.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def choices(row: Row) -> str:
 
 def first_turn(row: Row) -> str | None:
     """What an English user of WildChat began with."""
-    return row["conversation"][0]["content"] if row["language"] == "English" else None
+    return row["conversation"][0]["content"] if row["language"] == "English" and not row["toxic"] else None
 
 
 SOURCES = (
@@ -47,7 +48,7 @@ SOURCES = (
     Source("ucinlp/drop", None, "validation", lambda row: f"{row['passage']}\n\n{row['question']}"),
     Source("nlile/hendrycks-MATH-benchmark", None, "train", lambda row: row["problem"]),
     Source("openai/gsm8k", "main", "train", lambda row: row["question"]),
-    Source("allenai/tulu-3-sft-personas-code", None, "train", lambda row: row["prompt"]),
+    Source("allenai/tulu-3-sft-personas-code", None, "train", lambda row: row["messages"][0]["content"]),
     Source("allenai/WildChat", None, "train", first_turn),
 )
 
@@ -67,6 +68,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     groups = [list(islice(prompts(source, args.seed), args.each)) for source in SOURCES]
+    for source, group in zip(SOURCES, groups, strict=True):
+        if len(group) < args.each:
+            parser.error(f"{source.path} has only {len(group)} prompts: give --each {len(group)} at most")
     mixed = chain.from_iterable(zip(*groups, strict=True))
     lines = [json.dumps({"messages": [{"role": "user", "content": prompt}]}) for prompt in mixed]
     args.out.write_text("\n".join(lines) + "\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mergekit_symalign.activations.defaults import DEFAULT_LENGTH, DEFAULT_TOKENS
 from mergekit_symalign.activations.runner import Batch
@@ -41,16 +42,28 @@ class Calibration:
 
     def batches(self) -> Iterator[Batch]:
         """Prompts of similar length together, padded on the right."""
-        ordered = sorted(self.sequences, key=len, reverse=True)
-        while ordered:
-            count = max(1, BATCH_TOKENS // len(ordered[0]))
-            together, ordered = ordered[:count], ordered[count:]
+        for together in self._together():
             ids = torch.zeros(len(together), len(together[0]), dtype=torch.int64)
             valid = torch.zeros_like(ids, dtype=torch.bool)
             for row, sequence in enumerate(together):
                 ids[row, : len(sequence)] = torch.tensor(sequence)
                 valid[row, : len(sequence)] = True
             yield Batch(ids, valid)
+
+    def kept(self) -> Iterator[Tensor | None]:
+        """Of each batch, where among all its prompts × tokens those are that are no padding; None if all are."""
+        for together in self._together():
+            width = len(together[0])
+            at = [row * width + i for row, sequence in enumerate(together) for i in range(len(sequence))]
+            yield None if len(at) == width * len(together) else torch.tensor(at)
+
+    def _together(self) -> Iterator[list[tuple[int, ...]]]:
+        """The prompts of each batch, the longest first."""
+        ordered = sorted(self.sequences, key=len, reverse=True)
+        while ordered:
+            count = max(1, BATCH_TOKENS // len(ordered[0]))
+            yield ordered[:count]
+            ordered = ordered[count:]
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,9 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.symmetry.element import Fused, fused_parts
+from mergekit_symalign.symmetry.expert_covariance import Routing
 
 OUTPUTS = frozenset(("query", "key", "value"))  # axes seen where a tensor writes them
 INPUTS = frozenset(("attended", "down"))  # axes seen where a tensor reads them
+EXPERTS = "expert"  # the axis that a router writes
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,21 @@ class Recorded:
         return args, kwargs
 
 
+@dataclass
+class Activations:
+    """What a layer computes for one batch.
+
+    Attributes:
+        tokens: by axis [prompts, tokens, axis].
+        positions: by axis [positions, axis], where the layer projects relative positions like tokens (DeBERTa).
+        routing: what its experts are given, for prompts × tokens.
+    """
+
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    positions: dict[str, Tensor] = field(default_factory=dict)
+    routing: Routing | None = None
+
+
 class LayerRunner:
     """One model without weights.
 
@@ -79,7 +96,7 @@ class LayerRunner:
         model_type = getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
         build = getattr(model_type, "_from_config", None) or model_type.from_config
         with init_empty_weights(include_buffers=False):
-            model = build(config, attn_implementation="eager")
+            model = build(config, attn_implementation="eager", experts_implementation="eager")
         model.tie_weights()  # building it without weights takes them apart
         self.model = model.eval().requires_grad_(False)
         path = layout.name(0, "").rstrip(".").rpartition(".")[0]
@@ -112,7 +129,7 @@ class LayerRunner:
     @torch.inference_mode()
     def run(
         self, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, recorded: Recorded, seen: frozenset[str]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Activations]:
         """One layer on one batch.
 
         Args:
@@ -123,7 +140,7 @@ class LayerRunner:
             seen: the axes whose activations are wanted.
 
         Returns:
-            The hidden states behind the layer, and the activations [prompts, tokens, axis] of each axis.
+            The hidden states behind the layer, and the activations of each axis.
         """
         module = self.layers[layer]
         self._move_buffers(hidden.device)
@@ -147,6 +164,10 @@ class LayerRunner:
         self._move_buffers(hidden.device)
         with _replaced(self.layers, lambda *_, **__: self._returned(hidden)):
             return functional_call(self.model, dict(weights), (), batch.inputs())
+
+    def gate_activation(self) -> Any:
+        """The nonlinearity of the experts."""
+        return next(module.act_fn for module in self.layers[0].modules() if hasattr(module, "act_fn"))
 
     def _returned(self, hidden: Tensor) -> Any:
         return (hidden, None) if self._in_tuples else hidden
@@ -175,24 +196,27 @@ def _replaced(layers: nn.ModuleList, forward: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(layer: nn.Module, layout: ModelLayout, seen: frozenset[str]) -> Iterator[dict[str, Tensor]]:
+def _watched(layer: nn.Module, layout: ModelLayout, seen: frozenset[str]) -> Iterator[Activations]:
     """Inside, the activations of some axes are noted wherever the layer's tensors write or read them."""
-    activations: dict[str, Tensor] = {}
+    found = Activations()
     handles = []
+    modules = dict(layer.named_modules())
     for part, spec in layout.inside.items() if seen else ():
         name, _, kind = part.rpartition(".")
         axes = layout.axes(spec)
-        if kind != "weight" or len(axes.names) != 2 or axes.joined is not None:
+        if kind != "weight" or len(axes.names) != 2 or axes.joined is not None or name not in modules:
             continue
-        module = layer.get_submodule(name)
         first, second = axes.names
+        module = modules[name]
         written, read = (second, first) if isinstance(module, Conv1D) else (first, second)
         if seen & OUTPUTS & _names(written):
-            handles.append(module.register_forward_hook(_note_output(written, activations)))
+            handles.append(module.register_forward_hook(_note_output(written, found)))
         if seen & INPUTS & _names(read):
-            handles.append(module.register_forward_pre_hook(_note_input(read, activations)))
+            handles.append(module.register_forward_pre_hook(_note_input(read, found)))
+        if EXPERTS in seen and written == EXPERTS:
+            handles.append(module.register_forward_hook(_note_routing(found)))
     try:
-        yield activations
+        yield found
     finally:
         for handle in handles:
             handle.remove()
@@ -202,22 +226,37 @@ def _names(axis: str | Fused) -> set[str]:
     return {axis} if isinstance(axis, str) else {name for name, _ in axis.parts}
 
 
-def _note_output(axis: str | Fused, activations: dict[str, Tensor]) -> Any:
+def _note_output(axis: str | Fused, found: Activations) -> Any:
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        _note(output, axis, activations)
+        for name, x in _parts(output, axis).items():
+            if name in found.tokens:  # tokens come first (transformers, DisentangledSelfAttention)
+                found.positions[name] = x.flatten(0, 1)
+            else:
+                found.tokens[name] = x
 
     return hook
 
 
-def _note_input(axis: str | Fused, activations: dict[str, Tensor]) -> Any:
+def _note_input(axis: str | Fused, found: Activations) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        _note(args[0], axis, activations)
+        found.tokens.update(_parts(args[0], axis))
 
     return hook
 
 
-def _note(x: Tensor, axis: str | Fused, activations: dict[str, Tensor]) -> None:
-    activations.update({axis: x} if isinstance(axis, str) else fused_parts(x, x.ndim - 1, axis))
+def _note_routing(found: Activations) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        entered = args[0].flatten(0, -2)
+        weight: Any = module.weight
+        logits = nn.functional.linear(entered, weight)  # what else a router returns differs between versions
+        reached = torch.zeros_like(logits, dtype=torch.bool).scatter(1, output[-1].flatten(0, -2), True)
+        found.routing = Routing(logits, reached, entered)
+
+    return hook
+
+
+def _parts(x: Tensor, axis: str | Fused) -> dict[str, Tensor]:
+    return {axis: x} if isinstance(axis, str) else fused_parts(x, x.ndim - 1, axis)
 
 
 @dataclass(frozen=True)

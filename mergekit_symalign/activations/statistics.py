@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mergekit_symalign.activations.runner import LayerRunner, Recorded
 from mergekit_symalign.symmetry.covariance import Covariance
+from mergekit_symalign.symmetry.expert_covariance import Routing
 
 Weights = Mapping[str, Tensor]
 
@@ -33,40 +34,68 @@ class Stream:
     seen: frozenset[str]
 
 
+@dataclass
+class Statistics:
+    """What a model and the anchor have in common in one layer.
+
+    Attributes:
+        covariances: by axis.
+        routing: of the anchor and of the model, if experts are wanted.
+    """
+
+    covariances: dict[str, Covariance] = field(default_factory=dict)
+    routing: tuple[Routing, Routing] | None = None
+
+
 @torch.inference_mode()
 def run_layer(
-    layer: int, anchor: Stream, models: Sequence[Stream], valid: Sequence[Tensor]
-) -> tuple[list[list[Tensor]], list[dict[str, Covariance]]]:
+    layer: int, anchor: Stream, models: Sequence[Stream], kept: Sequence[Tensor | None]
+) -> tuple[list[list[Tensor]], list[Statistics]]:
     """Run a layer of the anchor and of every model, and compare what they compute.
 
     Products of a batch are taken in the dtype of the hidden states, sums over batches in float64. Padding enters
-    nothing.
+    nothing; relative positions that are projected like tokens count once.
 
     Args:
         layer: its index in all of them.
         anchor, models: what runs; the anchor's own ``seen`` is that of all models together.
-        valid: of each batch, which tokens are no padding [prompts, tokens].
+        kept: of each batch, where among prompts × tokens those are that are no padding; None if all are.
 
     Returns:
-        The hidden states behind the layer, of the anchor and each model; and each model's covariances by axis.
+        The hidden states behind the layer, of the anchor and each model; and each model's statistics.
     """
-    hidden: list[list[Tensor]] = [[] for _ in (anchor, *models)]
-    sums: list[dict[str, Covariance]] = [{} for _ in models]
-    for batch, tokens in enumerate(valid):
-        at = torch.nonzero(tokens.flatten()).flatten()
-
-        def run(stream: Stream, seen: frozenset[str]) -> tuple[Tensor, dict[str, Tensor]]:
-            out, found = stream.runner.run(layer, stream.weights, stream.hidden[batch], stream.recorded[batch], seen)  # noqa: B023
-            return out, {axis: x.flatten(0, 1).index_select(0, at) for axis, x in found.items()}  # noqa: B023
-
-        out, ours = run(anchor, frozenset().union(*(m.seen for m in models)))
-        hidden[0].append(out)
-        for i, model in enumerate(models):
-            out, theirs = run(model, model.seen)
-            hidden[i + 1].append(out)
-            for axis in sorted(model.seen):
-                _accumulate(sums[i], axis, ours[axis], theirs[axis])
+    streams = (replace(anchor, seen=frozenset().union(*(m.seen for m in models))), *models)
+    hidden: list[list[Tensor]] = [[] for _ in streams]
+    routing: list[list[Routing]] = [[] for _ in streams]
+    sums = [Statistics() for _ in models]
+    for batch, at in enumerate(kept):
+        ours: dict[str, Tensor] = {}
+        for i, stream in enumerate(streams):
+            out, found = stream.runner.run(
+                layer, stream.weights, stream.hidden[batch], stream.recorded[batch], stream.seen
+            )
+            hidden[i].append(out)
+            columns = {axis: _columns(x, at) for axis, x in found.tokens.items() if axis in stream.seen}
+            if batch == 0:
+                columns |= {axis: torch.cat((columns[axis], x)) for axis, x in found.positions.items()}
+            if found.routing is not None:
+                routing[i].append(Routing(*(_columns(x.unsqueeze(0), at) for x in found.routing.tensors())))
+            if i == 0:
+                ours = columns
+            else:
+                for axis in columns:
+                    _accumulate(sums[i - 1].covariances, axis, ours[axis], columns[axis])
+    whole = [Routing.joined(batches) if batches else None for batches in routing]
+    for model, theirs in zip(sums, whole[1:], strict=True):
+        if whole[0] is not None and theirs is not None:
+            model.routing = (whole[0], theirs)
     return hidden, sums
+
+
+def _columns(x: Tensor, at: Tensor | None) -> Tensor:
+    """The tokens of [prompts, tokens, axis] that are no padding, as [tokens, axis]."""
+    x = x.flatten(0, 1)
+    return x if at is None else x.index_select(0, at)
 
 
 def _accumulate(sums: dict[str, Covariance], axis: str, anchor: Tensor, model: Tensor) -> None:

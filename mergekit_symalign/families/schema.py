@@ -99,6 +99,7 @@ class TensorSpec(_Data):
             ``{layer}``); with ``*``, for tensors that are stored in pieces and joined when they are loaded.
         offset: what is added to the stored numbers to get the weights (1 for gains stored as γ − 1).
         read_by: for a norm: the tensors of the same layer (or the model) that read its output.
+        in_front: stored behind the layers, and yet needed to run the first of them.
     """
 
     axes: tuple[Union[Axis, tuple[Axis, ...]], ...]
@@ -108,6 +109,7 @@ class TensorSpec(_Data):
     stored_as: tuple[str, ...] = ()
     offset: float = 0.0
     read_by: tuple[str, ...] = ()
+    in_front: bool = False
 
     @property
     def block(self) -> BlockKind | None:

@@ -10,8 +10,8 @@ from mergekit.common import ModelReference
 from mergekit.graph import Task
 
 from mergekit_symalign.activations.calibration import Calibration
-from mergekit_symalign.activations.runner import Batch, LayerRunner, Recorded
-from mergekit_symalign.activations.statistics import Stream, run_layer
+from mergekit_symalign.activations.runner import EXPERTS, Batch, LayerRunner, Recorded
+from mergekit_symalign.activations.statistics import Statistics, Stream, run_layer
 from mergekit_symalign.errors import ArchitectureError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
@@ -19,12 +19,12 @@ from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.graph.solve import SolveBlock, describe_block, without_identities
 from mergekit_symalign.symmetry.covariance import Covariance, align_attention_by, align_mlp_by
+from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.expert_covariance import Routing, align_experts_by
 from mergekit_symalign.symmetry.groups import compute_dtype
+from mergekit_symalign.symmetry.options import Sides
 
-SEEN = {
-    BlockKind.attention: frozenset(("query", "key", "value", "attended")),
-    BlockKind.mlp: frozenset(("down",)),
-}
+HEADS = frozenset(("query", "key", "value", "attended"))
 Loads = Tuple[Tuple[str, LoadFinite], ...]  # name inside the layer (or the model) and load of each tensor
 
 
@@ -35,24 +35,24 @@ def runner_of(model: ModelReference, trust_remote_code: bool) -> LayerRunner:
     return LayerRunner(config, resolve(config, model=str(model)))
 
 
+def seen_axes(kind: BlockKind, layout: ModelLayout) -> frozenset[str]:
+    """The axes whose activations match a block."""
+    if kind is BlockKind.attention:
+        return HEADS
+    return frozenset((EXPERTS if layout.geometry.experts > 1 else "down",))
+
+
 def require_runnable(layout: ModelLayout, model: str) -> None:
     """
     Raises:
         ArchitectureError: if a model cannot be matched by what it does on prompts.
     """
     if all("vocabulary" not in spec.axes for spec in layout.outside.values()):
-        reason = "it does not read text"
-    elif layout.geometry.experts > 1:
-        reason = "its experts see different tokens in different models"
-    elif layout.family.name.startswith("deberta"):
-        reason = "its queries and keys are computed from positions as well"
-    else:
-        return
-    raise ArchitectureError(
-        f"model {model}",
-        f"objective: activations does not know {layout.family.title}: {reason}",
-        "Use objective: weights",
-    )
+        raise ArchitectureError(
+            f"model {model}",
+            f"objective: activations compares models on prompts, and {layout.family.title} reads no text",
+            "Use objective: weights",
+        )
 
 
 class _Streaming(Task[Dict[str, Any]]):
@@ -106,7 +106,7 @@ class EmbedPrompts(_Streaming):
         return self.weight_arguments()
 
     def execute(self, **tensors: Optional[torch.Tensor]) -> Dict[str, Any]:
-        hidden, calls, valid = [], [], []
+        hidden, calls, kept = [], [], []
         for i, model in enumerate(self.models):
             weights = self.weights_of(i, tensors)
             device = next(iter(weights.values())).device
@@ -115,8 +115,8 @@ class EmbedPrompts(_Streaming):
             recorded = [runner.record(batch, weights) for batch in batches]
             hidden.append([r.hidden for r in recorded])
             calls.append([(r.tensors, r.calls) for r in recorded])
-            valid = [b.valid for b in batches]
-        return {"hidden": hidden, "arguments": {"calls": calls, "valid": valid}}
+            kept = [at if at is None else at.to(device) for at in self.calibration.kept()]
+        return {"hidden": hidden, "arguments": {"calls": calls, "kept": kept}}
 
 
 class RunLayer(_Streaming):
@@ -146,14 +146,19 @@ class RunLayer(_Streaming):
             )
             for i, model in enumerate(self.models)
         ]
-        out, sums = run_layer(self.layer, streams[0], streams[1:], recorded["valid"])
+        out, sums = run_layer(self.layer, streams[0], streams[1:], recorded["kept"])
         return {"hidden": out, "statistics": [_by_block(found) for found in sums]}
 
 
-def _by_block(found: Dict[str, Covariance]) -> Dict[str, Any]:
+def _by_block(found: Statistics) -> Dict[str, Any]:
+    """As dicts and tuples of tensors, what each kind of block needs."""
+    seen = {axis: (c.cross, c.anchor, c.model) for axis, c in found.covariances.items()}
+    mlp: Dict[str, Any] = {axis: numbers for axis, numbers in seen.items() if axis not in HEADS}
+    if found.routing is not None:
+        mlp[EXPERTS] = tuple(r.tensors() for r in found.routing)
     return {
-        kind.value: {axis: (c.cross, c.anchor, c.model) for axis, c in found.items() if axis in axes}
-        for kind, axes in SEEN.items()
+        BlockKind.attention.value: {axis: numbers for axis, numbers in seen.items() if axis in HEADS},
+        BlockKind.mlp.value: mlp,
     }
 
 
@@ -187,23 +192,29 @@ class SolveActivations(SolveBlock):
     """Aligns one block of a model to the anchor's by what both do on the prompts.
 
     Attributes:
-        statistics: covariances of the block's axes.
+        statistics: covariances of the block's axes, or what its experts are given.
+        trust_remote_code: MergeKit's option.
     """
 
     statistics: Task
+    trust_remote_code: bool = False
 
     def arguments(self) -> Dict[str, Task]:
         return {"statistics": self.statistics, **super().arguments()}
 
     def execute(self, statistics: Any, **tensors: torch.Tensor) -> Dict[str, Any]:  # type: ignore[override]
         sides = self._sides(tensors)
-        seen = {axis: Covariance(*numbers) for axis, numbers in statistics.items()}
         with readable_errors():
-            if self.kind is BlockKind.mlp:
-                element = align_mlp_by(seen["down"], sides, self.mlp, self.use)
-            else:
-                attention = {axis: seen[axis] for axis in SEEN[BlockKind.attention]}
-                element = align_attention_by(attention, sides, self.heads, self.use)
-        element = without_identities(element)
+            element = without_identities(self._element(statistics, sides))
         facts = {"objective": "activations", **describe_block(self.kind, element, sides, self.heads, self.mlp)}
         return {"actions": element.pack(), "facts": facts}
+
+    def _element(self, statistics: Any, sides: Sides) -> BlockElement:
+        if EXPERTS in statistics:
+            anchor, model = (Routing(*tensors) for tensors in statistics[EXPERTS])
+            act = runner_of(self.anchor[0].model, self.trust_remote_code).gate_activation()
+            return align_experts_by((anchor, model), sides, self.mlp, self.use, act)
+        seen = {axis: Covariance(*numbers) for axis, numbers in statistics.items()}
+        if self.kind is BlockKind.mlp:
+            return align_mlp_by(seen["down"], sides, self.mlp, self.use)
+        return align_attention_by(seen, sides, self.heads, self.use)

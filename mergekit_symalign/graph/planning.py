@@ -19,6 +19,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import PermutedVocabulary
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 
+from mergekit_symalign.errors import ParameterError
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.activations import SolveActivations
 from mergekit_symalign.graph.alignments import Alignments, ReadBlock, SourceBlock, require_same_layers
@@ -65,6 +66,18 @@ class AlignedPlan:
         """What the merge does beside ``targets``, which write tensors to ``out_path``."""
         end = next((task for task in targets if isinstance(task, FinalizeModel)), None)
         return [*self._alignments.save_tasks(), self.reports.task(out_path, self._head, end)]
+
+    def require_nothing_to_save(self) -> None:
+        """
+        Raises:
+            ParameterError: if alignments are to be saved, and the merge writes no files (mergekit-evolve --in-memory).
+        """
+        if self._alignments.save_tasks():
+            raise ParameterError(
+                "parameter save_alignment",
+                "the merge is planned in memory, which writes no files",
+                "Leave it out, or solve first: mergekit-symalign solve ANCHOR MODEL -o FILE",
+            )
 
     def other_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
         """Names under which this model's checkpoint may have a tensor, beside those that MergeKit knows."""
@@ -170,7 +183,7 @@ class AlignedPlan:
         if self._streaming is None or block.agreed("objective") != "activations":
             return SolveBlock(**fields)
         statistics = self._streaming.statistics[Wanted(block.layer_of(model), block.kind, model)]
-        return SolveActivations(statistics=statistics, **fields)
+        return SolveActivations(statistics=statistics, trust_remote_code=self.options.trust_remote_code, **fields)
 
     def _saved(self, block: Block, model: ModelReference, load: LoadFinite) -> ReadBlock | None:
         """The task that reads this block's element from the file that the user gave, if any."""

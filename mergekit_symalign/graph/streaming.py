@@ -20,8 +20,9 @@ from transformers import AutoTokenizer
 from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
 from mergekit_symalign.errors import CalibrationError, ConfigError, ParameterError
+from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.graph.activations import SEEN, EmbedPrompts, Part, RunLayer, require_runnable
+from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, require_runnable, seen_axes
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.planned import Planned, gather_of
@@ -96,7 +97,7 @@ def plan_streaming(
     statistics: dict[Wanted, Task] = {}
     for layer in range(last + 1):
         here = [w for w in wanted if w.layer == layer]
-        seen = tuple(tuple(sorted({axis for w in here if w.model == m for axis in SEEN[w.kind]})) for m in models[1:])
+        seen = tuple(_seen((w.kind for w in here if w.model == m), checkpoints[m].layout) for m in models[1:])
         step = RunLayer(
             layer=layer, loads=loads.of(models, layer), hidden=hidden, recorded=recorded, wanted=seen, **shared
         )
@@ -104,6 +105,10 @@ def plan_streaming(
         for w in here:
             statistics[w] = Part(of=step, keys=("statistics", models.index(w.model) - 1, w.kind.value))
     return StreamingPlan(statistics)
+
+
+def _seen(kinds: Iterable[BlockKind], layout: ModelLayout) -> tuple[str, ...]:
+    return tuple(sorted({axis for kind in kinds for axis in seen_axes(kind, layout)}))
 
 
 class _Loads:
@@ -119,7 +124,7 @@ class _Loads:
             in_front = in_front and at is not None and at.layer is None
             for model, load in GatherAligned(**dict(gather)).loads().items():
                 claim = checkpoints[model].layout.claim(gather.weight_info[model].name)
-                if claim is None or (claim.layer is None and not in_front):
+                if claim is None or (claim.layer is None and not (in_front or claim.spec.in_front)):
                     continue
                 layer = _OUTSIDE if claim.layer is None else claim.layer
                 self._found[model, layer].setdefault(claim.part, load)

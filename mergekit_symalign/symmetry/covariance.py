@@ -28,6 +28,7 @@ from mergekit_symalign.symmetry.blocks import HEAD_AXES, after, reordered_gains
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling, compute_dtype
 from mergekit_symalign.symmetry.heads import GroupMoments, HeadProblem, match_heads
+from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Pair, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.procrustes import Moments, align_heads
 
@@ -136,18 +137,24 @@ def align_mlp_by(seen: Covariance, weights: Sides, shape: MlpShape, use: Symmetr
     scale = shape.scale if use.neuron_scaling else NeuronScale.none
     if not use.permutation and scale is NeuronScale.none:
         return BlockElement({})
+    gate, up = match_neurons_by(seen, weights, scale, permute=use.permutation)
+    return BlockElement({"gate": gate, "up": up, "down": up.dual()})
+
+
+def match_neurons_by(
+    seen: Covariance, weights: Sides, scale: NeuronScale, *, permute: bool
+) -> tuple[Permutation, AxisAction]:
+    """The actions on gate rows and on up rows of the neurons of one MLP or expert (`align_mlp_by`)."""
     index = torch.arange(len(seen.anchor), device=seen.cross.device)
-    if use.permutation:
+    if permute:
         index = best_assignment(_neuron_scores(seen, weights, scale))
     gate = Permutation(index)
-    up: AxisAction = gate
-    if scale is not NeuronScale.none:
-        cross = seen.cross.gather(1, index.unsqueeze(1)).squeeze(1)
-        size = _size_ratio(seen.anchor, seen.model.index_select(0, index))
-        up = Chain(
-            (gate, Scaling(torch.where(cross < 0, -size, size) if scale is NeuronScale.signed else size))
-        ).snapped(_TOLERANCE)
-    return BlockElement({"gate": gate, "up": up, "down": up.dual()})
+    if scale is NeuronScale.none:
+        return gate, gate
+    cross = seen.cross.gather(1, index.unsqueeze(1)).squeeze(1)
+    size = _size_ratio(seen.anchor, seen.model.index_select(0, index))
+    factor = torch.where(cross < 0, -size, size) if scale is NeuronScale.signed else size
+    return gate, Chain((gate, Scaling(factor).snapped(_TOLERANCE)))
 
 
 class CovarianceProblem(HeadProblem):
@@ -215,9 +222,18 @@ def _blended(seen: Covariances, weights: Sides, shape: HeadShape) -> dict[str, C
             one, other = _per_head(seen[axis], sizes, shape), _per_head(rows[axis], own, shape)
         else:
             one, other = (_per_layer(c) for c in (seen[axis], rows[axis]))
-        grain = torch.full_like(other.anchor, PRIOR**0.5)
-        result[axis] = one + other.scaled(grain, grain)
+        result[axis] = _blend(one, other)
     return result
+
+
+def with_grain(seen: Covariance, weights: Covariance) -> Covariance:
+    """Activations and a grain of weights, each in units of the anchor's norm."""
+    return _blend(_per_layer(seen), _per_layer(weights))
+
+
+def _blend(one: Covariance, other: Covariance) -> Covariance:
+    grain = torch.full_like(other.anchor, PRIOR**0.5)
+    return one + other.scaled(grain, grain)
 
 
 def _head_sizes(c: Covariance, side: int, shape: HeadShape) -> Tensor:
@@ -269,13 +285,14 @@ def _neuron_scores(seen: Covariance, weights: Sides, scale: NeuronScale) -> Tens
     rows, columns = _silent(seen.anchor), _silent(seen.model)
     if rows is None or columns is None:
         return score
-    sides = [
-        (a.index_select(0, rows), b.index_select(0, columns))
+    sides = (
+        [(a.index_select(0, rows), b.index_select(0, columns)) for a, b in weights.get(axis, ())]
         for axis in ("gate", "up", "down")
-        for a, b in weights.get(axis, ())
-    ]
-    silent = Covariance.of_rows(sides).cross
-    silent = silent * (_SILENT * score.abs().mean() / silent.abs().max().clamp_min(torch.finfo(silent.dtype).tiny))
+    )
+    silent = NeuronCosts(NeuronPairs(*sides), scale).scores()
+    size = score.abs().mean()
+    unit = torch.where(size > 0, _SILENT * size, 1.0)  # if all are silent, there is nothing to be smaller than
+    silent = silent * (unit / silent.abs().max().clamp_min(torch.finfo(silent.dtype).tiny))
     return score.index_put((rows.unsqueeze(1), columns), silent.to(score.dtype))
 
 

@@ -42,8 +42,8 @@ def align_experts(
     problem = ExpertProblem(sides, experts, permute, scale)
     order = match_experts(problem) if permute else list(range(experts))
     pairs = [problem.solved(i, j) for i, j in enumerate(order)]
-    gate = _side_by_side([pair.gate for pair in pairs], order)
-    up = gate if scale is NeuronScale.none else _side_by_side([pair.up for pair in pairs], order)
+    gate = side_by_side([pair.gate for pair in pairs], order)
+    up = gate if scale is NeuronScale.none else side_by_side([pair.up for pair in pairs], order)
     return Permutation(torch.tensor(order, device=sides["up"][0][0].device)), gate, up
 
 
@@ -56,12 +56,12 @@ def match_experts(problem: ExpertProblem) -> list[int]:
     return order
 
 
-def _side_by_side(actions: Sequence[AxisAction], order: Sequence[int]) -> AxisAction:
+def side_by_side(actions: Sequence[AxisAction], order: Sequence[int]) -> AxisAction:
     """The actions of single experts as one, behind the permutation of experts."""
     if isinstance(actions[0], Chain):
         permutation, factors = zip(*(a.steps for a in actions if isinstance(a, Chain)), strict=True)
         factor = torch.cat([f.factor for f in factors if isinstance(f, Scaling)])
-        return Chain((_side_by_side(permutation, order), Scaling(factor)))
+        return Chain((side_by_side(permutation, order), Scaling(factor)))
     indices = [a.index for a in actions if isinstance(a, Permutation)]
     return Permutation(torch.cat([x + j * len(x) for x, j in zip(indices, order, strict=True)]))
 

@@ -28,7 +28,7 @@ def shortlist_assignment(score: Tensor, match: Matching) -> Tensor | None:
         match: the optimum of a sparse problem, from rows, columns and positive costs of its edges [edges] to the
             column of each row [n].
     """
-    n, top = len(score), score.max().double()
+    n, top = len(score), score.max(1).values.double()  # of each row: from a common one the solver may take minutes
     blocks = [block.topk(min(_LIST, n), dim=1).indices for block in score.split(max(1, _BLOCK // n))]
     listed = torch.cat(blocks)
     diagonal = torch.arange(n, device=score.device)
@@ -36,7 +36,7 @@ def shortlist_assignment(score: Tensor, match: Matching) -> Tensor | None:
     tolerance = float(torch.finfo(score.dtype).eps * score.abs().max())
     for _ in range(_ROUNDS):
         rows, columns = keys // n, keys % n
-        cost = top - score[rows, columns].double()
+        cost = top[rows] - score[rows, columns].double()
         index = match(rows, columns, cost + 1)
         own = top - score.gather(1, index.unsqueeze(1)).squeeze(1).double()
         price = _prices(rows, columns, cost, own, index)

@@ -56,7 +56,7 @@ def merge(config: dict[str, Any], out: Path, *options: str) -> Cost:
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     with log.open("w") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=sink, env=ENVIRONMENT)
-        peak_rss, peak_own = _watch(process)
+        peak_rss, peak_own = watch(process)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     text = log.read_text()
     if process.returncode:
@@ -66,7 +66,7 @@ def merge(config: dict[str, Any], out: Path, *options: str) -> Cost:
     return Cost(wall, cpu, peak_rss, peak_own, _routes(text))
 
 
-def _watch(process: subprocess.Popen[bytes]) -> tuple[float, float]:
+def watch(process: subprocess.Popen[bytes]) -> tuple[float, float]:
     """Wait for the end; peaks of all resident and of anonymous memory, in bytes."""
     status, peaks = Path(f"/proc/{process.pid}/status"), [0.0, 0.0]
     while process.poll() is None:

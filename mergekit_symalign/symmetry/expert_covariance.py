@@ -1,0 +1,117 @@
+"""Mixture of experts, matched by what the experts do on the same tokens.
+
+Which expert is which is told by the router's logits, which every token has for every expert of both models. The neurons
+inside a pair are then matched by what they hand to the down projection, on the tokens that reach either of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_symalign.symmetry.assignment import best_assignment
+from mergekit_symalign.symmetry.covariance import Covariance, match_neurons_by, with_grain
+from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.experts import side_by_side
+from mergekit_symalign.symmetry.groups import Permutation, compute_dtype
+from mergekit_symalign.symmetry.options import MlpShape, NeuronScale, Sides, Symmetries
+
+_NEURON_AXES = ("gate", "up", "down")
+_TOKENS = 4096  # that run through an expert at once
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a layer of one model gives its experts.
+
+    Attributes:
+        logits: of the router [tokens, experts].
+        reached: bool [tokens, experts]; which experts a token is sent to.
+        entered: [tokens, hidden size], what the experts read.
+    """
+
+    logits: Tensor
+    reached: Tensor
+    entered: Tensor
+
+    @staticmethod
+    def joined(batches: Sequence[Routing]) -> Routing:
+        """The tokens of all batches (at least one)."""
+        if len(batches) == 1:
+            return batches[0]
+        return Routing(*(torch.cat(x) for x in zip(*(b.tensors() for b in batches), strict=True)))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.logits, self.reached, self.entered
+
+
+def align_experts_by(
+    routing: tuple[Routing, Routing], weights: Sides, shape: MlpShape, use: Symmetries, act: Callable[[Tensor], Tensor]
+) -> BlockElement:
+    """Match the experts of a layer, and the neurons in each pair of them.
+
+    Experts: maximises the sum of the covariances of the pairs' router logits over all tokens; router rows count with
+    the weight of a grain, as in `align_attention_by`. Neurons: as `align_mlp_by`, expert by expert, on the tokens that
+    are sent to the expert in either model. An expert that no token reaches is matched by its weights.
+
+    Args:
+        routing: of the anchor and of the model, the same tokens.
+        weights: the rows of axes expert (router), gate, up and down, [experts × neurons, …].
+        shape: experts, neurons and which factors these have.
+        use: what is admitted.
+        act: the nonlinearity of the gates.
+    """
+    scale = shape.scale if use.neuron_scaling else NeuronScale.none
+    if not use.permutation and scale is NeuronScale.none:
+        return BlockElement({})
+    order = _match_experts(routing, weights) if use.permutation else list(range(shape.experts))
+    pairs = []
+    for i, j in enumerate(order):
+        at = _tokens_of(routing, i, j)
+        own = {axis: [(_of(a, i, shape), _of(b, j, shape)) for a, b in weights[axis]] for axis in _NEURON_AXES}
+        seen = _neurons_seen(own, (routing[0].entered, routing[1].entered), at, act)
+        pairs.append(match_neurons_by(seen, own, scale, permute=use.permutation))
+    gate, up = (side_by_side([pair[k] for pair in pairs], order) for k in range(2))
+    index = torch.tensor(order, device=routing[0].logits.device)
+    return BlockElement({"expert": Permutation(index), "gate": gate, "up": up, "down": up.dual()})
+
+
+def _match_experts(routing: tuple[Routing, Routing], weights: Sides) -> list[int]:
+    """The model's expert for each of the anchor's."""
+    logits = Covariance.of_rows([(routing[0].logits.mT, routing[1].logits.mT)])
+    order: list[int] = best_assignment(with_grain(logits, Covariance.of_rows(weights["expert"])).cross).tolist()
+    return order
+
+
+def _tokens_of(routing: tuple[Routing, Routing], i: int, j: int) -> Tensor:
+    """The tokens that reach the anchor's expert ``i`` or the model's ``j``."""
+    return torch.nonzero(routing[0].reached.select(1, i) | routing[1].reached.select(1, j)).flatten()
+
+
+def _neurons_seen(
+    own: Sides, entered: tuple[Tensor, Tensor], at: Tensor, act: Callable[[Tensor], Tensor]
+) -> Covariance:
+    """Covariance of a pair's neurons ``act(gate x) · up x`` over some tokens."""
+    total = None
+    for tokens in at.split(_TOKENS):
+        hidden = []
+        for side, x in enumerate(entered):
+            x = x.index_select(0, tokens)
+            gate, up = (_through(x, own[axis][0][side]) for axis in ("gate", "up"))
+            hidden.append((act(gate) * up).mT)
+        more = Covariance.of_rows([(hidden[0], hidden[1])])
+        total = more if total is None else total + more
+    assert total is not None  # `split` gives one part of nothing
+    return total
+
+
+def _through(x: Tensor, rows: Tensor) -> Tensor:
+    rows = rows.to(compute_dtype(rows.dtype))
+    return x.to(rows.dtype) @ rows.mT
+
+
+def _of(x: Tensor, expert: int, shape: MlpShape) -> Tensor:
+    return x.narrow(0, expert * shape.neurons, shape.neurons)
