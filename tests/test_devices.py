@@ -104,7 +104,9 @@ def test_solve_and_apply_stay_on_fake_cuda(
     monkeypatch.setattr(experts, "match_experts", lambda problem: list(range(problem.experts))[::-1])
     identities = (lambda element: element) if found else (lambda element: type(element)({}))
     monkeypatch.setattr(solve, "without_identities", identities)
-    monkeypatch.setattr(solve, "describe_block", lambda *_: {})  # plain numbers: asked of the device
+    for name in ("head_distance", "distance_before"):
+        monkeypatch.setattr(blocks, name, lambda *_: 0.0)  # plain numbers: asked of the device
+    monkeypatch.setattr(solve, "describe_block", lambda *_: {})
     with FakeTensorMode():
         values: dict[Task, Any] = {
             t: torch.empty(_shape(t), device=CUDA, dtype=torch.bfloat16) for t in tasks if isinstance(t, LoadFinite)
@@ -124,7 +126,7 @@ def test_solve_and_apply_stay_on_fake_cuda(
 
 def _reversed_neurons(pairs: NeuronPairs, *, scale: NeuronScale) -> Assignment:
     scores = NeuronCosts(pairs, scale).scores()
-    return Assignment(torch.arange(len(scores), device=scores.device).flip(0), {"neurons_full": len(scores)})
+    return Assignment(torch.arange(len(scores), device=scores.device).flip(0), {"neurons_full": len(scores)}, 0.0)
 
 
 def _reversed_heads(shape: HeadShape) -> HeadOrder:

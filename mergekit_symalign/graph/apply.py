@@ -19,8 +19,8 @@ class ApplyBlock(Task[torch.Tensor]):
         axes, offset: as for `SolveBlock`.
         solution: the task that gives the packed element (`SolveBlock`, or one that reads it from a file).
 
-    Tensors that are turned or scaled leave in float32 (float64 for float64); where numbers only change places, or
-    nothing happens, the dtype stays.
+    Aligned tensors leave in float32 (float64 for float64), so that the merge rounds once; a tensor the element does
+    not move leaves as it came.
     """
 
     load: LoadFinite

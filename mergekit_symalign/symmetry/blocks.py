@@ -14,7 +14,9 @@ from torch import Tensor
 from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons
 from mergekit_symalign.symmetry.attention import (
     GAIN_AXES,
+    AttentionMoments,
     HeadActions,
+    HeadNorms,
     distance,
     head_moments,
     per_query_head,
@@ -43,7 +45,7 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries, facts: Fact
     own, norms = head_moments(sides, shape)
     m = own.per_kv_head(shape.kv_heads)
     if facts is not None:
-        facts["distance_before"] = distance(m, norms, HeadActions(None, None)) + _gain_distance(sides, {})
+        facts["distance_before"] = head_distance(m, norms, HeadActions(None, None), sides, {})
     order = match_heads(HeadProblem(sides, own, norms, shape, use), facts) if use.heads else None
     if order is not None:
         m = head_moments(sides, shape, {axis: order.of(axis) for axis in HEAD_AXES})[0].per_kv_head(shape.kv_heads)
@@ -58,7 +60,7 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries, facts: Fact
     tolerance = _tolerance(sides["query"])
     actions = {axis: action.snapped(tolerance) for axis, action in actions.items()}
     if facts is not None:
-        facts["distance_after"] = distance(m, norms, found) + _gain_distance(sides, actions)
+        facts["distance_after"] = head_distance(m, norms, found, sides, actions)
     return BlockElement(actions if order is None else after(order, actions, shape))
 
 
@@ -81,8 +83,7 @@ def align_mlp(sides: Sides, shape: MlpShape, use: Symmetries, facts: Facts | Non
         pairs = NeuronPairs(sides.get("gate", ()), sides["up"], sides["down"])
         gate, up = align_neurons(pairs, permute=use.permutation, scale=scale, facts=facts)
         if facts is not None and "distance_after" in facts:
-            moved = not bool(up.is_identity())
-            facts["distance_before"] = sum(map(total_distance, pairs.all)) if moved else facts["distance_after"]
+            facts["distance_before"] = distance_before(pairs, up, facts["distance_after"])
     up = up.snapped(_tolerance(sides["up"]))
     return BlockElement(actions | {"gate": gate, "up": up, "down": up.dual()})
 
@@ -92,9 +93,17 @@ def moved_axes(shape: HeadShape) -> tuple[str, ...]:
     return HEAD_AXES + (GAIN_AXES if shape.norm.per_head else ())
 
 
-def _gain_distance(sides: Sides, actions: Mapping[str, AxisAction]) -> float:
-    """Squared distance of the gains of a QK-norm, if there are any."""
-    return sum(total_distance(pair, actions.get(axis)) for axis in GAIN_AXES for pair in sides.get(axis, ()))
+def head_distance(
+    m: AttentionMoments, norms: HeadNorms, found: HeadActions, sides: Sides, actions: Mapping[str, AxisAction]
+) -> float:
+    """Squared distance of an attention block: from the moments, and of the gains of a QK-norm, if there are any."""
+    gains = (total_distance(pair, actions.get(axis)) for axis in GAIN_AXES for pair in sides.get(axis, ()))
+    return distance(m, norms, found) + sum(gains)
+
+
+def distance_before(pairs: NeuronPairs, moved_by: AxisAction, after: float) -> float:
+    """Squared distance of an MLP as it stands, if it is ``after`` under an action of its neurons."""
+    return after if bool(moved_by.is_identity()) else sum(map(total_distance, pairs.all))
 
 
 def reordered_gains(sides: Sides, order: HeadOrder, shape: HeadShape) -> dict[str, list[Pair]]:

@@ -50,7 +50,7 @@ class Moments:
 
 
 def moments(anchor: Tensor, model: Tensor, heads: int, order: Tensor | None = None) -> tuple[Moments, Tensor]:
-    """Of two matrices [heads · d, columns], in float64, a head at a time.
+    """Of two matrices [heads · d, columns], in float64, on the CPU a head at a time.
 
     Args:
         anchor, model: the matrices.
@@ -60,17 +60,19 @@ def moments(anchor: Tensor, model: Tensor, heads: int, order: Tensor | None = No
     Returns:
         The moments, and the squared norm of each of the anchor's coordinates [heads, d].
     """
-    a, b = (x.unflatten(0, (heads, -1)).unbind() for x in (anchor, model))
-    if order is not None:
-        b = tuple(b[i] for i in order.tolist())
-    parts = in_parallel(_of_head, list(zip(a, b, strict=True)), anchor.device)
-    cross, own, norms = (torch.stack(x) for x in zip(*parts, strict=True))
+    a, b = (x.unflatten(0, (heads, -1)) for x in (anchor, model))
+    number = torch.arange(heads, device=anchor.device)
+
+    def of(some: Pair) -> tuple[Tensor, Tensor, Tensor]:
+        x, y = (side.index_select(0, at).double() for side, at in zip((a, b), some, strict=True))
+        cross = x.squeeze(0) @ y.squeeze(0).mT  # for a single head, matrices take half as long as a batch of one
+        return cross.reshape(len(x), x.shape[1], -1), (x * x).sum(-1), (y * y).sum(-1)
+
+    few = 1 if anchor.device.type == "cpu" else heads
+    beside = number if order is None else order
+    parts = in_parallel(of, list(zip(number.split(few), beside.split(few), strict=True)), anchor.device)
+    cross, own, norms = (torch.cat(x) for x in zip(*parts, strict=True))
     return Moments(cross, norms), own
-
-
-def _of_head(head: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    a, b = (x.double() for x in head)
-    return a @ b.mT, (a * a).sum(-1), (b * b).sum(-1)
 
 
 def align_heads(first: Moments, second: Moments, *, rotate: bool, scale: bool) -> HeadRotation:
