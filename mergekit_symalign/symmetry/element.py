@@ -108,13 +108,17 @@ class BlockElement:
     actions: Mapping[str, AxisAction]
 
     def __call__(self, x: Tensor, axes: TensorAxes) -> Tensor:
-        """Transform a stored tensor, to the compute dtype; one that this does not touch comes back as it is."""
+        """Transform a stored tensor.
+
+        To the compute dtype, unless its numbers only change places; a tensor that this does not touch comes back as
+        it is.
+        """
         if not axes.all_names() & self.actions.keys():
             return x
         weights = axes.read(x)
         for dim, axis in enumerate(axes.names):
             weights = self._along(weights, dim, axis)
-        return axes.write(weights).to(compute_dtype(x.dtype))
+        return axes.write(weights)
 
     def _along(self, x: Tensor, dim: int, axis: str | Fused) -> Tensor:
         if isinstance(axis, str):
