@@ -19,8 +19,8 @@ class ApplyBlock(Task[torch.Tensor]):
         axes, offset: as for `SolveBlock`.
         solution: the task that gives the packed element (`SolveBlock`, or one that reads it from a file).
 
-    Tensors that are turned or scaled leave in float32 (float64 for float64), so that the merge rounds once. Where numbers
-    only change places, nothing was calculated, and the dtype stays: they are merged as the original's would be.
+    Tensors that are turned or scaled leave in float32 (float64 for float64), so that the merge rounds once. Where
+    numbers only change places, nothing was calculated and the dtype stays: they are merged as the original's would be.
     """
 
     load: LoadFinite

@@ -1,4 +1,4 @@
-"""Nearest rows from 8-bit numbers: a bound that costs a fifth of the product in float32, and settles most rows.
+"""Nearest rows from 8-bit numbers: a bound that is cheaper than the product in float32, and settles most rows.
 
 Every number is cut off at a few standard deviations and rounded to a whole multiple of a unit. Cutting off brings no
 two numbers farther apart, and rounding moves a row by a length that is known. So the distance of the rounded rows, less
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.threads import in_parallel
 
-_LARGEST = 127
+_LARGEST = 63  # processors without VNNI add pairs of products in 16 bits, which larger numbers would overflow
 _RANGE = 4.5  # standard deviations that the whole numbers span to either side
 _PIECE = 1024  # rows for one thread
 _BLOCK = 1 << 19  # distances that are held at once: small enough to stay in the cache

@@ -1,8 +1,8 @@
 """How the work is divided among threads: in large pieces, each of which stays on one of them.
 
 torch divides every single operation among all threads and waits for the last of them. For the blocks that pass through
-here (a few hundred kilobytes, small enough to stay in the cache) that waiting takes longer than the work: somewhat on a
-free machine, and ten times as long where another program holds one of the cores (docs/performance.md).
+here (a megabyte or less, small enough to stay in the cache) that waiting can take longer than the work, and many times
+as long where another program holds one of the cores (docs/performance.md).
 """
 
 from __future__ import annotations
