@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 from study import coordinates, data  # noqa: E402
+from study.again import again  # noqa: E402
 from study.estimates import Estimate  # noqa: E402
 from study.evaluation import deviation, exact_match  # noqa: E402
 from study.findings import Findings, plain_number  # noqa: E402
@@ -150,18 +151,29 @@ def test_tokenizer_is_the_alphabet() -> None:
     assert tokenizer()(source)["input_ids"] == data.encode(source)
 
 
-@pytest.mark.parametrize("variant", ["plain", "weights"])
+def _merger(folder: Path) -> Merger:
+    names = enumerate(("reference", "target", "reasoner"))
+    return Merger(
+        {name: save(new_model(SMALL, i), folder / name) for i, name in names}, folder / "work", folder / "prompts.jsonl"
+    )
+
+
 def test_merges_are_those_of_the_command(
-    variant: str, tmp_path: Path, mergekit_yaml: Callable[..., subprocess.CompletedProcess[str]]
+    tmp_path: Path, mergekit_yaml: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    models = {
-        name: save(new_model(SMALL, i), tmp_path / name) for i, name in enumerate(("reference", "target", "reasoner"))
-    }
-    merger = Merger(models, tmp_path / "work", tmp_path / "prompts.jsonl")
-    here = merger.merge("transfer", variant)
+    here = _merger(tmp_path).merge("transfer", "weights")
     done = mergekit_yaml((tmp_path / "work" / "config.yml").read_text(), tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert all(torch.equal(x, here[name]) for name, x in load_state(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("variant", ["weights", "full"])
+def test_plain_average_of_the_rewritten_target_is_the_aligned_average(variant: str, tmp_path: Path) -> None:
+    merger = _merger(tmp_path)
+    plain, aligned = (merger.merge("average", v, (0.25, 0.75)) for v in ("plain", variant))
+    rewritten = merger.aligned(variant).merge("average", "plain", (0.25, 0.75))
+    assert all(torch.allclose(x, rewritten[name], atol=1e-6) for name, x in aligned.items())
+    assert not all(torch.allclose(x, rewritten[name], atol=1e-3) for name, x in plain.items())
 
 
 def test_variants_know_their_parameters() -> None:
@@ -175,6 +187,23 @@ def test_same_seed_same_data() -> None:
     mixture = data.Mixture(SMALL.target.shares, SMALL.length)
     one, other = (mixture.batch(8, random.Random("x")) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(("found", "differences"), [(1.0, 0), (1.1, 1)])
+def test_measured_again_tells_what_changed(
+    found: float, differences: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real repetition is part of `make study-small`; here a row that comes out otherwise, in another time."""
+    identity = {"part": "alone", "seed": 0, "arm": "base", "variant": "-"}
+    Store.open(tmp_path / "r.json", SMALL).measure(identity, lambda: {"x": 1.0, "merge_seconds": 1.0})
+
+    def swept(settings: Settings, seeds: object, wanted: object, store: Store, work: Path) -> None:
+        store.measure(identity, lambda: {"x": found, "merge_seconds": 2.0})
+
+    monkeypatch.setattr("study.again.sweep", swept)
+    rows, changed = again(SMALL, tmp_path / "r.json", tmp_path / "again")
+    assert rows == 1
+    assert changed == ["alone/0/base/-: x was 1.0, is 1.1"][:differences]
 
 
 def test_results_are_readable_json() -> None:

@@ -40,7 +40,7 @@ class Foreign:
         models = {"reference": lineage.reference(), "reasoner": lineage.reasoner(), "target": folder}
         merger = Merger(models, lineage.work / "merge", lineage.work / "prompts.jsonl")
         found = abilities(with_state(settings, merger.merge("transfer", variant)), settings)
-        after = changed if variant == "plain" else merger.merge("rewrite", variant)
+        after = load_state(merger.aligned(variant).models["target"])
         return {
             **found,
             "deviation": deviation(*(with_state(settings, state) for state in (original, changed)), settings),

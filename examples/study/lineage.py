@@ -35,10 +35,10 @@ class Drift:
 
 def drifts(settings: Settings) -> list[Drift]:
     """Plain fine-tuning first, then the extremes, then what lies between."""
-    shares = sorted(settings.branches)
-    branches = [Drift(f"branch-{share}", share) for share in (shares[-1], shares[0], *shares[-2:0:-1])]
+    first, *between = sorted(settings.branches, reverse=True)
+    fine_tuned, *branches = (Drift(f"branch-{share}", share) for share in (first, *between[-1:], *between[:-1]))
     hot, long = Drift("hot", 100, rate=settings.hot_factor), Drift("long", 100, steps=settings.long_factor)
-    return [branches[0], hot, Drift("other-start", None), *branches[2:3], branches[1], *branches[3:], long]
+    return [fine_tuned, hot, Drift("other-start", None), *branches, long]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,28 @@ class Merger:
         Args:
             weights: in place of those in the file, one for each listed model.
         """
-        config = self.config(merge, variant, weights)
+        return load_state(self._run(self.config(merge, variant, weights), self.work / "merged"))
+
+    def aligned(self, variant: str) -> Merger:
+        """The same models with the target rewritten in the reference's coordinates; plain merges of them are aligned.
+
+        Each rewritten target has a directory of its own: MergeKit keeps files open by their path.
+        """
+        if variant == "plain":
+            return self
+        folder = self.work / f"{self.models['target'].name}-{variant}"
+        return replace(self, models={**self.models, "target": self._run(self.config("rewrite", variant), folder)})
+
+    def _run(self, config: dict[str, Any], out: Path) -> Path:
+        """Write the configuration to disk, and merge what is read from there into ``out``."""
         self.work.mkdir(parents=True, exist_ok=True)
-        path, out = self.work / "config.yml", self.work / "merged"
+        path = self.work / "config.yml"
         path.write_text(yaml.safe_dump(config, sort_keys=False))
         shutil.rmtree(out, ignore_errors=True)
         content = MergeConfiguration.model_validate(yaml.safe_load(path.read_text()))
         logging.getLogger("mergekit_symalign").setLevel(logging.ERROR)  # the warning of rotation: full, each time
         run_merge(content, str(out), MergeOptions(**OPTIONS))
-        return load_state(out)
+        return out
 
     def config(self, merge: str, variant: str, weights: Sequence[float] | None = None) -> dict[str, Any]:
         """The configuration, with directories for names."""

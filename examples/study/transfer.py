@@ -70,8 +70,9 @@ class Transfer:
         started = time.perf_counter()
         skilled = merger.merge("transfer", variant)
         seconds = time.perf_counter() - started
+        aligned = merger.aligned(variant)
         found = abilities(with_state(self.settings, skilled), self.settings)
-        return found | self._path(merger, variant) | self._rewritten(merger, variant) | {"merge_seconds": seconds}
+        return found | self._path(aligned) | self._rewritten(merger, aligned) | {"merge_seconds": seconds}
 
     def _distance(self, drift: Drift, variant: str) -> Row:
         merger = self._merger(drift)
@@ -82,25 +83,25 @@ class Transfer:
         models = {"reference": lineage.reference(), "reasoner": lineage.reasoner(), "target": lineage.target(drift)}
         return Merger(models, lineage.work / "merge", self._prompts())
 
-    def _path(self, merger: Merger, variant: str) -> Row:
+    def _path(self, aligned: Merger) -> Row:
         """Loss on the base mixture along the line from the reference to the target."""
         points = []
         for share in self.settings.mixing:
-            averaged = with_state(self.settings, merger.merge("average", variant, (1 - share, share)))
+            averaged = with_state(self.settings, aligned.merge("average", "plain", (1 - share, share)))
             points.append(loss(averaged, self.settings.base.shares, self.settings))
         return {"path": [round(point, 5) for point in points]}
 
-    def _rewritten(self, merger: Merger, variant: str) -> Row:
-        """Distances to the reference before and after, and what alignment did to the target."""
+    def _rewritten(self, merger: Merger, aligned: Merger) -> Row:
+        """Distance of the aligned target to the reference, and what alignment did to the target."""
         anchor, before = (load_state(merger.models[name]) for name in ("reference", "target"))
-        after = before if variant == "plain" else merger.merge("rewrite", variant)
-        model, aligned = (with_state(self.settings, state) for state in (before, after))
+        after = load_state(aligned.models["target"])
+        models = [with_state(self.settings, state) for state in (before, after)]
         return {
             **distances(anchor, after),
             "moved_neurons": moved_neurons(before, after),
             "moved_heads": moved_heads(before, after, self.settings.model["head_dim"]),
-            "deviation": deviation(model, aligned, self.settings),
-            "alone": own_tasks(abilities(aligned, self.settings)),
+            "deviation": deviation(*models, self.settings),
+            "alone": own_tasks(abilities(models[1], self.settings)),
         }
 
     def _prompts(self) -> Path:

@@ -1,0 +1,36 @@
+"""The small study from training to page, in one process: ``PYTHONPATH=examples python -m study.trial DIRECTORY``.
+
+It measures what ``small.yml`` asks for, measures the first part of it again and compares, and writes the page. This
+shows that the code runs and repeats itself; models trained for seconds show nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from .again import report_differences
+from .lineage import drifts
+from .report.__main__ import write
+from .report.page import Study
+from .settings import Settings
+from .store import Store
+from .sweep import reproducible, sweep
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="directory for everything, emptied first")
+    folder = parser.parse_args().folder.resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    reproducible()
+    settings = Settings.read("small")
+    results = folder / "results" / "small.json"
+    sweep(settings, settings.seeds, drifts(settings), Store.open(results, settings), folder / "work")
+    report_differences(settings, results, folder / "again")
+    write(Study.read(results.parent, settings.name), folder)
+
+
+if __name__ == "__main__":
+    main()
