@@ -9,9 +9,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from PIL import Image
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -21,10 +26,14 @@ from study.again import again  # noqa: E402
 from study.estimates import Estimate  # noqa: E402
 from study.evaluation import deviation, exact_match  # noqa: E402
 from study.findings import Findings, plain_number  # noqa: E402
+from study.fusion import Encoders  # noqa: E402
 from study.merging import Merger, variants  # noqa: E402
 from study.models import load_state, new_model, save, tokenizer, with_state  # noqa: E402
+from study.report.figures import checksum  # noqa: E402
+from study.report.markdown import headline  # noqa: E402
 from study.report.page import Study, _parameters, page, readme_paragraph  # noqa: E402
 from study.settings import Settings  # noqa: E402
+from study.smollm2 import FineTuning  # noqa: E402
 from study.store import Store  # noqa: E402
 from study.training import Trainer  # noqa: E402
 
@@ -55,12 +64,39 @@ def test_the_page_follows_the_numbers(study: Study) -> None:
     assert readme_paragraph(main) != readme_paragraph(study.main)
 
 
+@pytest.mark.parametrize(("part", "arm", "variant"), [("fusion", "hot", "weights"), ("smollm2", "transfer", "plain")])
+def test_the_page_follows_the_numbers_of_the_other_parts(study: Study, part: str, arm: str, variant: str) -> None:
+    findings = getattr(study, part)
+    key = next(key for key in findings.rows if key[2:] == (arm, variant))
+    changed = {name: x + 0.1 if isinstance(x, float) else x for name, x in findings.rows[key].items()}
+    other = replace(findings, rows={**findings.rows, key: changed})
+    assert page(replace(study, **{part: other})) != page(study)
+
+
+@pytest.mark.parametrize("figure", ["transfer", "drift", "foreign"])
+def test_figures_are_those_of_the_results(study: Study, figure: str) -> None:
+    with Image.open(ROOT / "docs" / "figures" / f"{figure}.png") as image:
+        assert image.info["Description"] == checksum(study.main)
+
+
+def test_headline_names_harm_and_gain() -> None:
+    gain, loss, nothing = Estimate(1.0, 0.1, 5), Estimate(-1.0, 0.1, 5), Estimate(0.1, 1.0, 5)
+    assert headline("x", {"a": (nothing, 1)}) == "**X does nothing that is shown**"
+    assert headline("x", {"a": (Estimate(0.0, 0.0, 5), 1)}) == "**X changes nothing**"
+    found = headline("x", {"a": (gain, 1), "b": (loss, 1), "c": (loss, -1), "d": (nothing, 1)})
+    assert found == "**X harms b and improves a and c**"
+
+
 def test_number_of_parameters_is_that_of_the_model() -> None:
     assert _parameters(SMALL.model) == sum(x.numel() for x in new_model(SMALL, 0).parameters())
 
 
-def test_results_are_of_the_settings_in_the_repository() -> None:
-    assert Store.open(RESULTS / "full.json", Settings.read("full")).rows
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("full", Settings.read("full")), ("fusion", Encoders.read()), ("smollm2", FineTuning.read())],
+)
+def test_results_are_of_the_settings_in_the_repository(name: str, settings: DataclassInstance) -> None:
+    assert Store.open(RESULTS / f"{name}.json", settings).rows
 
 
 def test_estimate_against_known_numbers() -> None:

@@ -2,11 +2,12 @@
 
 The reference is the pretrained model itself, the skill is the demo's arithmetic adapter (trained from it), the
 target is fine-tuned on the ship's log, and a second fine-tune on the Python language reference is averaged with the
-target."""
+target. Seeds differ in the windows of text that the two read, and in their order."""
 
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +25,13 @@ from mergekit_symalign.demo.run import adapted
 from mergekit_symalign.demo.source import unpack_smollm2
 
 from .data import text
-from .merging import Merger, available, distances, moved_neurons
+from .merging import Merger, distances, moved_neurons
 from .models import State, load_state
 from .settings import HERE
 from .store import Row, Store
 
-VARIANTS = ("plain", "weights", "activations", "full")
+MERGES = ("transfer", "average")
+VARIANTS = ("plain", "weights", "activations")
 TEXT_LENGTH = 400  # characters of each held-out piece of the Python reference
 
 
@@ -60,12 +62,17 @@ class SmolLM2:
     store: Store
 
     def run(self) -> None:
-        models = {"anchor": self.anchor, "skill": self.skill, "target": self.target, "second": self.second}
-        for name, folder in models.items():
-            self._measure("alone", name, "-", lambda f=folder: self._abilities(load(f())))
-        for variant in filter(available, VARIANTS):
-            self._measure("merge", "transfer", variant, lambda v=variant: self._transfer(v))
-            self._measure("merge", "average", variant, lambda v=variant: self._average(v))
+        first, *_ = self.settings.seeds
+        for name, folder in {"anchor": self.anchor, "skill": self.skill}.items():  # the same for all seeds
+            self._measure("alone", first, name, "-", lambda f=folder: self._abilities(load(f())))
+        for seed in self.settings.seeds:
+            for name, tuned in {"target": self.target, "second": self.second}.items():
+                self._measure("alone", seed, name, "-", lambda s=seed, f=tuned: self._abilities(load(f(s))))
+            for variant in VARIANTS:
+                for merge in ("transfer", "average"):
+                    self._measure(
+                        "merge", seed, merge, variant, lambda s=seed, m=merge, v=variant: self._merged(s, m, v)
+                    )
 
     def anchor(self) -> Path:
         return unpack_smollm2(self.work / "anchor")
@@ -73,15 +80,14 @@ class SmolLM2:
     def skill(self) -> Path:
         return adapted(self.anchor(), "arithmetic", self.work)
 
-    def target(self) -> Path:
-        return self._tuned("target", style_texts(4000, seed=0, split="train"))
+    def target(self, seed: int) -> Path:
+        return self._tuned("target", style_texts(4000, seed=0, split="train"), seed)
 
-    def second(self) -> Path:
-        return self._tuned("second", _pieces(text("reference", "train")))
+    def second(self, seed: int) -> Path:
+        return self._tuned("second", _pieces(text("reference", "train")), seed)
 
-    def _measure(self, part: str, arm: str, variant: str, measure: Callable[[], Row]) -> None:
-        identity = {"part": part, "seed": self.settings.seeds[0], "arm": arm, "variant": variant}
-        self.store.measure(identity, measure)
+    def _measure(self, part: str, seed: int, arm: str, variant: str, measure: Callable[[], Row]) -> None:
+        self.store.measure({"part": part, "seed": seed, "arm": arm, "variant": variant}, measure)
 
     def _abilities(self, loaded: Loaded) -> Row:
         return {
@@ -90,23 +96,25 @@ class SmolLM2:
             "reference_loss": mean_loss(loaded, _pieces(text("reference", "heldout"))[: self.settings.texts]),
         }
 
-    def _transfer(self, variant: str) -> Row:
-        models = {"reference": self.anchor(), "reasoner": self.skill(), "target": self.target()}
-        return self._merged(Merger(models, self.work, self._prompts()), "transfer", variant)
-
-    def _average(self, variant: str) -> Row:
-        models = {"reference": self.second(), "target": self.target()}
-        return self._merged(Merger(models, self.work, self._prompts()), "average", variant)
-
-    def _merged(self, merger: Merger, merge: str, variant: str) -> Row:
+    def _merged(self, seed: int, merge: str, variant: str) -> Row:
+        """Align the target, merge it plainly, and measure both steps; the files of the merges are deleted again."""
+        work = self.work / f"{merge}-{seed}-{variant}"
+        merger = Merger(self._models(seed, merge), work, self._prompts())
         started = time.perf_counter()
-        state = merger.merge(merge, variant)
+        aligned = merger.aligned(variant)
+        state = aligned.merge(merge, "plain")
         seconds = time.perf_counter() - started
+        anchor, before, after = (
+            load_state(m.models[name]) for m, name in ((merger, "reference"), (merger, "target"), (aligned, "target"))
+        )
         found = self._abilities(self._loaded(state)) | {"merge_seconds": seconds}
-        before = load_state(merger.models["target"])
-        after = before if variant == "plain" else merger.merge("rewrite", variant)
-        anchor = load_state(merger.models["reference"])
+        shutil.rmtree(work)
         return found | distances(anchor, after) | {"moved_neurons": moved_neurons(before, after)}
+
+    def _models(self, seed: int, merge: str) -> dict[str, Path]:
+        if merge == "transfer":
+            return {"reference": self.anchor(), "reasoner": self.skill(), "target": self.target(seed)}
+        return {"reference": self.second(seed), "target": self.target(seed)}
 
     def _loaded(self, state: State) -> Loaded:
         loaded = load(self.anchor())
@@ -118,21 +126,21 @@ class SmolLM2:
         path.write_text("\n".join(style_texts(60, seed=2, split="train") + _pieces(text("reference", "train"))[:60]))
         return path
 
-    def _tuned(self, name: str, texts: list[str]) -> Path:
-        folder = self.work / name
+    def _tuned(self, name: str, texts: list[str], seed: int) -> Path:
+        folder = self.work / f"{name}-{seed}"
         if not (folder / "config.json").exists():
             loaded = load(self.anchor())
-            _fine_tune(loaded, texts, self.settings)
+            _fine_tune(loaded, texts, self.settings, seed)
             loaded.tokenizer.save_pretrained(folder)
             loaded.model.save_pretrained(folder)
         return folder
 
 
-def _fine_tune(loaded: Loaded, texts: list[str], settings: FineTuning) -> None:
+def _fine_tune(loaded: Loaded, texts: list[str], settings: FineTuning, seed: int) -> None:
     """Train all weights with AdamW on random windows of the texts."""
     ids = torch.tensor(loaded.tokenizer("\n".join(texts))["input_ids"])
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True)
-    generator = random.Random(0)
+    generator = random.Random(seed)
     loaded.model.train()
     for _ in range(settings.steps):
         starts = [generator.randrange(len(ids) - settings.tokens) for _ in range(settings.batch)]

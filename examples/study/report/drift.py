@@ -27,7 +27,7 @@ def section(findings: Findings) -> str:
     arms = measured(findings)
     return paragraphs(
         "## 2 By how the target drifted",
-        _verdict(findings, arms),
+        effects(findings, arms),
         _setting(findings),
         "![Share of the distance, barrier and transfer by drift](figures/drift.png)",
         _distances(findings, arms),
@@ -56,19 +56,31 @@ def changes(findings: Findings, arms: list[str], variant: str) -> list[tuple[str
     return found
 
 
-def _verdict(findings: Findings, arms: list[str]) -> str:
-    sentences = []
-    for variant in exact_variants(findings):
-        shown = changes(findings, arms, variant)
-        for verdict in ("better", "worse"):
-            cases = [
-                f"{what} at *{DRIFT_TITLES[arm]}* ({d.text(2, signed=True)})"
-                for what, arm, d, v in shown
-                if v == verdict
-            ]
-            what = listing(cases) if cases else f"nothing that {len(findings.settings['seeds'])} seeds can show"
-            sentences.append(f"**{VARIANT_TITLES[variant].capitalize()} made {verdict}:** {what}.")
-    return " ".join(sentences)
+def effects(findings: Findings, arms: list[str]) -> str:
+    """What alignment harmed and improved, drift by drift."""
+    sentences = [_effect(findings, arms, variant) for variant in exact_variants(findings)]
+    return " ".join((*sentences, _harm_of_full(findings, arms)))
+
+
+def _effect(findings: Findings, arms: list[str], variant: str) -> str:
+    shown = changes(findings, arms, variant)
+    parts = []
+    for verb, verdict in (("harms", "worse"), ("improves", "better")):
+        cases = [
+            f"{what} at *{DRIFT_TITLES[arm]}* ({d.text(2, signed=True)})" for what, arm, d, v in shown if v == verdict
+        ]
+        parts += [f"{verb} {listing(cases)}"] if cases else []
+    nothing = f"does nothing that {len(findings.settings['seeds'])} seeds can show at any drift"
+    return f"**{VARIANT_TITLES[variant].capitalize()}** {'; it '.join(parts) or nothing}."
+
+
+def _harm_of_full(findings: Findings, arms: list[str]) -> str:
+    losses = {arm: findings.difference("merge", arm, "full", ALONE) for arm in arms}
+    harmed = [f"*{DRIFT_TITLES[arm]}* ({d.text(signed=True)})" for arm, d in losses.items() if d.verdict(1) == "worse"]
+    where = f"at {listing(harmed)}" if harmed else "nowhere that these seeds can show"
+    return (
+        f"**`rotation: full`**, no symmetry under RoPE, harms the target's own tasks before any merge {where} (points)."
+    )
 
 
 def _setting(findings: Findings) -> str:
@@ -156,11 +168,4 @@ def _full(findings: Findings, arms: list[str]) -> str:
         for arm in arms
     ]
     head = ("`rotation: full`", "removed of the distance, %", "own tasks of the target alone, before, %", "after, %")
-    head = (*head, "skill after transfer, points", "own tasks after transfer, points")
-    losses = {arm: findings.difference("merge", arm, "full", ALONE) for arm in arms}
-    harmed = [f"*{DRIFT_TITLES[arm]}* ({d.text(signed=True)})" for arm, d in losses.items() if d.verdict(1) == "worse"]
-    return paragraphs(
-        "`rotation: full` is no symmetry under RoPE. It costs the target alone, before any merge, some of its own "
-        f"tasks (points) at {listing(harmed) if harmed else 'no drift that was measured'}.",
-        table(head, rows),
-    )
+    return table((*head, "skill after transfer, points", "own tasks after transfer, points"), rows)

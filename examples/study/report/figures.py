@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -27,15 +29,22 @@ SHORT |= {"layout-left": "layout\nleft"}
 
 
 def draw(findings: Findings, folder: Path) -> None:
-    """Write all figures as PNG."""
+    """Write all figures as PNG. Each carries the checksum of the results that it shows."""
     folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"Software": None, "Description": checksum(findings)}
     for name, figure in (
         ("transfer", _transfer(findings)),
         ("drift", _drift(findings)),
         ("foreign", _foreign(findings)),
     ):
-        figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+        figure.savefig(folder / f"{name}.png", dpi=110, metadata=metadata)
         plt.close(figure)
+
+
+def checksum(findings: Findings) -> str:
+    """Of all rows, whatever their order."""
+    rows = sorted(json.dumps(row, sort_keys=True) for row in findings.rows.values())
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 def _bars(axes: Axes, groups: list[str], series: dict[str, list[Estimate]]) -> None:

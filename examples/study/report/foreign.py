@@ -15,6 +15,12 @@ TITLES = {
     "layout-round-trip": "Q/K to the interleaved layout and back",
     "layout-left": "Q/K left in the interleaved layout (another function)",
 }
+WORDS = {
+    "worse": "alignment harms",
+    "no change": "alignment changes nothing",
+    "no difference shown": "alignment does nothing that is shown",
+    "better": "alignment improves",
+}
 OTHER_MERGE = ("scaled-channels", "layout-left")  # aligned with one more symmetry; another function
 
 
@@ -39,16 +45,15 @@ amounts to noise: own tasks say less here than the skill does.""",
 
 
 def _verdict(findings: Findings, arms: list[str]) -> str:
-    verdicts: dict[str, list[str]] = {}
+    verdicts: dict[str, list[str]] = {"worse": [], "no change": [], "no difference shown": [], "better": []}
     for arm in arms:
         gain = findings.difference("foreign", arm, aligned_variant(arm), SKILL_LOSS)
-        verdicts.setdefault(gain.verdict(-1), []).append(TITLES[arm])
-    said = ". ".join(f"**{verdict.capitalize()}:** {'; '.join(names)}" for verdict, names in verdicts.items())
-    gap = _largest_gap(findings, arms)
+        verdicts[gain.verdict(-1)].append(TITLES[arm])
+    said = [f"**{WORDS[verdict]}:** {'; '.join(names)}." for verdict, names in verdicts.items() if names]
     return f"""\
-Wherever the tool has kept the function, the aligned merge is that of the target that no tool had touched: the loss on
-the skill's answers differs by at most {gap:.0e} nats/character in any seed (channels, aligned by one more symmetry,
-aside). Against a plain merge, by that loss. {said}."""
+Against a plain merge, by the loss on the skill's answers: {" ".join(said)} Wherever the tool has kept the function,
+the aligned merge is that of the target that no tool had touched: that loss differs by at most
+{_largest_gap(findings, arms):.0e} nats/character in any seed (channels, aligned by one more symmetry, aside)."""
 
 
 def _largest_gap(findings: Findings, arms: list[str]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..findings import Findings, Metric, percent, plain_number
 from .claims import ZHANG, Claim, answer
-from .markdown import judged, paragraphs, table
+from .markdown import headline, judged, paragraphs, table
 
 TITLES = {
     "plain": "no matching",
@@ -70,11 +70,8 @@ def _verdict(findings: Findings) -> str:
     for rate in findings.settings["rates"]:
         loss = findings.difference("average", rate, "weights", LOSS)
         share = findings.symmetric_share("average", rate, "weights")
-        parts.append(
-            f"**{rate.capitalize()} training**: matching removes {share.text(3)} % of the distance, and changes the "
-            "loss of the "
-            f"average by {judged(loss, -1, 5, ' nats')}."
-        )
+        said = headline(f"after {rate} training matching", {"the loss of the average": (loss, -1)})
+        parts.append(f"{said} ({judged(loss, -1, 5, ' nats')}); it removes {share.text(3)} % of the distance.")
     return " ".join(parts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..estimates import Estimate
 
@@ -51,6 +51,17 @@ def in_order(arms: Iterable[str]) -> list[str]:
 def judged(difference: Estimate, favourable: int, digits: int = 1, unit: str = "") -> str:
     """A difference with what it may be called: ``+1.5 ± 0.3 points: better``."""
     return f"{difference.text(digits, signed=True)}{unit}: {difference.verdict(favourable)}"
+
+
+def headline(what: str, differences: Mapping[str, tuple[Estimate, int]]) -> str:
+    """In bold what alignment did, from differences and the sign of an improvement of each: nothing, good or harm."""
+    verdicts = {name: difference.verdict(sign) for name, (difference, sign) in differences.items()}
+    done = []
+    for verb, verdict in (("harms", "worse"), ("improves", "better")):
+        names = [name for name, found in verdicts.items() if found == verdict]
+        done += [f"{verb} {listing(names)}"] if names else []
+    nothing = "changes nothing" if set(verdicts.values()) == {"no change"} else "does nothing that is shown"
+    return f"**{what[:1].upper()}{what[1:]} {' and '.join(done) if done else nothing}**"
 
 
 def paragraphs(*parts: str) -> str:

@@ -45,7 +45,7 @@ def page(study: Study) -> str:
         "# Evidence: when does alignment pay, and how much?",
         _scale(main),
         _reading(main),
-        claims.section(main, [] if study.fusion is None else fusion.claims(study.fusion)),
+        claims.section(main, _more_claims(study)),
         transfer.section(main),
         drift.section(main),
         foreign.section(main),
@@ -57,24 +57,32 @@ def page(study: Study) -> str:
     return paragraphs(*parts) + "\n"
 
 
+def _more_claims(study: Study) -> list[claims.Claim]:
+    """What parts 4 and 5 have to say, where they were measured."""
+    encoders = [] if study.fusion is None else fusion.claims(study.fusion)
+    return encoders + ([] if study.smollm2 is None else smollm2.claims(study.smollm2))
+
+
 def readme_paragraph(main: Findings) -> str:
     """What README says, between its two marks."""
     share = main.symmetric_share("merge", FINE_TUNED, "weights")
     skill = main.difference("merge", FINE_TUNED, "weights", SKILL)
     plain, aligned = (main.estimate("foreign", "all-three", variant, SKILL_LOSS) for variant in ("plain", "weights"))
     untouched = main.estimate("merge", FINE_TUNED, "plain", SKILL_LOSS)
-    advice = "Models that nothing but fine-tuning has moved apart: a plain merge will do."
+    advice = "Models that nothing but training has moved apart: a plain merge will do."
+    helped = any(verdict == "better" for *_, verdict in drift.changes(main, measured(main), "weights"))
     return paragraphs(
         BEGIN,
         f"""\
-{"" if skill.verdict(1) == "better" else advice} On small Llama models trained for the purpose ({skill.n} seeds, mean ±
-standard error) exact alignment from weights lowers the distance between two fine-tunes of one base by
-{share.text(2)} %, and changes a transferred skill by {skill.text(signed=True)} points ({skill.verdict(1)}).""",
+{"" if helped else advice} On small Llama models trained for the purpose ({skill.n} seeds, mean ± standard error) exact
+alignment from weights lowers the distance between two fine-tunes of one base by {share.text(2)} %, and changes a
+transferred skill by {skill.text(signed=True)} points ({skill.verdict(1)}). By how the target drifted (nats: less is
+better): {drift.effects(main, measured(main))}""",
         f"""\
 It is for models in other coordinates: after a tool has rotated the target's values, sorted its neurons and reordered
 its heads, the loss on the skill's answers is {plain.text(2)} nats per character after a plain merge,
-{aligned.text(2)} after an aligned one, and {untouched.text(2)} where no tool had been. More kinds of drift, and what
-harms: [docs/evidence.md](docs/evidence.md).""",
+{aligned.text(2)} after an aligned one, and {untouched.text(2)} where no tool had been. Everything that was measured:
+[docs/evidence.md](docs/evidence.md).""",
         END,
     )
 
@@ -116,8 +124,9 @@ def _reading(main: Findings) -> str:
     return f"""\
 Numbers are means over seeds ± standard errors. Differences are taken seed by seed; *better* and *worse* mean that the
 {CONFIDENCE:.0%} interval (Student's t) leaves out zero, so about one in twenty such words is chance; *no difference
-shown* is no proof that there is none. The same seeds give the same numbers on the same machine and versions (here
-Python {env["python"]}, torch {env["torch"]}, one thread). Merges are MergeKit configurations
+shown* is no proof that there is none. The same seeds give the same numbers, times apart, on the same machine and
+versions (here Python {env["python"]}, torch {env["torch"]}, one thread; `make study-again` checks it).
+Merges are MergeKit configurations
 (`examples/study/merges/`), run by MergeKit's `run_merge` in one process instead of one process each."""
 
 
@@ -129,13 +138,15 @@ def _limits(study: Study) -> str:
     fewer = [f"{DRIFT_TITLES[arm]} ({n})" for arm, n in seeds.items() if n < len(study.main.settings["seeds"])]
     parts = [
         """\
-The tasks are strings of digits and the text is one document: nothing here is language as large models know it. One
-way of training (AdamW), one shape of model, one weight of the skill vector (1). Branching off early means training
-again from almost the start, not a long continued training as large models get.""",
+The tasks are strings of digits of the study's own, chosen so that a model of this size masters them within minutes
+on one core and can then lose or keep them; those of `reasoning-gym` were not tried. The text is one document:
+nothing here is language as large models know it. One way of training (AdamW), one shape of model, one weight of the
+skill vector (1). Branching off early means training again from almost the start, not a long continued training as
+large models get.""",
         f"Fewer seeds than the others have: {listing(fewer)}." if fewer else "",
         f"Planned and not measured yet: {listing(missing)}." if missing else "",
         "" if "activations" in exact_variants(study.main) else "Matching from activations is not in these results.",
-        "Parts 4 and 5 are short fine-tunes on a CPU; part 5 is one run.",
+        "Parts 4 and 5 are short fine-tunes on a CPU.",
     ]
     return "## Limits\n\n" + " ".join(part for part in parts if part)
 
@@ -145,5 +156,6 @@ def _again() -> str:
 ## Measure it again
 
 `make study` goes on with what is missing in `examples/study/results/`; delete a file there to measure it anew, then
-everything on this page follows. `make study-small` runs the same code on a fraction of the training, in a few
-minutes."""
+everything on this page follows. `make study-again` measures the first seed of sections 1 and 3 again from nothing
+and compares every number with the results. `make study-small` runs the same code on a fraction of the training, in a
+minute."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..findings import ALONE, COMPLEMENT, DEVIATION, LOG_LOSS, OWN, SKILL, SKILL_LOSS, Findings
 from ..lineage import FINE_TUNED as ARM
-from .markdown import VARIANT_TITLES, judged, paragraphs, table
+from .markdown import VARIANT_TITLES, headline, judged, paragraphs, table
 
 
 def tried(findings: Findings, arm: str = ARM) -> list[str]:
@@ -31,12 +31,13 @@ coordinates of the reference. *Own tasks*: mean exact match on the three tasks o
 
 def _verdict(findings: Findings) -> str:
     parts = []
-    for variant in ("weights", "activations"):
+    for variant in ("weights", "activations", "full"):
         if not findings.has("merge", ARM, variant):
             continue
         skill, loss, own = (findings.difference("merge", ARM, variant, m) for m in (SKILL, SKILL_LOSS, OWN))
+        said = {"the skill": (skill, 1), "the loss on its answers": (loss, -1), "the own tasks": (own, 1)}
         parts.append(
-            f"**{VARIANT_TITLES[variant].capitalize()}** against none: skill {judged(skill, 1, 1, ' points')}, "
+            f"{headline(VARIANT_TITLES[variant], said)}: skill {judged(skill, 1, 1, ' points')}, "
             f"{judged(loss, -1, 2, ' nats/character')}; own tasks {judged(own, 1, 1, ' points')}."
         )
     share = findings.symmetric_share("merge", ARM, "weights")
