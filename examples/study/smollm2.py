@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,13 @@ TEXT_LENGTH = 400  # characters of each held-out piece of the Python reference
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How long the two models are trained, and how much is measured (``smollm2.yml``)."""
+    """How long the two models are trained, and how much is measured (``smollm2.yml``).
+
+    Attributes:
+        steps, batch, tokens: batches, windows per batch, tokens per window.
+        problems, texts: held-out problems and texts of each kind.
+        prompts: of each of the two texts, for matching from activations.
+    """
 
     seeds: tuple[int, ...]
     steps: int
@@ -46,6 +53,7 @@ class FineTuning:
     tokens: int
     problems: int
     texts: int
+    prompts: int
 
     @staticmethod
     def read() -> FineTuning:
@@ -68,11 +76,8 @@ class SmolLM2:
         for seed in self.settings.seeds:
             for name, tuned in {"target": self.target, "second": self.second}.items():
                 self._measure("alone", seed, name, "-", lambda s=seed, f=tuned: self._abilities(load(f(s))))
-            for variant in VARIANTS:
-                for merge in ("transfer", "average"):
-                    self._measure(
-                        "merge", seed, merge, variant, lambda s=seed, m=merge, v=variant: self._merged(s, m, v)
-                    )
+        for variant, seed, merge in product(VARIANTS, self.settings.seeds, MERGES):
+            self._measure("merge", seed, merge, variant, lambda s=seed, m=merge, v=variant: self._merged(s, m, v))
 
     def anchor(self) -> Path:
         return unpack_smollm2(self.work / "anchor")
@@ -123,7 +128,8 @@ class SmolLM2:
 
     def _prompts(self) -> Path:
         path = self.work / "prompts.txt"
-        path.write_text("\n".join(style_texts(60, seed=2, split="train") + _pieces(text("reference", "train"))[:60]))
+        n = self.settings.prompts
+        path.write_text("\n".join(style_texts(n, seed=2, split="train") + _pieces(text("reference", "train"))[:n]))
         return path
 
     def _tuned(self, name: str, texts: list[str], seed: int) -> Path:
