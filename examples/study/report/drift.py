@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from ..estimates import Estimate
+from collections.abc import Callable
+from itertools import product
+
+from ..estimates import CONFIDENCE, Estimate
 from ..findings import ALONE, OWN, SKILL, SKILL_LOSS, Findings, Metric, percent, plain_number
 from .markdown import DRIFT_TITLES, VARIANT_TITLES, in_order, judged, listing, paragraphs, table
 
 EXACT = ("weights", "activations")
+# What an aligned merge is judged by: the sign of an improvement, and the difference to the merge without alignment.
+MEASURES: dict[str, tuple[int, Callable[[Findings, str, str], Estimate]]] = {
+    "the barrier (nats)": (-1, Findings.barrier_difference),
+    "the skill after transfer (nats)": (
+        -1,
+        lambda findings, arm, variant: findings.difference("merge", arm, variant, SKILL_LOSS),
+    ),
+    "own tasks after transfer (points)": (
+        1,
+        lambda findings, arm, variant: findings.difference("merge", arm, variant, OWN),
+    ),
+}
 
 
 def exact_variants(findings: Findings) -> list[str]:
@@ -43,14 +58,9 @@ def section(findings: Findings) -> str:
 def changes(findings: Findings, arms: list[str], variant: str) -> list[tuple[str, str, Estimate, str]]:
     """(what, arm, difference, verdict) for barrier, skill (loss) and own tasks, wherever a difference is shown."""
     found = []
-    for arm in arms:
-        if not findings.has("merge", arm, variant):
-            continue
-        for what, sign, difference in (
-            ("barrier, nats", -1, findings.barrier_difference(arm, variant)),
-            ("skill, nats", -1, findings.difference("merge", arm, variant, SKILL_LOSS)),
-            ("own tasks, points", 1, findings.difference("merge", arm, variant, OWN)),
-        ):
+    for arm, (what, (sign, measured_by)) in product(arms, MEASURES.items()):
+        if findings.has("merge", arm, variant):
+            difference = measured_by(findings, arm, variant)
             if (verdict := difference.verdict(sign)) in ("better", "worse"):
                 found.append((what, arm, difference, verdict))
     return found
@@ -58,8 +68,11 @@ def changes(findings: Findings, arms: list[str], variant: str) -> list[tuple[str
 
 def effects(findings: Findings, arms: list[str]) -> str:
     """What alignment harmed and improved, drift by drift."""
-    sentences = [_effect(findings, arms, variant) for variant in exact_variants(findings)]
-    return " ".join((*sentences, _harm_of_full(findings, arms)))
+    variants = exact_variants(findings)
+    sentences = [_effect(findings, arms, variant) for variant in variants]
+    n = len(MEASURES) * len(arms) * len(variants)
+    chance = f"That is out of {n} differences, of which chance alone would show about {(1 - CONFIDENCE) * n:.0f}."
+    return " ".join((*sentences, chance, _harm_of_full(findings, arms)))
 
 
 def _effect(findings: Findings, arms: list[str], variant: str) -> str:
@@ -78,9 +91,7 @@ def _harm_of_full(findings: Findings, arms: list[str]) -> str:
     losses = {arm: findings.difference("merge", arm, "full", ALONE) for arm in arms}
     harmed = [f"*{DRIFT_TITLES[arm]}* ({d.text(signed=True)})" for arm, d in losses.items() if d.verdict(1) == "worse"]
     where = f"at {listing(harmed)}" if harmed else "nowhere that these seeds can show"
-    return (
-        f"**`rotation: full`**, no symmetry under RoPE, harms the target's own tasks before any merge {where} (points)."
-    )
+    return f"**`rotation: full`**, no symmetry under RoPE, harms the target itself (its own tasks, points) {where}."
 
 
 def _setting(findings: Findings) -> str:

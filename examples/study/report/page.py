@@ -69,8 +69,9 @@ def readme_paragraph(main: Findings) -> str:
     skill = main.difference("merge", FINE_TUNED, "weights", SKILL)
     plain, aligned = (main.estimate("foreign", "all-three", variant, SKILL_LOSS) for variant in ("plain", "weights"))
     untouched = main.estimate("merge", FINE_TUNED, "plain", SKILL_LOSS)
-    advice = "Models that nothing but training has moved apart: a plain merge will do."
-    helped = any(verdict == "better" for *_, verdict in drift.changes(main, measured(main), "weights"))
+    shown = [change for variant in exact_variants(main) for change in drift.changes(main, [FINE_TUNED], variant)]
+    helped = any(verdict == "better" for *_, verdict in shown)
+    advice = "Models that nothing but plain fine-tuning has moved apart: a plain merge will do."
     return paragraphs(
         BEGIN,
         f"""\
