@@ -29,6 +29,7 @@ from study.findings import Findings, plain_number  # noqa: E402
 from study.fusion import Encoders  # noqa: E402
 from study.merging import Merger, variants  # noqa: E402
 from study.models import load_state, new_model, save, tokenizer, with_state  # noqa: E402
+from study.report import smollm2  # noqa: E402
 from study.report.figures import checksum  # noqa: E402
 from study.report.markdown import headline  # noqa: E402
 from study.report.page import Study, _parameters, page, readme_paragraph  # noqa: E402
@@ -71,6 +72,18 @@ def test_the_page_follows_the_numbers_of_the_other_parts(study: Study, part: str
     changed = {name: x + 0.1 if isinstance(x, float) else x for name, x in findings.rows[key].items()}
     other = replace(findings, rows={**findings.rows, key: changed})
     assert page(replace(study, **{part: other})) != page(study)
+
+
+def test_one_run_of_smollm2_claims_nothing_and_three_do(study: Study) -> None:
+    once = study.smollm2
+    assert once is not None
+    first = {key: row for key, row in once.rows.items() if key[1] == 0}
+    rows = {(part, seed, *rest): row for (part, _, *rest), row in first.items() for seed in range(3)}
+    one, three = replace(once, rows=first), replace(once, rows=rows)
+    assert smollm2.claims(one) == []
+    assert "±" not in smollm2.section(one)
+    assert {claim[0] for claim in smollm2.claims(three)} == {"Horoi et al.", "Zhang et al."}
+    assert "±" in smollm2.section(three)
 
 
 @pytest.mark.parametrize("figure", ["transfer", "drift", "foreign"])

@@ -33,6 +33,7 @@ from .store import Row, Store
 
 MERGES = ("transfer", "average")
 VARIANTS = ("plain", "weights", "activations")
+PROMPTS = 16  # of each of the two texts, for matching from activations
 TEXT_LENGTH = 400  # characters of each held-out piece of the Python reference
 
 
@@ -43,7 +44,6 @@ class FineTuning:
     Attributes:
         steps, batch, tokens: batches, windows per batch, tokens per window.
         problems, texts: held-out problems and texts of each kind.
-        prompts: of each of the two texts, for matching from activations.
     """
 
     seeds: tuple[int, ...]
@@ -53,7 +53,6 @@ class FineTuning:
     tokens: int
     problems: int
     texts: int
-    prompts: int
 
     @staticmethod
     def read() -> FineTuning:
@@ -128,8 +127,8 @@ class SmolLM2:
 
     def _prompts(self) -> Path:
         path = self.work / "prompts.txt"
-        n = self.settings.prompts
-        path.write_text("\n".join(style_texts(n, seed=2, split="train") + _pieces(text("reference", "train"))[:n]))
+        texts = (style_texts(PROMPTS, seed=2, split="train"), _pieces(text("reference", "train"))[:PROMPTS])
+        path.write_text("\n".join(texts[0] + texts[1]))
         return path
 
     def _tuned(self, name: str, texts: list[str], seed: int) -> Path:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import product
+
 from ..estimates import Estimate
 from ..findings import Findings, Metric, percent, plain_number
 from .claims import HOROI, ZHANG, Claim, answer
+from .drift import EXACT
 from .markdown import VARIANT_TITLES, headline, judged, paragraphs, table
 
 FIXED = {"anchor": "SmolLM2-135M-Instruct", "skill": "skill (arithmetic, the demo's adapter)"}
@@ -20,76 +24,99 @@ def LOSS(row: dict[str, float]) -> float:  # noqa: N802
     return (LOG(row) + REFERENCE(row)) / 2
 
 
-# What each merge is judged by: in words, the metric, the sign of an improvement, digits, unit.
-JUDGED: dict[str, list[tuple[str, Metric, int, int, str]]] = {
+@dataclass(frozen=True)
+class Measure:
+    """What a merge is judged by; ``favourable`` is the sign of an improvement."""
+
+    name: str
+    metric: Metric
+    favourable: int
+    digits: int
+    unit: str
+
+    def judged(self, difference: Estimate) -> str:
+        if difference.n == 1:
+            return f"{self.name} {_text(difference, self.digits, signed=True)}{self.unit}"
+        return judged(difference, self.favourable, self.digits, self.unit)
+
+
+JUDGED = {
     "transfer": [
-        ("the skill", ARITHMETIC, 1, 1, " points"),
-        ("the loss on the target's text", LOG, -1, 4, " nats/token"),
+        Measure("the skill", ARITHMETIC, 1, 1, " points"),
+        Measure("the loss on the target's text", LOG, -1, 4, " nats/token"),
     ],
-    "average": [("the loss of the average", LOSS, -1, 4, " nats/token")],
+    "average": [Measure("the loss of the average", LOSS, -1, 4, " nats/token")],
 }
 
 
 def tried(findings: Findings) -> list[str]:
-    """The aligned variants that were measured with both merges for two seeds or more."""
-    return [v for v in ("weights", "activations") if min(len(_seeds(findings, merge, v)) for merge in MERGES) > 1]
+    """The aligned variants that were measured with both merges for as many seeds as any."""
+    most = len(_seeds(findings, "transfer", "plain"))
+    return [v for v in EXACT if most and min(len(_seeds(findings, merge, v)) for merge in MERGES) == most]
 
 
 def finished(findings: Findings) -> bool:
-    """Whether both merges were measured with and without alignment, with error bars."""
-    return "weights" in tried(findings) and all(len(_seeds(findings, merge, "plain")) > 1 for merge in MERGES)
+    """Whether both merges were measured with and without alignment."""
+    return "weights" in tried(findings)
 
 
 def section(findings: Findings) -> str:
     settings = findings.settings
+    n = len(_seeds(findings, "transfer", "weights"))
+    runs = f"{n} seeds (they decide which windows of text are read). That is short."
+    one = "one run. That is short, and without error bars it is an illustration and no evidence for a claim."
     return paragraphs(
         "## 5 SmolLM2",
         _verdict(findings),
         f"""\
 Two fine-tunes of all weights of SmolLM2-135M-Instruct: {settings["steps"]} steps with {settings["batch"]} sequences of
-{settings["tokens"]} tokens, learning rate {settings["learning_rate"]:g}, {len(_seeds(findings, "transfer", "weights"))}
-seeds (they decide which windows of text are read). That is short. SmolLM2 and the skill are the same for all seeds.
-*Alignment and merge*: two runs of MergeKit, one rewrites the target in the other model's coordinates.""",
+{settings["tokens"]} tokens, learning rate {settings["learning_rate"]:g}, {runs if n > 1 else one} SmolLM2 and the
+skill are the same for all seeds.""",
         _alone(findings),
         *(_merges(findings, merge) for merge in MERGES),
     )
 
 
 def claims(findings: Findings) -> list[Claim]:
+    """None from a single run."""
     rows = []
-    for variant in tried(findings):
-        for (what, metric, sign, digits, unit), paper in zip(
-            (JUDGED["transfer"][0], JUDGED["average"][0]), (HOROI, ZHANG), strict=True
-        ):
-            merge = "transfer" if paper == HOROI else "average"
-            difference = findings.difference("merge", merge, variant, metric)
-            claim = f"aligning the target ({variant}) improves {what} (SmolLM2-135M)"
-            rows.append((paper, claim, answer(difference, sign), judged(difference, sign, digits, unit)))
-    return rows
+    for variant, (merge, paper) in product(tried(findings), {"transfer": HOROI, "average": ZHANG}.items()):
+        measure = JUDGED[merge][0]
+        difference = findings.difference("merge", merge, variant, measure.metric)
+        claim = f"aligning the target ({variant}) improves {measure.name} (SmolLM2-135M)"
+        rows.append((paper, claim, answer(difference, measure.favourable), measure.judged(difference)))
+    return rows if len(_seeds(findings, "transfer", "weights")) > 1 else []
 
 
 def _verdict(findings: Findings) -> str:
-    parts = []
-    for merge, measures in JUDGED.items():
-        for variant in tried(findings):
-            differences = [(m, findings.difference("merge", merge, variant, m[1])) for m in measures]
-            said = headline(
-                f"{merge}: {VARIANT_TITLES[variant]}", {what: (d, sign) for (what, _, sign, _, _), d in differences}
-            )
-            numbers = "; ".join(judged(d, sign, digits, unit) for (_, _, sign, digits, unit), d in differences)
-            share = findings.symmetric_share("merge", merge, variant)
-            parts.append(f"{said} ({numbers}), and removes {share.text(3)} % of the distance.")
-    return " ".join(parts)
+    return " ".join(_effect(findings, merge, variant) for merge, variant in product(MERGES, tried(findings)))
+
+
+def _effect(findings: Findings, merge: str, variant: str) -> str:
+    """What a variant did to a merge, by what the merge is judged by, and to the distance."""
+    differences = {m: findings.difference("merge", merge, variant, m.metric) for m in JUDGED[merge]}
+    share = findings.symmetric_share("merge", merge, variant)
+    what = f"{merge}: {VARIANT_TITLES[variant]}"
+    if share.n > 1:
+        said = headline(what, {m.name: (d, m.favourable) for m, d in differences.items()})
+    else:
+        said = f"**{what.capitalize()}**, one run"
+    numbers = "; ".join(m.judged(d) for m, d in differences.items())
+    return f"{said} ({numbers}); it removes {_text(share, 3)} % of the distance."
 
 
 def _seeds(findings: Findings, merge: str, variant: str) -> dict[int, float]:
     return findings.per_seed("merge", merge, variant, ARITHMETIC)
 
 
+def _text(estimate: Estimate, digits: int, *, signed: bool = False) -> str:
+    """Without an error bar where there is one run."""
+    return estimate.text(digits, signed=signed).removesuffix(" ± n/a")
+
+
 def _abilities(findings: Findings, part: str, arm: str, variant: str) -> list[str]:
     metrics = zip((ARITHMETIC, LOG, REFERENCE), DIGITS, strict=True)
-    estimates = [(findings.estimate(part, arm, variant, metric), digits) for metric, digits in metrics]
-    return [e.text(digits) if e.n > 1 else f"{e.mean:.{digits}f}" for e, digits in estimates]
+    return [_text(findings.estimate(part, arm, variant, metric), digits) for metric, digits in metrics]
 
 
 def _alone(findings: Findings) -> str:
@@ -101,10 +128,10 @@ def _alone(findings: Findings) -> str:
 def _merges(findings: Findings, merge: str) -> str:
     rows = []
     for variant in ("plain", *tried(findings)):
-        removed: Estimate = findings.symmetric_share("merge", merge, variant)
+        removed = findings.symmetric_share("merge", merge, variant)
         moved = findings.estimate("merge", merge, variant, percent("moved_neurons"))
         seconds = findings.estimate("merge", merge, variant, plain_number("merge_seconds"))
-        cells = (removed.text(3), moved.text(2), seconds.text(0))
+        cells = (_text(removed, 3), _text(moved, 2), _text(seconds, 0))
         rows.append((VARIANT_TITLES[variant], *_abilities(findings, "merge", merge, variant), *cells))
     head = (MERGES[merge], *HEAD, "removed of the distance, %", "neurons moved, %", "alignment and merge, s")
     return table(head, rows)
