@@ -35,8 +35,8 @@ def section(findings: Findings) -> str:
         "## 3 Foreign coordinates",
         _verdict(findings, arms),
         f"""\
-The target of section 1 as tools leave it behind, merged as there. *Changed by*: largest deviation of its logits, in
-standard deviations. Where it was before, merged plainly, the target has {untouched[0].text()} % of the skill and
+The target of section 1 as tools leave it behind, merged as there. *Changed by*: largest deviation of its logits in any
+seed, in standard deviations. Where it was before, merged plainly, the target has {untouched[0].text()} % of the skill and
 {untouched[1].text()} % of its own tasks (section 1). A skill vector in foreign coordinates does little harm where it
 amounts to noise: own tasks say less here than the skill does.""",
         _table(findings, arms),
@@ -49,11 +49,13 @@ def _verdict(findings: Findings, arms: list[str]) -> str:
     for arm in arms:
         gain = findings.difference("foreign", arm, aligned_variant(arm), SKILL_LOSS)
         verdicts[gain.verdict(-1)].append(TITLES[arm])
+    gap = _largest_gap(findings, arms)
     said = [f"**{WORDS[verdict]}:** {'; '.join(names)}." for verdict, names in verdicts.items() if names]
     return f"""\
 Against a plain merge, by the loss on the skill's answers: {" ".join(said)} Wherever the tool has kept the function,
-the aligned merge is that of the target that no tool had touched: that loss differs by at most
-{_largest_gap(findings, arms):.0e} nats/character in any seed (channels, aligned by one more symmetry, aside)."""
+the aligned merge is that of the target that no tool had touched: that loss differs
+{f"by at most {gap:.1e} nats/character in any seed" if gap else "in no seed, to six digits"} (channels, aligned by one
+more symmetry, aside)."""
 
 
 def _largest_gap(findings: Findings, arms: list[str]) -> float:
@@ -70,7 +72,8 @@ def _table(findings: Findings, arms: list[str]) -> str:
     rows = []
     for arm in arms:
         aligned = aligned_variant(arm)
-        cells = [f"{findings.estimate('foreign', arm, 'plain', DEVIATION).mean:.0e}"]
+        changed = max(findings.per_seed("foreign", arm, "plain", DEVIATION).values())
+        cells = [f"{changed:.1e}"]
         for metric in (SKILL, OWN):
             cells += [findings.estimate("foreign", arm, variant, metric).text() for variant in ("plain", aligned)]
         cells += [judged(findings.difference("foreign", arm, aligned, SKILL), 1)]
