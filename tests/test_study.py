@@ -94,7 +94,7 @@ def test_figures_are_those_of_the_results(study: Study, figure: str) -> None:
 
 def test_headline_names_harm_and_gain() -> None:
     gain, loss, nothing = Estimate(1.0, 0.1, 5), Estimate(-1.0, 0.1, 5), Estimate(0.1, 1.0, 5)
-    assert headline("x", {"a": (nothing, 1)}) == "**X does nothing that is shown**"
+    assert headline("x", {"a": (nothing, 1)}) == "**X shows no effect**"
     assert headline("x", {"a": (Estimate(0.0, 0.0, 5), 1)}) == "**X changes nothing**"
     found = headline("x", {"a": (gain, 1), "b": (loss, 1), "c": (loss, -1), "d": (nothing, 1)})
     assert found == "**X harms b and improves a and c**"

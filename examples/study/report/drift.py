@@ -83,7 +83,7 @@ def _effect(findings: Findings, arms: list[str], variant: str) -> str:
             f"{what} at *{DRIFT_TITLES[arm]}* ({d.text(2, signed=True)})" for what, arm, d, v in shown if v == verdict
         ]
         parts += [f"{verb} {listing(cases)}"] if cases else []
-    nothing = f"does nothing that {len(findings.settings['seeds'])} seeds can show at any drift"
+    nothing = f"shows no effect at any drift with {len(findings.settings['seeds'])} seeds"
     return f"**{VARIANT_TITLES[variant].capitalize()}** {'; it '.join(parts) or nothing}."
 
 

@@ -60,7 +60,7 @@ def headline(what: str, differences: Mapping[str, tuple[Estimate, int]]) -> str:
     for verb, verdict in (("harms", "worse"), ("improves", "better")):
         names = [name for name, found in verdicts.items() if found == verdict]
         done += [f"{verb} {listing(names)}"] if names else []
-    nothing = "changes nothing" if set(verdicts.values()) == {"no change"} else "does nothing that is shown"
+    nothing = "changes nothing" if set(verdicts.values()) == {"no change"} else "shows no effect"
     return f"**{what[:1].upper()}{what[1:]} {' and '.join(done) if done else nothing}**"
 
 
