@@ -72,7 +72,16 @@ def effects(findings: Findings, arms: list[str]) -> str:
     sentences = [_effect(findings, arms, variant) for variant in variants]
     n = len(MEASURES) * len(arms) * len(variants)
     chance = f"That is out of {n} differences, of which chance alone would show about {(1 - CONFIDENCE) * n:.0f}."
-    return " ".join((*sentences, chance, _harm_of_full(findings, arms)))
+    said = (*sentences, chance, _failures(findings, arms), _harm_of_full(findings, arms))
+    return " ".join(sentence for sentence in said if sentence)
+
+
+def _failures(findings: Findings, arms: list[str]) -> str:
+    """Where the skill is lost in every merge, so that its loss tells little."""
+    variants = ("plain", *exact_variants(findings))
+    lost = [arm for arm in arms if all(findings.estimate("merge", arm, v, SKILL).mean < 1 for v in variants)]
+    where = listing([f"*{DRIFT_TITLES[arm]}*" for arm in lost]) if lost else ""
+    return f"At {where} no merge solves 1 % of the skill's problems: nats there compare failures." if lost else ""
 
 
 def _effect(findings: Findings, arms: list[str], variant: str) -> str:

@@ -35,10 +35,10 @@ def section(findings: Findings) -> str:
         "## 3 Foreign coordinates",
         _verdict(findings, arms),
         f"""\
-The target of section 1 as tools leave it behind, merged as there. *Changed by*: largest deviation of its logits in any
-seed, in standard deviations. Where it was before, merged plainly, the target has {untouched[0].text()} % of the skill
-and {untouched[1].text()} % of its own tasks (section 1). A skill vector in foreign coordinates does little harm where it
-amounts to noise: own tasks say less here than the skill does.""",
+The target of section 1 as tools leave it behind, merged as there. *Changed by*: largest deviation of its logits in
+any seed, in standard deviations. Where it was before, merged plainly, the target has {untouched[0].text()} % of the
+skill and {untouched[1].text()} % of its own tasks (section 1). A skill vector in foreign coordinates does little harm
+where it amounts to noise: own tasks say less here than the skill does.""",
         _table(findings, arms),
         "![Plain and aligned merges from foreign coordinates](figures/foreign.png)",
     )

@@ -91,6 +91,6 @@ def _function(findings: Findings) -> str:
     before, after = (findings.estimate("merge", ARM, variant, ALONE) for variant in ("plain", "full"))
     return (
         f"The target itself, before anything is merged: exact alignment moves its logits by at most {exact:.1e} "
-        f"standard deviations in any seed (rounding); `rotation: full` moves them by {full.text(1)}, and its own tasks go from "
-        f"{before.text()} % to {after.text()} %."
+        "standard deviations in any seed (rounding); `rotation: full` moves them by "
+        f"{full.text(1)}, and its own tasks go from {before.text()} % to {after.text()} %."
     )
