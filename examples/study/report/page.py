@@ -148,8 +148,13 @@ large models get.""",
         f"Planned and not measured yet: {listing(missing)}." if missing else "",
         "" if "activations" in exact_variants(study.main) else "Matching from activations is not in these results.",
         "Parts 4 and 5 are short fine-tunes on a CPU.",
+        "" if _has_activations(study.smollm2) else "Matching from activations was not measured on SmolLM2.",
     ]
     return "## Limits\n\n" + " ".join(part for part in parts if part)
+
+
+def _has_activations(findings: Findings | None) -> bool:
+    return findings is not None and "activations" in smollm2.tried(findings)
 
 
 def _again() -> str:
