@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,22 +15,30 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 def test_small_benchmark_runs(tmp_path: Path) -> None:
     script = Path(__file__).parent / "benchmarks" / "run.py"
-    command = [sys.executable, script, "--small", "--cache", tmp_path / "cache"]
+    command = [sys.executable, script, "--small", "--no-growth", "--cache", tmp_path / "cache"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    for expected in (
-        "siblings, 10 % noise",
-        "prefix_1 100.0%",
-        "heads identity",
-        "full 100.0%",
-        "2 layers",
-        "hidden 512",
-        "-j 4",
-        "| yes |",
-        "| small |",
-    ):
+    routes = ("prefix_1 100.0%", "heads identity", "full 100.0%")
+    for expected in ("siblings, 10 % noise", *routes, "2 layers", "| yes |", "| small |"):
         assert expected in done.stdout, done.stdout
     assert list((tmp_path / "cache").glob("*/model.safetensors"))
+
+
+def test_growth_varies_one_thing_at_a_time(tmp_path: Path) -> None:
+    """Three sizes of each; every config is one that MergeKit reads."""
+    from checkpoints import SMALL
+    from mergekit.config import MergeConfiguration
+    from workloads import growth
+
+    found = growth(SMALL)
+    assert len(found) == 12
+    few = replace(SMALL, layers=3)
+    assert [w.shape for w in found[:3]] == [few.with_layers(n) for n in (3, 6, 12)]
+    assert [w.shape.hidden for w in found[3:6]] == [128, 256, 512]
+    assert [len(w.models) for w in found[6:9]] == [1, 2, 3]
+    assert [w.options for w in found[9:]] == [("-j", "1"), ("-j", "2"), ("-j", "4")]
+    for config in found[8].configs(tmp_path):
+        assert len(MergeConfiguration.model_validate(config).models) == 3
 
 
 def test_recipes_are_what_their_names_say() -> None:
