@@ -19,7 +19,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# docs/performance.md, measured: about 40 minutes and 25 GB of disk. BENCH passes options, e.g. BENCH="--only siblings --runs 1".
+# docs/performance.md, measured: about an hour and 45 GB of disk. BENCH passes options, e.g. BENCH="--only siblings --runs 1".
 bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/run.py $(BENCH)
 
