@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -26,6 +25,7 @@ from torch import Tensor
 from mergekit_symalign.errors import AlignmentFileError
 from mergekit_symalign.symmetry.element import BlockElement, unpack
 from mergekit_symalign.symmetry.groups import AxisAction
+from mergekit_symalign.whole_file import written_whole
 
 FORMAT = 1
 _ENTRY = "mergekit_symalign"
@@ -82,12 +82,8 @@ def save_alignment(
     content = {"format": FORMAT, "origin": asdict(origin), "blocks": blocks, "facts": dict(facts or {})}
     content["sha256"] = _digest(store.tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
+    with written_whole(path) as scratch:
         safetensors_torch.save_file(store.tensors, scratch, metadata={_ENTRY: json.dumps(content)})
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from transformers.utils import logging as transformers_logging
 from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.runner import Batch
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options
-from mergekit_symalign.commands.common import bars, progress, readable, written_whole
+from mergekit_symalign.commands.common import bars, progress, readable
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
 from mergekit_symalign.errors import ArchitectureError, ConfigError
 from mergekit_symalign.graph.streaming import require_embedded, tokenizer_of
+from mergekit_symalign.whole_file import written_whole
 
 DEFAULT_TOKENS = 8192
 _FORMATS = (".png", ".svg", ".pdf")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import click
@@ -40,17 +38,6 @@ def readable() -> Iterator[None]:
         raise click.ClickException(f"{error.filename or 'writing'}: {error.strerror or error}") from error
     except SafetensorError as error:  # inputs are checked before: this is a file that could not be written
         raise click.ClickException(f"writing: {error}") from error
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to; it becomes ``path`` when all is written, and is removed on an error."""
-    scratch = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield scratch
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 @contextmanager

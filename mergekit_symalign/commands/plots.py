@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_symalign.commands.common import written_whole
+from mergekit_symalign.whole_file import written_whole
 
 Block = Mapping[str, Any]
 

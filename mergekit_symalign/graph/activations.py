@@ -18,13 +18,14 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.graph.solve import SolveBlock, describe_block, without_identities
+from mergekit_symalign.symmetry.attention import HEAD_AXES
 from mergekit_symalign.symmetry.covariance import Covariance, align_attention_by, align_mlp_by
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.expert_covariance import Routing, align_experts_by
 from mergekit_symalign.symmetry.groups import compute_dtype
 from mergekit_symalign.symmetry.options import Sides
 
-HEADS = frozenset(("query", "key", "value", "attended"))
+HEADS = frozenset(HEAD_AXES)
 Loads = Tuple[Tuple[str, LoadFinite], ...]  # name inside the layer (or the model) and load of each tensor
 
 

@@ -14,6 +14,7 @@ from mergekit.graph import Task
 
 from mergekit_symalign import __version__
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.whole_file import written_whole
 
 REPORT = "symalign_report.json"
 FORMAT = 1
@@ -73,9 +74,8 @@ class WriteReport(Task[str]):
         text = json.dumps(json.loads(self.head) | {"models": by_model(found)}, indent=1)
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(text + "\n", "utf-8")
-        partial.replace(path)
+        with written_whole(path) as scratch:
+            scratch.write_text(text + "\n", "utf-8")
         return self.path
 
 

@@ -33,6 +33,7 @@ from mergekit_symalign.symmetry.procrustes import (
     moments,
 )
 
+HEAD_AXES = ("query", "key", "value", "attended")
 GAIN_AXES = ("query_gain", "key_gain")
 
 HeadNorms = Mapping[str, Tensor]  # axis -> squared norm of each of the anchor's coordinates [heads, d]
@@ -73,8 +74,7 @@ def head_moments(
     Returns:
         The moments, and the squared norms of the anchor's coordinates.
     """
-    heads = {"value": shape.kv_heads, "attended": shape.query_heads, "query": shape.query_heads, "key": shape.kv_heads}
-    found = {axis: _moments(sides[axis], n, order[axis] if order else None) for axis, n in heads.items()}
+    found = {axis: _moments(sides[axis], shape.heads(axis), order[axis] if order else None) for axis in HEAD_AXES}
     return AttentionMoments(**{axis: m for axis, (m, _) in found.items()}), {axis: a for axis, (_, a) in found.items()}
 
 

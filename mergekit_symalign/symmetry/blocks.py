@@ -14,6 +14,7 @@ from torch import Tensor
 from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons
 from mergekit_symalign.symmetry.attention import (
     GAIN_AXES,
+    HEAD_AXES,
     AttentionMoments,
     HeadActions,
     HeadNorms,
@@ -29,8 +30,6 @@ from mergekit_symalign.symmetry.experts import align_experts
 from mergekit_symalign.symmetry.groups import AxisAction, Chain
 from mergekit_symalign.symmetry.heads import HeadOrder, HeadProblem, match_heads
 from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, NeuronScale, Pair, Sides, Symmetries
-
-HEAD_AXES = ("query", "key", "value", "attended")
 
 
 def align_attention(sides: Sides, shape: HeadShape, use: Symmetries, facts: Facts | None = None) -> BlockElement:

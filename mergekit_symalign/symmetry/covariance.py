@@ -17,6 +17,7 @@ from torch import Tensor
 from mergekit_symalign.symmetry.assignment import best_assignment, identity_is_optimal, lazy_assignment
 from mergekit_symalign.symmetry.attention import (
     GAIN_AXES,
+    HEAD_AXES,
     AttentionMoments,
     HeadActions,
     per_query_head,
@@ -24,7 +25,7 @@ from mergekit_symalign.symmetry.attention import (
     solve_gains,
     solve_query,
 )
-from mergekit_symalign.symmetry.blocks import HEAD_AXES, after, reordered_gains
+from mergekit_symalign.symmetry.blocks import after, reordered_gains
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling, compute_dtype
 from mergekit_symalign.symmetry.heads import GroupMoments, HeadProblem, match_heads
@@ -161,12 +162,7 @@ class CovarianceProblem(HeadProblem):
     """Matching heads from covariances instead of rows."""
 
     def __init__(self, covariances: Covariances, shape: HeadShape, use: Symmetries) -> None:
-        heads = {
-            "value": shape.kv_heads,
-            "attended": shape.query_heads,
-            "query": shape.query_heads,
-            "key": shape.kv_heads,
-        }
+        heads = {axis: shape.heads(axis) for axis in HEAD_AXES}
         own = AttentionMoments(**{axis: covariances[axis].moments(count, count) for axis, count in heads.items()})
         anchor = {axis: c.anchor.unflatten(0, (-1, shape.head_dim)) for axis, c in covariances.items()}
         super().__init__({}, own, anchor, shape, use)
@@ -199,7 +195,7 @@ class CovarianceProblem(HeadProblem):
 
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments:
         k, c = self.shape.kv_heads, self.covariances[axis]
-        group = self.shape.queries_per_kv if axis in ("query", "attended") else 1
+        group = self.shape.heads(axis) // k
         pairs = c.by_head(k * group).unflatten(1, (k, group)).unflatten(0, (k, group)).transpose(1, 2)
         at = (i * k + j.to(i)).long()
         return GroupMoments(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment import best_assignment, identity_is_optimal, lazy_assignment
 from mergekit_symalign.symmetry.attention import (
+    HEAD_AXES,
     AttentionMoments,
     HeadActions,
     HeadNorms,
@@ -33,7 +34,6 @@ from mergekit_symalign.symmetry.threads import in_parallel
 _ROUNDS = 2  # of matching query heads by a rotation, and solving the rotation for the match
 _BLOCK = 1 << 19  # numbers that are held in a wider dtype at once: small enough to stay in the cache
 _SLACK = 1e-5  # of the norms: the bounds are products in float32
-HEAD_AXES = ("query", "key", "value", "attended")
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ class HeadProblem:
         return anchor.unsqueeze(1) + model
 
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments:
-        heads = self.shape.queries_per_kv if axis in ("query", "attended") else 1
+        heads = self.shape.heads(axis) // self.shape.kv_heads
         groups = (self.shape.kv_heads, -1)
 
         def of(anchor: Tensor, other: Tensor) -> Tensor:

@@ -93,6 +93,10 @@ class HeadShape:
     def qk_norm(self) -> bool:
         return self.norm is not GainScope.none
 
+    def heads(self, axis: str) -> int:
+        """How many heads an axis has."""
+        return self.query_heads if axis in ("query", "attended") else self.kv_heads
+
     def planes(self) -> list[int]:
         """The coordinates that turn: first those of all planes, then their partners."""
         r = self.rotary

@@ -17,7 +17,7 @@ from torch import Tensor
 from mergekit_symalign.symmetry.groups import HeadRotation, PlaneRotation, Scaling
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.scale import joint_log_scale, quartic_scale
-from mergekit_symalign.symmetry.threads import in_parallel, one_thread
+from mergekit_symalign.symmetry.threads import in_parallel
 
 _MATRICES = 4  # that are decomposed at once
 _POLISH = 4  # alternating steps after the global search; none of them can be worse than the one before
@@ -203,8 +203,7 @@ def _polar(m: Tensor) -> Tensor:
 
 
 def _rotation_of(m: Tensor) -> Tensor:
-    with one_thread():
-        u, _, vh = torch.linalg.svd(m)
+    u, _, vh = torch.linalg.svd(m)
     return u @ vh
 
 
@@ -227,12 +226,8 @@ def _unless_noise(g: HeadRotation, first: Moments, second: Moments) -> HeadRotat
 
 def _nuclear(m: Tensor) -> Tensor:
     flat = m.reshape(-1, *m.shape[-2:])
-    return torch.cat(in_parallel(_singular_sums, flat.split(_MATRICES), m.device)).reshape(m.shape[:-2])
-
-
-def _singular_sums(m: Tensor) -> Tensor:
-    with one_thread():
-        return torch.linalg.svdvals(m).sum(-1)
+    sums = in_parallel(lambda x: torch.linalg.svdvals(x).sum(-1), flat.split(_MATRICES), m.device)
+    return torch.cat(sums).reshape(m.shape[:-2])
 
 
 def _nuclear_path(first: Moments, second: Moments) -> Callable[[Tensor], Tensor]:

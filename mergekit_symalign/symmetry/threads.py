@@ -48,9 +48,12 @@ def in_parallel(
         pieces: of about the same size.
         device: where the work is done; anything but the CPU has its own parallelism, and gets the pieces in turn.
     """
-    threads = _SHARED.get() or torch.get_num_threads()
-    if min(threads, len(pieces)) <= 1 or (device is not None and device.type != "cpu"):
+    if device is not None and device.type != "cpu":
         return [work(piece) for piece in pieces]
+    threads = _SHARED.get() or torch.get_num_threads()
+    if min(threads, len(pieces)) <= 1:
+        with one_thread():
+            return [work(piece) for piece in pieces]
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def run(piece: Piece) -> Result:
