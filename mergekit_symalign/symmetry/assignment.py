@@ -21,7 +21,7 @@ from mergekit_symalign.symmetry.certificate import PREFIXES, SLACK, Nearest, nea
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
 from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs, factors, neuron_factors
 from mergekit_symalign.symmetry.options import Facts, NeuronScale
-from mergekit_symalign.symmetry.shortlist import shortlist_assignment
+from mergekit_symalign.symmetry.shortlist import Scores, shortlist_assignment
 
 __all__ = ["NeuronPairs", "align_neurons", "best_assignment", "best_permutation", "neuron_factors"]
 
@@ -83,9 +83,7 @@ def best_permutation(pairs: NeuronPairs, *, scale: NeuronScale) -> Assignment:
     while len(found.open) <= _FEW * pairs.neurons:
         if len(found.open) == 0 or _complete(found, costs):
             return Assignment(found.index, _routes(found), _total(found, costs))
-    index = best_assignment(costs.scores())
-    rows = torch.arange(len(index), device=index.device)
-    return Assignment(index, {"neurons_full": len(index)}, float(costs.of(rows, index).double().sum()))
+    return _full(costs)
 
 
 def best_assignment(score: Tensor) -> Tensor:
@@ -103,7 +101,7 @@ def best_assignment(score: Tensor) -> Tensor:
         return identity
     if bool((columns.indices[rows.indices] == identity).all()):
         return rows.indices  # every row's own best column is a different one: no assignment can do better
-    index = shortlist_assignment(score, _sparse_matching) if len(score) >= _LARGE else None
+    index = shortlist_assignment(Scores.known(score), _sparse_matching) if len(score) >= _LARGE else None
     if index is None:
         index = _on_cpu(lambda s: linear_sum_assignment(s, maximize=True)[1], score)
     gain = score.gather(1, index.unsqueeze(1)).double().sum() - score.diagonal().double().sum()
@@ -128,7 +126,7 @@ def lazy_assignment(
     """The assignment with the least total cost, asking for the cost of as few pairs as possible.
 
     Pairs whose cost was not asked for stand in with their lower bound: an optimum that uses known pairs only is an
-    optimum of the true costs.
+    optimum of the true costs. Where bounds say little, rows ask for ever more pairs at once.
 
     Args:
         bounds: [n, n] lower bounds of every pair's cost.
@@ -149,10 +147,34 @@ def lazy_assignment(
         if turn == 1 and tighter is not None:
             costs = torch.where(known, costs, tighter().to(costs.dtype))
         else:
-            costs[missing, index[missing]] = cost(missing, index[missing]).to(costs.dtype)
-            known[missing, index[missing]] = True
+            pairs = _asked(costs, known, missing, index, 2 ** max(0, turn - 2))
+            costs[pairs] = cost(*pairs).to(costs.dtype)
+            known[pairs] = True
         index = best_assignment(-costs)
     return index
+
+
+def _full(costs: NeuronCosts) -> Assignment:
+    """The optimum of the whole problem, the identity if it is as good."""
+    rows = torch.arange(costs.pairs.neurons, device=costs.pairs.device)
+    scores = costs.rounded_scores() if len(rows) >= _LARGE else None
+    index = shortlist_assignment(scores, _sparse_matching) if scores is not None else None
+    if index is None:
+        index = best_assignment(costs.scores())
+    cost = float(costs.of(rows, index).double().sum())
+    if scores is None or not scores.identity_is_worse(index):
+        unmoved = float(costs.of(rows, rows).double().sum())
+        index, cost = (rows, unmoved) if unmoved <= cost else (index, cost)
+    return Assignment(index, {"neurons_full": len(index)}, cost)
+
+
+def _asked(costs: Tensor, known: Tensor, rows: Tensor, index: Tensor, many: int) -> tuple[Tensor, Tensor]:
+    """Some rows with the columns that they have, and with the cheapest unknown ones, as many for each row."""
+    unknown = costs.index_select(0, rows).masked_fill(known.index_select(0, rows), torch.inf)
+    unknown = unknown.scatter(1, index[rows].unsqueeze(1), -torch.inf)
+    cheapest = unknown.topk(min(many, len(costs)), dim=1, largest=False)
+    row, column = (cheapest.values < torch.inf).nonzero().unbind(1)
+    return rows[row], cheapest.indices[row, column]
 
 
 def _sparse_matching(rows: Tensor, columns: Tensor, cost: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from mergekit_symalign.symmetry.scale import quartic_scale
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _ROUNDS = 2  # of matching query heads by a rotation, and solving the rotation for the match
+_PAIRS = 4  # of KV heads that one thread solves together
 _BLOCK = 1 << 19  # numbers that are held in a wider dtype at once: small enough to stay in the cache
 _SLACK = 1e-5  # of the norms: the bounds are products in float32
 
@@ -222,6 +223,16 @@ class HeadProblem:
 
     def cost(self, i: Tensor, j: Tensor) -> Tensor:
         """Distance that remains between anchor's KV head ``i[n]`` and model's ``j[n]``, less the anchor's norms."""
+        few = _PAIRS if i.device.type == "cpu" else len(i)
+        parts = in_parallel(
+            lambda some: self._cost(*some), list(zip(i.split(few), j.split(few), strict=True)), i.device
+        )
+        costs, orders = (torch.cat(x) for x in zip(*parts, strict=True))
+        self.inner.update({(a, b): x for a, b, x in zip(i.tolist(), j.tolist(), orders, strict=True)})
+        return costs
+
+    def _cost(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the order of the query heads that belongs to it [n, heads]."""
         pairs = self.pairs(i, j)
         order = pairs.order
         for _ in range(_ROUNDS):
@@ -230,8 +241,7 @@ class HeadProblem:
             previous, order = order, pairs.reordered(found)
             if bool((order == previous).all()):
                 break
-        self.inner.update({(a, b): x for a, b, x in zip(i.tolist(), j.tolist(), previous, strict=True)})
-        return remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key)
+        return remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key), previous
 
     def pairs(self, i: Tensor, j: Tensor) -> _Pairs:
         """Moments of some pairs, their query heads ordered by the rotation of the KV heads alone."""
@@ -328,6 +338,10 @@ class GroupMoments:
     cross: Tensor
     model: Tensor
 
+    def along(self, matrix: Tensor) -> Tensor:
+        """Inner products with one matrix for each pair [pairs, d, d]: [pairs, anchor's heads, model's heads]."""
+        return (self.cross.flatten(-2) @ matrix.flatten(-2)[:, None, :, None]).squeeze(-1)
+
     def summed(self) -> Moments:
         return Moments(self.cross.sum((1, 2)), self.model.sum(1))
 
@@ -383,5 +397,5 @@ def _inner_order(found: HeadActions, attended: GroupMoments, query: GroupMoments
     """The query heads of each pair matched under the rotation that was found [pairs, heads]."""
     dual = found.value.dual() if found.value is not None else None
     o, q = dense(dual, attended.summed()), dense(found.query, query.summed())
-    score = (o[:, None, None] * attended.cross + q[:, None, None] * query.cross).sum((-2, -1))
+    score = attended.along(o) + query.along(q)
     return torch.stack([best_assignment(pair) for pair in score])

@@ -20,7 +20,8 @@ from mergekit_symalign.symmetry.scale import joint_log_scale, quartic_scale
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _MATRICES = 4  # that are decomposed at once
-_POLISH = 4  # alternating steps after the global search; none of them can be worse than the one before
+_POLISH = 4  # alternating steps after the global search, at most; none of them can be worse than the one before
+_STILL = 1e-9  # relative change of a scale after which steps end: the distance changes by its square
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,9 @@ def align_gains(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], *, sig
 
 def _alternate(s: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
     for _ in range(_POLISH):
-        s = step(s)
+        previous, s = s, step(s)
+        if s.device.type == "cpu" and bool(((s - previous).abs() <= _STILL * s).all()):
+            break  # elsewhere a step costs less than asking the device
     return s
 
 

@@ -3,72 +3,204 @@
 The optimum over the best columns of each row is a small sparse problem. Its dual prices ``u, v`` prove it for the whole
 matrix where ``u_i + v_j`` is at most the cost of every pair; pairs that are cheaper join the lists, and it is solved
 again. (Column generation; the prices are shortest paths in the residual graph of the sparse optimum.)
+
+The scores of the whole matrix may be rounded. Then the first prices tell which pairs can matter, only those are asked
+for their exact scores, and the prices have to hold against all others at the best that rounding may hide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-_LIST = 64  # columns of each row at first
+from mergekit_symalign.symmetry.auction import auction_prices
+from mergekit_symalign.symmetry.threads import in_parallel
+
+_LIST = 16  # columns of each row at first, at least
+_MOST = 128  # pairs for each row: with more of them lists are not short
+_GROUPS = 256  # of columns: the best score of each says where a list may end
+_WIDER = 3  # errors of rounded scores within which pairs are asked for at first: the prices are rounded too
+_NEAR = 12  # errors within which pairs are looked at again before all are
 _ROUNDS = 20  # of adding pairs
 _RELAXATIONS = 1000  # of the shortest paths
-_BLOCK = 1 << 22  # reduced costs that are held at once
+_ROUGH = 50  # of them where prices only say where to look
+_BLOCK = 1 << 19  # scores that are looked through at once: small enough to stay in the cache
 
 Matching = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def shortlist_assignment(score: Tensor, match: Matching) -> Tensor | None:
-    """The permutation with the largest total score, to the rounding of the scores, or None if rounds run out.
+@dataclass(frozen=True)
+class Scores:
+    """What each pair contributes to the total.
+
+    Attributes:
+        stored: [n, n].
+        error: float64 [n], how far each row of ``stored`` may be from the exact scores,
+        relative: and beyond that, as a share of their size.
+        exact: from rows and columns of some pairs [pairs] to their exact scores; None: ``stored`` has them.
+    """
+
+    stored: Tensor
+    error: Tensor
+    relative: float = 0.0
+    exact: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @staticmethod
+    def known(score: Tensor) -> Scores:
+        return Scores(score, torch.zeros(len(score), dtype=torch.float64, device=score.device))
+
+    @cached_property
+    def tolerance(self) -> float:
+        """Differences that are rounding."""
+        low, high = (float(x) for x in self.stored.aminmax())
+        return 4 * torch.finfo(self.wide).eps * max(-low, high)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What scores are compared in."""
+        return torch.promote_types(self.stored.dtype, torch.float32)
+
+    def at(self, keys: Tensor, *, exactly: bool = True) -> Tensor:
+        """Of some pairs ``row · n + column``, float64."""
+        rows, columns = keys // len(self.stored), keys % len(self.stored)
+        if exactly and self.exact is not None:
+            return self.exact(rows, columns).double()
+        return self.stored[rows, columns].double()
+
+    def identity_is_worse(self, index: Tensor) -> bool:
+        """Whether the total of the diagonal is below that of a permutation, whatever is rounded."""
+        own, chosen = self.stored.diagonal().double(), self.stored.gather(1, index.unsqueeze(1)).squeeze(1).double()
+        hidden = 2 * self.error + self.relative * (own.abs() + chosen.abs())
+        return bool((own + hidden).sum() < chosen.sum())
+
+
+def shortlist_assignment(scores: Scores, match: Matching) -> Tensor | None:
+    """The permutation with the largest total score, to the rounding of exact scores, or None if lists grow too long.
 
     Args:
-        score: [n, n].
+        scores: of all pairs.
         match: the optimum of a sparse problem, from rows, columns and positive costs of its edges [edges] to the
             column of each row [n].
     """
-    n, top = len(score), score.max(1).values.double()  # of each row: from a common one the solver may take minutes
-    blocks = [block.topk(min(_LIST, n), dim=1).indices for block in score.split(max(1, _BLOCK // n))]
-    listed = torch.cat(blocks)
-    diagonal = torch.arange(n, device=score.device)
-    keys = torch.cat((diagonal.unsqueeze(1) * n + listed, (diagonal * (n + 1)).unsqueeze(1)), dim=1).unique()
-    tolerance = float(torch.finfo(score.dtype).eps * score.abs().max())
-    for _ in range(_ROUNDS):
-        rows, columns = keys // n, keys % n
-        cost = top[rows] - score[rows, columns].double()
-        index = match(rows, columns, cost + 1)
-        own = top - score.gather(1, index.unsqueeze(1)).squeeze(1).double()
-        price = _prices(rows, columns, cost, own, index)
-        if price is None:
+    n = len(scores.stored)
+    diagonal = torch.arange(n, device=scores.stored.device) * (n + 1)
+    prices = auction_prices(scores.stored)
+    keys = torch.cat((_lists(scores, prices), diagonal)).unique()
+    values, near = scores.at(keys, exactly=False), keys[:0]
+    solved = _solve(n, keys, values, match, prices, rough=scores.exact is not None)
+    if solved is not None and scores.exact is not None:  # from here on lists are what can matter, exactly
+        near = _cheaper_pairs(scores, solved, _NEAR)
+        if len(near) > _MOST * n:
             return None
-        cheaper = _cheaper_pairs(score, top, own - price[index], price, tolerance)
-        if len(cheaper) == 0:
-            return index
-        keys = torch.cat((keys, cheaper)).unique()
+        keys = torch.cat((_cheaper_of(near, scores, solved, _WIDER), solved.keys, diagonal)).unique()
+        values = scores.at(keys)
+        solved = _solve(n, keys, values, match, solved.column)
+    for _ in range(_ROUNDS):
+        if solved is None or len(keys) > _MOST * n:
+            return None
+        new = _others(_cheaper_of(near, scores, solved, _WIDER), keys)
+        if len(new) == 0:
+            new = _others(_cheaper_pairs(scores, solved), keys)
+        if len(new) == 0:
+            return solved.index
+        keys, order = torch.cat((keys, new)).sort()
+        values = torch.cat((values, scores.at(new)))[order]
+        solved = _solve(n, keys, values, match, solved.column)
     return None
 
 
-def _prices(rows: Tensor, columns: Tensor, cost: Tensor, own: Tensor, index: Tensor) -> Tensor | None:
-    """Prices ``v`` of the columns with ``cost ≥ u_i + v_j`` on every edge, ``u_i = own_i − v[index_i]``."""
-    price = torch.zeros_like(own)
-    step = cost - own[rows]
+@dataclass(frozen=True)
+class _Solved:
+    """The optimum of the listed pairs: columns [n], and dual prices: no listed score exceeds ``row_i + column_j``."""
+
+    index: Tensor
+    row: Tensor
+    column: Tensor
+
+    @property
+    def keys(self) -> Tensor:
+        return torch.arange(len(self.index), device=self.index.device) * len(self.index) + self.index
+
+
+def _lists(scores: Scores, price: Tensor) -> Tensor:
+    """About the `_LIST` columns of each row that are best at these prices, less those that are as good as the last."""
+    n = len(price)
+    size = max(1, n // _GROUPS)
+    column = price.to(scores.wide)
+
+    def of(start: int, block: Tensor) -> Tensor:
+        worth = block - column
+        best = worth.narrow(1, 0, n // size * size).unflatten(1, (size, -1)).amax(1)
+        last = best.topk(min(_LIST + 1, best.shape[1]), dim=1).values.narrow(1, -1, 1)
+        return _keys((worth > last).nonzero(), start, n)
+
+    return torch.cat(_of_blocks(of, scores.stored))
+
+
+def _solve(
+    n: int, keys: Tensor, values: Tensor, match: Matching, start: Tensor, *, rough: bool = False
+) -> _Solved | None:
+    """The optimum of some pairs, sorted by rows, with prices from ``start`` [n] down; None if they do not settle.
+
+    Args:
+        rough: the prices need not settle.
+    """
+    rows, columns = keys // n, keys % n
+    # costs from the best of each row: from a common one the solver may take minutes
+    top = values.new_full((n,), -torch.inf).scatter_reduce(0, rows, values, "amax")
+    cost = top[rows] - values
+    index = match(rows, columns, cost + 1)
     via = index[rows]
-    for _ in range(_RELAXATIONS):
-        lower = price.scatter_reduce(0, columns, price[via] + step, "amin")
+    own = cost[columns == via]
+    price = -start
+    step = cost - own[rows]
+    for _ in range(_ROUGH if rough else _RELAXATIONS):
+        lower = price.scatter_reduce(0, columns, price.index_select(0, via) + step, "amin")
         if bool((lower >= price - 1e-12 * own.abs().max()).all()):
-            return price
+            rough = True
+            break
         price = lower
-    return None
+    return _Solved(index, top - own + price[index], -price) if rough else None
 
 
-def _cheaper_pairs(score: Tensor, top: Tensor, u: Tensor, v: Tensor, tolerance: float) -> Tensor:
-    """Pairs whose cost is below their prices, as ``row · n + column``."""
-    n, found = len(score), []
-    height = max(1, _BLOCK // n)
-    ceiling, v = (top - u).to(score.dtype), v.to(score.dtype)
-    for start, block in zip(range(0, n, height), score.split(height), strict=True):
-        surplus = block + v > (ceiling.narrow(0, start, len(block)) + 4 * tolerance).unsqueeze(1)
-        at = surplus.nonzero()
-        found.append((at.select(1, 0) + start) * n + at.select(1, 1))
-    return torch.cat(found)
+def _cheaper_pairs(scores: Scores, solved: _Solved, errors: int = 1) -> Tensor:
+    """Pairs whose score, and so many times its error, exceed their prices."""
+    n, dtype = len(scores.stored), scores.wide
+    ceiling, column = (solved.row - errors * scores.error + scores.tolerance).to(dtype), solved.column.to(dtype)
+
+    def of(start: int, block: Tensor) -> Tensor:
+        worth = block - column
+        if scores.relative:
+            worth.add_(block.abs(), alpha=errors * scores.relative)
+        surplus = worth > ceiling.narrow(0, start, len(block)).unsqueeze(1)
+        return _keys(surplus.nonzero(), start, n)
+
+    return torch.cat(_of_blocks(of, scores.stored))
+
+
+def _cheaper_of(keys: Tensor, scores: Scores, solved: _Solved, errors: int = 1) -> Tensor:
+    """The same among some pairs."""
+    rows, columns = keys // len(solved.row), keys % len(solved.row)
+    stored = scores.at(keys, exactly=False)
+    highest = stored + errors * (scores.error[rows] + scores.relative * stored.abs())
+    return keys[highest > solved.row[rows] + solved.column[columns] + scores.tolerance]
+
+
+def _others(keys: Tensor, known: Tensor) -> Tensor:
+    return keys[~torch.isin(keys, known)]
+
+
+def _of_blocks(of: Callable[[int, Tensor], Tensor], score: Tensor) -> list[Tensor]:
+    """What a function finds in each block of rows, given the number of its first."""
+    height = max(1, _BLOCK // len(score))
+    blocks = list(zip(range(0, len(score), height), score.split(height), strict=True))
+    return in_parallel(lambda block: of(*block), blocks, score.device)
+
+
+def _keys(at: Tensor, start: int, n: int) -> Tensor:
+    rows, columns = at.unbind(1)
+    return (rows + start) * n + columns
