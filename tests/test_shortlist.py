@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mergekit_symalign.symmetry import rounded, shortlist
-from mergekit_symalign.symmetry.assignment import _sparse_matching, best_permutation
+from mergekit_symalign.symmetry.assignment import _sparse_matching, best_assignment, best_permutation
 from mergekit_symalign.symmetry.auction import auction_prices
 from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs
 from mergekit_symalign.symmetry.options import NeuronScale
@@ -108,6 +110,19 @@ def test_rounded_scores_are_as_near_as_they_say(dtype: torch.dtype) -> None:
     assert (off <= hidden).all()
     assert (off > 0.3 * hidden).any() == (dtype is torch.bfloat16)  # the bound is not a wide one
     assert (hidden.mean() < 0.6 * truth.std()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spread", [1, 3])
+def test_neurons_of_very_different_size_take_seconds(spread: int, dtype: torch.dtype) -> None:
+    """The sparse solver went on for minutes (600 neurons) where costs were not rounded to whole numbers."""
+    g = torch.Generator().manual_seed(0)
+    a, b = ((spread * torch.randn(600, 1, generator=g)).exp() * torch.randn(600, 256, generator=g) for _ in range(2))
+    score = (a @ b.mT).to(dtype)
+    started = time.perf_counter()
+    index = best_assignment(score)
+    assert time.perf_counter() - started < 20
+    assert _total(score, index) == pytest.approx(_best(score), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -55,9 +55,9 @@ class Scores:
 
     @cached_property
     def tolerance(self) -> float:
-        """Differences that are rounding."""
+        """Differences that are taken for the rounding of scores in float32."""
         low, high = (float(x) for x in self.stored.aminmax())
-        return 4 * torch.finfo(self.wide).eps * max(-low, high)
+        return max(4 * torch.finfo(torch.float32).eps * max(-low, high), torch.finfo(self.wide).tiny)
 
     @property
     def wide(self) -> torch.dtype:
@@ -83,22 +83,22 @@ def shortlist_assignment(scores: Scores, match: Matching) -> Tensor | None:
 
     Args:
         scores: of all pairs.
-        match: the optimum of a sparse problem, from rows, columns and positive costs of its edges [edges] to the
-            column of each row [n].
+        match: the optimum of a sparse problem, from rows, columns and costs (positive whole numbers) of its edges
+            [edges] to the column of each row [n].
     """
     n = len(scores.stored)
     diagonal = torch.arange(n, device=scores.stored.device) * (n + 1)
     prices = auction_prices(scores.stored)
     keys = torch.cat((_lists(scores, prices), diagonal)).unique()
     values, near = scores.at(keys, exactly=False), keys[:0]
-    solved = _solve(n, keys, values, match, prices, rough=scores.exact is not None)
+    solved = _solve(keys, values, match, prices, scores.tolerance, rough=scores.exact is not None)
     if solved is not None and scores.exact is not None:  # from here on lists are what can matter, exactly
         near = _cheaper_pairs(scores, solved, _NEAR)
         if len(near) > _MOST * n:
             return None
         keys = torch.cat((_cheaper_of(near, scores, solved, _WIDER), solved.keys, diagonal)).unique()
         values = scores.at(keys)
-        solved = _solve(n, keys, values, match, solved.column)
+        solved = _solve(keys, values, match, solved.column, scores.tolerance)
     for _ in range(_ROUNDS):
         if solved is None or len(keys) > _MOST * n:
             return None
@@ -109,7 +109,7 @@ def shortlist_assignment(scores: Scores, match: Matching) -> Tensor | None:
             return solved.index
         keys, order = torch.cat((keys, new)).sort()
         values = torch.cat((values, scores.at(new)))[order]
-        solved = _solve(n, keys, values, match, solved.column)
+        solved = _solve(keys, values, match, solved.column, scores.tolerance)
     return None
 
 
@@ -142,21 +142,24 @@ def _lists(scores: Scores, price: Tensor) -> Tensor:
 
 
 def _solve(
-    n: int, keys: Tensor, values: Tensor, match: Matching, start: Tensor, *, rough: bool = False
+    keys: Tensor, values: Tensor, match: Matching, start: Tensor, unit: float, *, rough: bool = False
 ) -> _Solved | None:
     """The optimum of some pairs, sorted by rows, with prices from ``start`` [n] down; None if they do not settle.
 
     Args:
+        unit: the rounding of scores. Costs are whole numbers of it: their sums are exact, and the solver, which outbids
+            by the least difference that there is, does not take minutes for differences that mean nothing.
         rough: the prices need not settle.
     """
+    n = len(start)
     rows, columns = keys // n, keys % n
-    # costs from the best of each row: from a common one the solver may take minutes
-    top = values.new_full((n,), -torch.inf).scatter_reduce(0, rows, values, "amax")
-    cost = top[rows] - values
-    index = match(rows, columns, cost + 1)
+    worth = values - start[columns]
+    top = worth.new_full((n,), -torch.inf).scatter_reduce(0, rows, worth, "amax")
+    cost = ((top[rows] - worth) / unit).round() * unit
+    index = match(rows, columns, cost / unit + 1)
     via = index[rows]
     own = cost[columns == via]
-    price = -start
+    price = torch.zeros_like(own)
     step = cost - own[rows]
     for _ in range(_ROUGH if rough else _RELAXATIONS):
         lower = price.scatter_reduce(0, columns, price.index_select(0, via) + step, "amin")
@@ -164,7 +167,7 @@ def _solve(
             rough = True
             break
         price = lower
-    return _Solved(index, top - own + price[index], -price) if rough else None
+    return _Solved(index, top - own + price[index], start - price) if rough else None
 
 
 def _cheaper_pairs(scores: Scores, solved: _Solved, errors: int = 1) -> Tensor:
