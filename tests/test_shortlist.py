@@ -140,6 +140,22 @@ def test_unrelated_models_by_rounded_scores(dtype: torch.dtype, monkeypatch: pyt
     assert _total(score, found[True].index) == pytest.approx(_best(score), rel=1e-7)
 
 
+def test_threads_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounded, "usable", lambda device, dtype: True)
+    pairs, threads = _neurons(torch.bfloat16, 600), torch.get_num_threads()
+    found = []
+    for many, rows, block in ((1, 1024, 1 << 19), (2, 128, 1 << 15), (3, 50, 601)):
+        monkeypatch.setattr(rounded, "_ROWS", rows)
+        monkeypatch.setattr(rounded, "_PIECE", rows // 2)
+        monkeypatch.setattr(shortlist, "_BLOCK", block)
+        torch.set_num_threads(many)
+        try:
+            found.append(best_permutation(pairs, scale=NeuronScale.none))
+        finally:
+            torch.set_num_threads(threads)
+    assert all(torch.equal(found[0].index, x.index) and x.cost == found[0].cost for x in found)
+
+
 def test_the_identity_stays_where_it_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neurons that are all alike may stand in any order: they are left where they are."""
     monkeypatch.setattr(rounded, "usable", lambda device, dtype: True)

@@ -52,7 +52,7 @@ def test_evidence_says_what_the_results_say(study: Study) -> None:
 
 
 def test_readme_says_what_the_results_say(study: Study) -> None:
-    assert readme_paragraph(study.main) in (ROOT / "README.md").read_text()
+    assert readme_paragraph(study) in (ROOT / "README.md").read_text()
 
 
 def test_the_page_follows_the_numbers(study: Study) -> None:
@@ -62,7 +62,7 @@ def test_the_page_follows_the_numbers(study: Study) -> None:
     changed = {**row, "steps": row["steps"] + 0.1}
     main = replace(study.main, rows={**study.main.rows, key: changed})
     assert page(replace(study, main=main)) != page(study)
-    assert readme_paragraph(main) != readme_paragraph(study.main)
+    assert readme_paragraph(replace(study, main=main)) != readme_paragraph(study)
 
 
 @pytest.mark.parametrize(("part", "arm", "variant"), [("fusion", "hot", "weights"), ("smollm2", "transfer", "plain")])
@@ -84,6 +84,8 @@ def test_one_run_of_smollm2_claims_nothing_and_three_do(study: Study) -> None:
     assert "±" not in smollm2.section(one)
     assert {claim[0] for claim in smollm2.claims(three)} == {"Horoi et al.", "Zhang et al."}
     assert "±" in smollm2.section(three)
+    assert smollm2.summary(one) == ""
+    assert "alignment from weights" in smollm2.summary(three)
 
 
 @pytest.mark.parametrize("figure", ["transfer", "drift", "foreign"])

@@ -38,6 +38,9 @@ class Estimate:
         error = float(np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan")
         return Estimate(float(np.mean(values)), error, n)
 
+    def __neg__(self) -> Estimate:
+        return Estimate(-self.mean, self.error, self.n)
+
     @property
     def margin(self) -> float:
         """Half the width of the confidence interval (Student's t)."""

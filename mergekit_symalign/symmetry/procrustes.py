@@ -65,15 +65,21 @@ def moments(anchor: Tensor, model: Tensor, heads: int, order: Tensor | None = No
     number = torch.arange(heads, device=anchor.device)
 
     def of(some: Pair) -> tuple[Tensor, Tensor, Tensor]:
-        x, y = (side.index_select(0, at).double() for side, at in zip((a, b), some, strict=True))
+        x, y = (_selected(side, at).double() for side, at in zip((a, b), some, strict=True))
         cross = x.squeeze(0) @ y.squeeze(0).mT  # for a single head, matrices take half as long as a batch of one
-        return cross.reshape(len(x), x.shape[1], -1), (x * x).sum(-1), (y * y).sum(-1)
+        return cross.reshape(len(x), x.shape[1], -1), torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y)
 
     few = 1 if anchor.device.type == "cpu" else heads
     beside = number if order is None else order
     parts = in_parallel(of, list(zip(number.split(few), beside.split(few), strict=True)), anchor.device)
     cross, own, norms = (torch.cat(x) for x in zip(*parts, strict=True))
     return Moments(cross, norms), own
+
+
+def _selected(heads: Tensor, at: Tensor) -> Tensor:
+    """Some heads; on the CPU a single one as it is stored: a copy of columns as rows takes longer than all the rest."""
+    alone = len(at) == 1 and at.device.type == "cpu"
+    return heads.narrow(0, int(at), 1) if alone else heads.index_select(0, at)
 
 
 def align_heads(first: Moments, second: Moments, *, rotate: bool, scale: bool) -> HeadRotation:

@@ -1,8 +1,9 @@
 """Large assignment problems from short lists of good pairs, with a proof that no other pair can improve them.
 
-The optimum over the best columns of each row is a small sparse problem. Its dual prices ``u, v`` prove it for the whole
-matrix where ``u_i + v_j`` is at most the cost of every pair; pairs that are cheaper join the lists, and it is solved
-again. (Column generation; the prices are shortest paths in the residual graph of the sparse optimum.)
+The lists hold the columns that are best for each row at the prices of an auction (symmetry/auction.py). The optimum
+over them is a small sparse problem. Its dual prices ``u, v`` prove it for the whole matrix where no score exceeds
+``u_i + v_j``; pairs whose score does join the lists, and it is solved again. (Column generation; the prices are
+shortest paths in the residual graph of the sparse optimum.)
 
 The scores of the whole matrix may be rounded. Then the first prices tell which pairs can matter, only those are asked
 for their exact scores, and the prices have to hold against all others at the best that rounding may hide.
@@ -171,7 +172,7 @@ def _solve(
 
 
 def _cheaper_pairs(scores: Scores, solved: _Solved, errors: int = 1) -> Tensor:
-    """Pairs whose score, and so many times its error, exceed their prices."""
+    """Pairs whose score, with so many times its error, exceeds their prices."""
     n, dtype = len(scores.stored), scores.wide
     ceiling, column = (solved.row - errors * scores.error + scores.tolerance).to(dtype), solved.column.to(dtype)
 

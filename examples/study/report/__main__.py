@@ -16,7 +16,7 @@ def write(study: Study, root: Path) -> None:
     (root / "docs" / "evidence.md").write_text(page(study))
     readme = root / "README.md"
     if readme.exists():
-        readme.write_text(replaced(readme.read_text(), readme_paragraph(study.main)))
+        readme.write_text(replaced(readme.read_text(), readme_paragraph(study)))
 
 
 def main() -> None:

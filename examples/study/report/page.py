@@ -63,8 +63,9 @@ def _more_claims(study: Study) -> list[claims.Claim]:
     return encoders + ([] if study.smollm2 is None else smollm2.claims(study.smollm2))
 
 
-def readme_paragraph(main: Findings) -> str:
+def readme_paragraph(study: Study) -> str:
     """What README says, between its two marks."""
+    main = study.main
     share = main.symmetric_share("merge", FINE_TUNED, "weights")
     skill = main.difference("merge", FINE_TUNED, "weights", SKILL)
     plain, aligned = (main.estimate("foreign", "all-three", variant, SKILL_LOSS) for variant in ("plain", "weights"))
@@ -79,6 +80,7 @@ def readme_paragraph(main: Findings) -> str:
 alignment from weights lowers the distance between two fine-tunes of one base by {share.text(2)} %, and changes a
 transferred skill by {skill.text(signed=True)} points ({skill.verdict(1)}). By how the target drifted (nats: less is
 better): {drift.effects(main, measured(main))}""",
+        smollm2.summary(study.smollm2) if study.smollm2 is not None else "",
         f"""\
 It is for models in other coordinates: after a tool has rotated the target's values, sorted its neurons and reordered
 its heads, the loss on the skill's answers is {plain.text(2)} nats per character after a plain merge,

@@ -7,6 +7,7 @@ from itertools import product
 
 from ..estimates import Estimate
 from ..findings import Findings, Metric, percent, plain_number
+from ..smollm2 import PROMPTS
 from .claims import HOROI, ZHANG, Claim, answer
 from .drift import EXACT
 from .markdown import VARIANT_TITLES, headline, judged, paragraphs, table
@@ -63,18 +64,33 @@ def finished(findings: Findings) -> bool:
 def section(findings: Findings) -> str:
     settings = findings.settings
     n = len(_seeds(findings, "transfer", "weights"))
-    runs = f"{n} seeds (they decide which windows of text are read). That is short."
-    one = "one run. That is short, and without error bars it is an illustration and no evidence for a claim."
+    runs = f"{n} seeds (they decide which windows of text are read)."
+    one = "one run. Without error bars it is an illustration and no evidence for a claim."
     return paragraphs(
         "## 5 SmolLM2",
         _verdict(findings),
         f"""\
 Two fine-tunes of all weights of SmolLM2-135M-Instruct: {settings["steps"]} steps with {settings["batch"]} sequences of
 {settings["tokens"]} tokens, learning rate {settings["learning_rate"]:g}, {runs if n > 1 else one} SmolLM2 and the
-skill are the same for all seeds.""",
+skill are the same for all seeds. Activations are those of {2 * PROMPTS} prompts, half from each text that is trained
+on.""",
         _alone(findings),
         *(_merges(findings, merge) for merge in MERGES),
     )
+
+
+def summary(findings: Findings) -> str:
+    """For README: what alignment does to the average; nothing from a single run."""
+    (loss,) = JUDGED["average"]
+    n = len(_seeds(findings, "average", "plain"))
+    if n < 2:
+        return ""
+    parts = []
+    for variant in tried(findings):
+        difference = findings.difference("merge", "average", variant, loss.metric)
+        share = findings.symmetric_share("merge", "average", variant)
+        parts.append(f"with {VARIANT_TITLES[variant]} {loss.judged(difference)} ({_moved(share)})")
+    return f"The loss of an average of two fine-tunes of SmolLM2-135M-Instruct ({n} seeds): {', '.join(parts)}."
 
 
 def claims(findings: Findings) -> list[Claim]:
@@ -102,7 +118,13 @@ def _effect(findings: Findings, merge: str, variant: str) -> str:
     else:
         said = f"**{what.capitalize()}**, one run"
     numbers = "; ".join(m.judged(d) for m, d in differences.items())
-    return f"{said} ({numbers}); it removes {_text(share, 3)} % of the distance."
+    return f"{said} ({numbers}); {_moved(share)}."
+
+
+def _moved(share: Estimate) -> str:
+    if share.mean < 0:
+        return f"it raises the distance by {_text(-share, 0)} %"
+    return f"it removes {_text(share, 3)} % of the distance"
 
 
 def _seeds(findings: Findings, merge: str, variant: str) -> dict[int, float]:
