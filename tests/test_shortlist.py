@@ -14,7 +14,6 @@ from mergekit_symalign.symmetry.assignment import _sparse_matching, best_assignm
 from mergekit_symalign.symmetry.auction import auction_prices
 from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs
 from mergekit_symalign.symmetry.options import NeuronScale
-from mergekit_symalign.symmetry.rounded import RoundedScores
 from mergekit_symalign.symmetry.shortlist import Scores, shortlist_assignment
 
 N = 400
@@ -103,10 +102,10 @@ def test_prices_say_where_the_optimum_is(kind: str) -> None:
 def test_rounded_scores_are_as_near_as_they_say(dtype: torch.dtype) -> None:
     pairs = _neurons(dtype, 300).all
     lengths = [torch.cat([x[i] for x in pairs], 1).double().norm(dim=1) for i in range(2)]
-    found = RoundedScores.of(pairs, *lengths)
+    found = rounded.rounded_scores(pairs, *lengths, exact=lambda rows, columns: rows)
     truth = sum((a.double() @ b.double().mT for a, b in pairs), torch.zeros(300, 300, dtype=torch.float64))
-    off = (found.values.double() - truth).abs()
-    hidden = found.error.unsqueeze(1) + found.relative * found.values.double().abs()
+    off = (found.stored.double() - truth).abs()
+    hidden = found.error.unsqueeze(1) + found.relative * found.stored.double().abs()
     assert (off <= hidden).all()
     assert (off > 0.3 * hidden).any() == (dtype is torch.bfloat16)  # the bound is not a wide one
     assert (hidden.mean() < 0.6 * truth.std()).all()
@@ -162,6 +161,10 @@ def test_the_identity_stays_where_it_is_as_good(monkeypatch: pytest.MonkeyPatch)
     row = torch.randn(1, 40, generator=torch.Generator().manual_seed(0)).bfloat16().expand(600, -1)
     pairs = NeuronPairs([(row, -row)], [(row, -row)], [(row, -row)])
     assert torch.equal(best_permutation(pairs, scale=NeuronScale.none).index, torch.arange(600))
+
+
+def test_scores_that_are_all_the_same_take_no_auction() -> None:
+    assert torch.equal(auction_prices(torch.ones(N, N)), torch.zeros(N, dtype=torch.float64))
 
 
 def test_float64_keeps_its_precision() -> None:

@@ -30,14 +30,14 @@ def auction_prices(score: Tensor) -> Tensor:
     price = torch.zeros(n, dtype=dtype, device=device)
     owner = torch.full((n,), -1, device=device)
     more = _BID * score.narrow(0, 0, min(n, _SAMPLE)).to(dtype).std()
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if more > 0 else 0):
         if len(free) <= n * _LEFT:
             break
         column, bid = _bids(score, price, free)
         bid = bid + more
         highest = price.scatter_reduce(0, column, bid, "amax")
         wins = bid == highest[column]
-        winner = torch.full_like(owner, -1).scatter(0, column[wins], free[wins])  # of several, any one
+        winner = torch.full_like(owner, -1).scatter_reduce(0, column[wins], free[wins], "amax")  # of several the last
         sold = winner >= 0
         lost = free[winner[column] != free]
         free = torch.cat((lost, owner[sold & (owner >= 0)]))

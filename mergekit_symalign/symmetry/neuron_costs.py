@@ -93,8 +93,7 @@ class NeuronCosts:
         def exact(rows: Tensor, columns: Tensor) -> Tensor:
             return (own[rows] + norms[columns] - self.of(rows, columns)) / 2
 
-        found = rounded.RoundedScores.of(pairs, own.sqrt(), norms.sqrt())
-        return Scores(found.values, found.error, found.relative, exact)
+        return rounded.rounded_scores(pairs, own.sqrt(), norms.sqrt(), exact)
 
     def norms(self) -> Tensor:
         """Squared norm of each of the model's neurons [neurons], float64."""

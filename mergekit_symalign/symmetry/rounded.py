@@ -7,51 +7,46 @@ known. The few pairs that matter are then taken exactly (symmetry/shortlist.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.options import Pair
+from mergekit_symalign.symmetry.shortlist import Scores
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _ROWS = 1024  # of the anchor for one thread
 _PIECE = 256  # rows that are rounded at once
+_STORED = 2.0**-8  # of a score: how far rounding it to bfloat16 may move it
 _SUMS = 1e-5  # of the norms: the sums are taken in float32
 
 
-@dataclass(frozen=True)
-class RoundedScores:
-    """``Σ a_i · b_j`` over all rows of a neuron, rounded.
+def rounded_scores(
+    pairs: Sequence[Pair], anchor: Tensor, model: Tensor, exact: Callable[[Tensor, Tensor], Tensor]
+) -> Scores:
+    """``Σ a_i · b_j`` over all rows of a neuron, for all pairs of neurons.
 
-    Attributes:
-        values: bfloat16 [neurons, neurons].
-        error: float64 [neurons], how far each row's values may be from the true scores,
-        relative: and beyond that, as a share of their size.
+    Args:
+        pairs: the rows, in any dtype of at most 32 bits.
+        anchor, model: length of each neuron [neurons], float64.
+        exact: the same for some pairs, from their numbers.
     """
+    device, neurons = anchor.device, len(anchor)
+    other, lost = _rounded([b for _, b in pairs], neurons)
+    longest, most = model.max(), lost.max()
+    values = torch.empty(neurons, neurons, dtype=torch.bfloat16, device=device)
 
-    values: Tensor
-    error: Tensor
-    relative: float = 2.0**-8  # rounding to bfloat16
+    def error(work: tuple[Tensor, Tensor, Sequence[Tensor]]) -> Tensor:
+        """Of some rows, whose scores are written to their block of ``values``."""
+        block, length, rows = work
+        own, own_lost = _rounded(rows, len(block))
+        torch.mm(own, other.mT, out=block)
+        return own_lost * longest + (length + own_lost) * (most + _SUMS * (longest + most))
 
-    @staticmethod
-    def of(pairs: Sequence[Pair], anchor: Tensor, model: Tensor) -> RoundedScores:
-        """From the rows, in any dtype of at most 32 bits, and the length of each neuron [neurons]."""
-        device, neurons = anchor.device, len(anchor)
-        other, lost = _rounded([b for _, b in pairs], neurons)
-        longest, most = model.max(), lost.max()
-        values = torch.empty(neurons, neurons, dtype=torch.bfloat16, device=device)
-
-        def error(work: tuple[Tensor, Tensor, Sequence[Tensor]]) -> Tensor:
-            block, length, rows = work
-            own, own_lost = _rounded(rows, len(block))
-            torch.mm(own, other.mT, out=block)
-            return own_lost * longest + (length + own_lost) * (most + _SUMS * (longest + most))
-
-        rows = zip(*(a.split(_ROWS) for a, _ in pairs), strict=True)
-        work = list(zip(values.split(_ROWS), anchor.split(_ROWS), rows, strict=True))
-        return RoundedScores(values, torch.cat(in_parallel(error, work, device)))
+    rows = zip(*(a.split(_ROWS) for a, _ in pairs), strict=True)
+    work = list(zip(values.split(_ROWS), anchor.split(_ROWS), rows, strict=True))
+    return Scores(values, torch.cat(in_parallel(error, work, device)), _STORED, exact)
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:

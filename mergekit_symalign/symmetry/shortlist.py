@@ -186,7 +186,7 @@ def _cheaper_pairs(scores: Scores, solved: _Solved, errors: int = 1) -> Tensor:
     return torch.cat(_of_blocks(of, scores.stored))
 
 
-def _cheaper_of(keys: Tensor, scores: Scores, solved: _Solved, errors: int = 1) -> Tensor:
+def _cheaper_of(keys: Tensor, scores: Scores, solved: _Solved, errors: int) -> Tensor:
     """The same among some pairs."""
     rows, columns = keys // len(solved.row), keys % len(solved.row)
     stored = scores.at(keys, exactly=False)
