@@ -159,10 +159,12 @@ def _full(costs: NeuronCosts) -> Assignment:
     rows = torch.arange(costs.pairs.neurons, device=costs.pairs.device)
     scores = costs.rounded_scores() if len(rows) >= _LARGE else None
     index = shortlist_assignment(scores, _sparse_matching) if scores is not None else None
-    if index is None:
-        index = best_assignment(costs.scores())
+    if scores is None or index is None:
+        index, may_stay = best_assignment(costs.scores()), False  # which has compared it with the identity
+    else:
+        may_stay = not scores.identity_is_worse(index)
     cost = float(costs.of(rows, index).double().sum())
-    if scores is None or not scores.identity_is_worse(index):
+    if may_stay:
         unmoved = float(costs.of(rows, rows).double().sum())
         index, cost = (rows, unmoved) if unmoved <= cost else (index, cost)
     return Assignment(index, {"neurons_full": len(index)}, cost)

@@ -33,14 +33,14 @@ def rounded_scores(
         exact: the same for some pairs, from their numbers.
     """
     device, neurons = anchor.device, len(anchor)
-    other, lost = _rounded([b for _, b in pairs], neurons)
+    other, lost = _rounded([b for _, b in pairs])
     longest, most = model.max(), lost.max()
     values = torch.empty(neurons, neurons, dtype=torch.bfloat16, device=device)
 
     def error(work: tuple[Tensor, Tensor, Sequence[Tensor]]) -> Tensor:
         """Of some rows, whose scores are written to their block of ``values``."""
         block, length, rows = work
-        own, own_lost = _rounded(rows, len(block))
+        own, own_lost = _rounded(rows)
         torch.mm(own, other.mT, out=block)
         return own_lost * longest + (length + own_lost) * (most + _SUMS * (longest + most))
 
@@ -57,9 +57,9 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
 
 
-def _rounded(rows: Sequence[Tensor], neurons: int) -> tuple[Tensor, Tensor]:
+def _rounded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The rows side by side in bfloat16 [neurons, all columns], and how far rounding moved each [neurons]."""
-    whole = rows[0].new_empty(neurons, sum(x.shape[1] for x in rows), dtype=torch.bfloat16)
+    whole = rows[0].new_empty(len(rows[0]), sum(x.shape[1] for x in rows), dtype=torch.bfloat16)
 
     def moved(work: tuple[Tensor, Sequence[Tensor]]) -> Tensor:
         block, given = work

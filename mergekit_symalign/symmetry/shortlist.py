@@ -165,10 +165,12 @@ def _solve(
     for _ in range(_ROUGH if rough else _RELAXATIONS):
         lower = price.scatter_reduce(0, columns, price.index_select(0, via) + step, "amin")
         if bool((lower >= price - 1e-12 * own.abs().max()).all()):
-            rough = True
             break
         price = lower
-    return _Solved(index, top - own + price[index], start - price) if rough else None
+    else:
+        if not rough:
+            return None
+    return _Solved(index, top - own + price[index], start - price)
 
 
 def _cheaper_pairs(scores: Scores, solved: _Solved, errors: int = 1) -> Tensor:
