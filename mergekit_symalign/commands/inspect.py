@@ -132,6 +132,7 @@ def _routes(totals: Block) -> list[str]:
     names = {
         "neurons_prefix_1": "on a short prefix",
         "neurons_prefix_2": "on a longer one",
+        "neurons_prefix_3": "on the longest",
         "neurons_rows": "by their rows alone",
         "neurons_full": "by the full problem",
     }

@@ -14,19 +14,19 @@ from mergekit.graph import Task
 
 from mergekit_symalign import __version__
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.symmetry.assignment import ROUTES
 from mergekit_symalign.whole_file import written_whole
 
 REPORT = "symalign_report.json"
 FORMAT = 1
 _COUNTED = ("neurons", "experts", "kv_heads", "query_heads")
-_ROUTES = ("neurons_prefix_1", "neurons_prefix_2", "neurons_rows", "neurons_full")
 _SUMMED = (
     "distance_before",
     "distance_after",
     "signs_flipped",
     *_COUNTED,
     *(f"{name}_moved" for name in _COUNTED),
-    *_ROUTES,
+    *ROUTES,
 )
 _LARGEST = ("query_angle_max", "value_angle_max", "scale_max")
 

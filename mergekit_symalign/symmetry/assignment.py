@@ -25,6 +25,7 @@ from mergekit_symalign.symmetry.shortlist import Scores, shortlist_assignment
 
 __all__ = ["NeuronPairs", "align_neurons", "best_assignment", "best_permutation", "neuron_factors"]
 
+ROUTES = (*(f"neurons_prefix_{i + 1}" for i in range(len(PREFIXES))), "neurons_rows", "neurons_full")
 _LARGE = 512  # neurons from which short lists of good pairs are tried first
 _FEW = 1 / 4  # of the rows: if more are open, the whole problem is solved at once
 
@@ -167,7 +168,7 @@ def _full(costs: NeuronCosts) -> Assignment:
     if may_stay:
         unmoved = float(costs.of(rows, rows).double().sum())
         index, cost = (rows, unmoved) if unmoved <= cost else (index, cost)
-    return Assignment(index, {"neurons_full": len(index)}, cost)
+    return Assignment(index, {ROUTES[-1]: len(index)}, cost)
 
 
 def _asked(costs: Tensor, known: Tensor, rows: Tensor, index: Tensor, many: int) -> tuple[Tensor, Tensor]:
@@ -251,6 +252,5 @@ def _on_cpu(solve: Callable[..., Any], *given: Tensor) -> Tensor:
 
 def _routes(found: Nearest) -> dict[str, int]:
     """How many neurons were settled by each prefix, and how many by their whole rows."""
-    names = [*(f"neurons_prefix_{i + 1}" for i in range(len(PREFIXES))), "neurons_rows"]
-    counts = torch.bincount(found.route, minlength=len(names)).tolist()
-    return {name: count for name, count in zip(names, counts, strict=True) if count}
+    counts = torch.bincount(found.route, minlength=len(ROUTES)).tolist()
+    return {name: count for name, count in zip(ROUTES, counts, strict=True) if count}

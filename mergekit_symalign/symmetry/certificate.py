@@ -20,7 +20,7 @@ from mergekit_symalign.symmetry.neuron_costs import NeuronCosts
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.threads import in_parallel
 
-PREFIXES = (0.015, 0.16)  # shares of the coordinates; rows that the first leaves open get the second
+PREFIXES = (0.015, 0.07, 0.16)  # shares of the coordinates; rows that one leaves open get the next
 _BLOCK = 1 << 21  # prefix distances that are held at once
 _SAMPLE = 64  # rows that are asked whether prefixes can settle anything
 _RUN = 8  # neighbouring columns that are taken together
@@ -102,7 +102,7 @@ def nearest_neighbours(costs: NeuronCosts) -> Nearest:
     if not costs.bounding:
         return found
     for number, share in enumerate(PREFIXES):
-        growth = PREFIXES[number + 1] / share if number + 1 < len(PREFIXES) else 0.0
+        growth = PREFIXES[-1] / share if number + 1 < len(PREFIXES) else 0.0
         rows = _settle(costs, rows, number, growth, found)
         if len(rows) == 0:
             break
@@ -110,16 +110,17 @@ def nearest_neighbours(costs: NeuronCosts) -> Nearest:
 
 
 def _settle(costs: NeuronCosts, rows: Tensor, number: int, growth: float, found: Nearest) -> Tensor:
-    """Settle what one prefix can; returns the open rows for which the next one is worth its cost.
+    """Settle what one prefix can; returns the open rows for which a longer one is worth its cost.
 
-    If a sample of rows says that neither can settle anything (unrelated models), the rest is not tried.
+    Where none of a sample of rows settles, the others are not tried, and if a longer prefix would not do better
+    (unrelated models), none is returned.
     """
     prefix = _Prefix.of(costs.bounding, PREFIXES[number])
     few = torch.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE), device=rows.device).round().long()
     sample = prefix.candidates(costs, rows[few])
-    if not bool((sample.settled | sample.promising(growth)).any()):
-        return rows.narrow(0, 0, 0)
-    if number == 0 and coarse.usable(rows.device, prefix.anchor.shape[1]):
+    if not bool(sample.settled.any()):
+        return rows if bool(sample.promising(growth).any()) else rows.narrow(0, 0, 0)
+    if coarse.usable(rows.device, prefix.anchor.shape[1]):
         rows = _settled_by(prefix.coarse_candidates(costs, rows), number, found).open_rows
         if len(rows) == 0:
             return rows
