@@ -27,7 +27,7 @@ from mergekit_symalign.symmetry.attention import (
 )
 from mergekit_symalign.symmetry.groups import AxisAction, Permutation, compute_dtype
 from mergekit_symalign.symmetry.options import Facts, HeadShape, Pair, Rotation, Sides, Symmetries
-from mergekit_symalign.symmetry.procrustes import Moments, plane_correlation, plane_norm
+from mergekit_symalign.symmetry.procrustes import Moments, of_planes, plane_correlation, plane_norm
 from mergekit_symalign.symmetry.scale import quartic_scale
 from mergekit_symalign.symmetry.threads import in_parallel
 
@@ -82,7 +82,7 @@ def match_heads(problem: HeadProblem, facts: Facts | None = None) -> HeadOrder |
     elif problem.query_heads_stay():
         inner = torch.arange(shape.queries_per_kv, device=kv.device).expand(len(kv), -1)
     else:
-        inner = problem.pairs(kv, kv).order
+        inner = problem.start(problem.pairs(kv, kv))
     if facts is not None:
         facts["heads_route"] = route
     query = (kv.unsqueeze(1) * shape.queries_per_kv + inner).flatten()
@@ -151,7 +151,7 @@ class HeadProblem:
         at = torch.tensor(self._turning, device=bound.device)
         for axis, heads in (("query", group), ("key", 1)):
             a, b = (plane_norm(x.index_select(-1, at)) for x in self.norms(axis))
-            c = self._plane_correlations(axis, at).unflatten(1, (k, heads)).unflatten(0, (k, heads))
+            c = self.plane_correlations[axis].abs().unflatten(1, (k, heads)).unflatten(0, (k, heads))
             best = c.amax(3).sum(1)  # each of the anchor's query heads with whichever fits it best
             bound = bound + (a.unsqueeze(1) - best.square() / b.clamp_min(torch.finfo(b.dtype).tiny)).sum(-1)
         return bound - _SLACK * self._sizes()
@@ -234,21 +234,24 @@ class HeadProblem:
     def _cost(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and the order of the query heads that belongs to it [n, heads]."""
         pairs = self.pairs(i, j)
-        order = pairs.order
+        order = self.start(pairs)
         for _ in range(_ROUNDS):
             m = pairs.matched(order)
             found = self.solve(m)
-            previous, order = order, pairs.reordered(found)
+            previous, order = order, pairs.order(found)
             if bool((order == previous).all()):
                 break
         return remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key), previous
 
     def pairs(self, i: Tensor, j: Tensor) -> _Pairs:
-        """Moments of some pairs, their query heads ordered by the rotation of the KV heads alone."""
+        """Moments of some pairs."""
         value, key = (self.group_moments(axis, i, j).summed() for axis in ("value", "key"))
         attended, query = (self.group_moments(axis, i, j) for axis in ("attended", "query"))
-        start = self._by_kv_heads(value, key)
-        return _Pairs(value, key, attended, query, _inner_order(start, attended, query))
+        return _Pairs(value, key, attended, query)
+
+    def start(self, pairs: _Pairs) -> Tensor:
+        """A first order of the query heads of each pair [pairs, heads], by the rotation of the KV heads alone."""
+        return pairs.order(self._by_kv_heads(pairs.value, pairs.key))
 
     def _by_kv_heads(self, value: Moments, key: Moments) -> HeadActions:
         """The rotations that value and key alone ask for."""
@@ -256,14 +259,14 @@ class HeadProblem:
         by_kv = AttentionMoments(value, nothing, nothing, key)
         return solve_heads(by_kv, self.shape, replace(self.use, scaling=False))
 
-    def _plane_correlations(self, axis: str, at: Tensor) -> Tensor:
-        """``|Σ a conj(b)|`` of each plane of every pair of heads [anchor's heads, model's heads, planes].
+    @cached_property
+    def plane_correlations(self) -> dict[str, Tensor]:
+        """``Σ a conj(b)`` of each plane of every pair of query and of key heads [anchor's, model's, planes]."""
+        return {axis: self._plane_correlations(axis) for axis in ("query", "key")}
 
-        Args:
-            axis: query or key.
-            at: first the first coordinates of all planes, then their partners.
-        """
+    def _plane_correlations(self, axis: str) -> Tensor:
         d, total = self.shape.head_dim, None
+        at = torch.tensor(self._turning, device=self.sides[axis][0][0].device)
         for pair in self.sides[axis]:
             anchor, model = (x.unflatten(0, (-1, d)) for x in pair)
             few = max(1, _BLOCK // (2 * anchor.shape[0] * anchor.shape[2]))
@@ -276,7 +279,7 @@ class HeadProblem:
             total = parts if total is None else total + parts
         assert total is not None
         real, imaginary = total.double().chunk(2, dim=1)
-        return torch.hypot(real, imaginary).permute(1, 2, 0)
+        return torch.complex(real, imaginary).permute(1, 2, 0)
 
     def all_pairs(self, axis: str) -> Moments:
         """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]."""
@@ -305,6 +308,16 @@ class HeadProblem:
         return anchor.unsqueeze(1) + model
 
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments:
+        """Of anchor's KV heads ``i`` and model's ``j``; where planes only turn, no more than their turns can see."""
+        norms = self._head_norms(axis)[1].unflatten(0, (self.shape.kv_heads, -1)).index_select(0, j)
+        if axis in ("query", "key") and len(self._turning) == self.shape.head_dim:
+            groups = (self.shape.kv_heads, -1)
+            c = self.plane_correlations[axis].unflatten(1, groups).unflatten(0, groups)
+            return GroupMoments(of_planes(c.transpose(1, 2)[i, j], self._turning), norms)
+        return GroupMoments(self._cross(axis, i, j), norms)
+
+    def _cross(self, axis: str, i: Tensor, j: Tensor) -> Tensor:
+        """``A Bᵀ`` of every two heads of each pair of KV heads [pairs, anchor's heads, model's heads, d, d]."""
         heads = self.shape.heads(axis) // self.shape.kv_heads
         groups = (self.shape.kv_heads, -1)
 
@@ -312,18 +325,13 @@ class HeadProblem:
             def product(at: tuple[int, int]) -> Tensor:
                 sides = (z.unflatten(0, groups).select(0, head) for z, head in zip((anchor, other), at, strict=True))
                 a, b = (z.to(compute_dtype(z.dtype)) for z in sides)
-                return (a @ b.mT).double()
+                by_head = (a @ b.mT).unflatten(1, (heads, -1)).unflatten(0, (heads, -1)).transpose(1, 2)
+                return by_head.contiguous().double()
 
             pairs = list(zip(i.tolist(), j.tolist(), strict=True))
-            return (
-                torch.stack(in_parallel(product, pairs, i.device))
-                .unflatten(2, (heads, -1))
-                .unflatten(1, (heads, -1))
-                .transpose(2, 3)
-            )
+            return torch.stack(in_parallel(product, pairs, i.device))
 
-        norms = self._head_norms(axis)[1].unflatten(0, groups)
-        return GroupMoments(reduce(add, (of(*pair) for pair in self.sides[axis])), norms.index_select(0, j))
+        return reduce(add, (of(*pair) for pair in self.sides[axis]))
 
 
 @dataclass(frozen=True)
@@ -353,19 +361,21 @@ class GroupMoments:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Some pairs of KV heads: the moments of their sides, and a first order of the query heads [pairs, heads]."""
+    """Moments of some pairs of KV heads."""
 
     value: Moments
     key: Moments
     attended: GroupMoments
     query: GroupMoments
-    order: Tensor
 
     def matched(self, order: Tensor) -> AttentionMoments:
         return AttentionMoments(self.value, self.attended.matched(order), self.query.matched(order), self.key)
 
-    def reordered(self, found: HeadActions) -> Tensor:
-        return _inner_order(found, self.attended, self.query)
+    def order(self, found: HeadActions) -> Tensor:
+        """The query heads of each pair matched under the rotation that was found [pairs, heads]."""
+        dual = found.value.dual() if found.value is not None else None
+        score = self.attended.along(dense(dual, self.value)) + self.query.along(dense(found.query, self.key))
+        return torch.stack([best_assignment(pair) for pair in score])
 
 
 def _plane_products(anchor: Tensor, model: Tensor, first: Tensor, partner: Tensor) -> Tensor:
@@ -391,11 +401,3 @@ def _least(b: Tensor, o: Tensor, p: Tensor, q: Tensor, *, scale: bool) -> Tensor
     """``min_s s²b + o/s² − 2(s p + q/s)``, or its value at ``s = 1`` where scales are not admitted."""
     s = quartic_scale(b, o, p, q) if scale else torch.ones_like(b)
     return s**2 * b + o / s**2 - 2 * (s * p + q / s)
-
-
-def _inner_order(found: HeadActions, attended: GroupMoments, query: GroupMoments) -> Tensor:
-    """The query heads of each pair matched under the rotation that was found [pairs, heads]."""
-    dual = found.value.dual() if found.value is not None else None
-    o, q = dense(dual, attended.summed()), dense(found.query, query.summed())
-    score = attended.along(o) + query.along(q)
-    return torch.stack([best_assignment(pair) for pair in score])

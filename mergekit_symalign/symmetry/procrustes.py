@@ -267,6 +267,19 @@ def plane_correlation(cross: Tensor) -> Tensor:
     return torch.complex(ii + jj, ji - ij)
 
 
+def of_planes(correlation: Tensor, planes: Sequence[int]) -> Tensor:
+    """The least matrices [*, d, d] with this `plane_correlation` [*, d/2]: all that turns and scales of planes can see.
+
+    Args:
+        correlation: complex.
+        planes: first the first coordinates of all planes, then their partners.
+    """
+    real, imaginary = torch.diag_embed(correlation.real / 2), torch.diag_embed(correlation.imag / 2)
+    cross = torch.cat((torch.cat((real, -imaginary), dim=-1), torch.cat((imaginary, real), dim=-1)), dim=-2)
+    place = torch.argsort(torch.tensor(planes, device=cross.device))
+    return cross.index_select(-1, place).index_select(-2, place)
+
+
 def plane_norm(coordinates: Tensor) -> Tensor:
     """Sum over the two coordinates of each plane: [*, d] to [*, d/2]."""
     first, second = coordinates.chunk(2, dim=-1)
