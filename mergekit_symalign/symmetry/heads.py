@@ -136,6 +136,10 @@ class HeadProblem:
         """The coordinates that only turn with their plane; under ``rotation: full`` the matrix may mix planes."""
         return [] if self.use.rotation is Rotation.full else self.shape.planes()
 
+    def _only_turns(self, axis: str) -> bool:
+        """Whether the heads of an axis only turn in their planes, all of them."""
+        return axis in ("query", "key") and len(self._turning) == self.shape.head_dim
+
     @cached_property
     def plane_bounds(self) -> Tensor:
         """A bound of each pair's cost from the planes of query and key alone [KV heads, KV heads].
@@ -284,13 +288,19 @@ class HeadProblem:
     def all_pairs(self, axis: str) -> Moments:
         """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]."""
         k = self.shape.kv_heads
+        norms = self.norms(axis)[1].expand(k, k, -1)
+        if self._only_turns(axis):
+            return Moments(of_planes(self.plane_correlations[axis], self._turning), norms)
 
         def of(anchor: Tensor, other: Tensor) -> Tensor:
-            a, b = (x.to(compute_dtype(x.dtype)) for x in (anchor, other))
-            return (a @ b.mT).double().unflatten(1, (k, -1)).unflatten(0, (k, -1)).transpose(1, 2)
+            model = other.to(compute_dtype(other.dtype)).mT
 
-        cross = reduce(add, (of(*pair) for pair in self.sides[axis]))
-        return Moments(cross, self.norms(axis)[1].expand(k, k, -1))
+            def row(head: Tensor) -> Tensor:
+                return (head.to(model.dtype) @ model).double().unflatten(1, (k, -1)).transpose(0, 1)
+
+            return torch.stack(in_parallel(row, anchor.unflatten(0, (k, -1)).unbind(0), anchor.device))
+
+        return Moments(reduce(add, (of(*pair) for pair in self.sides[axis])), norms)
 
     def norms(self, axis: str) -> tuple[Tensor, Tensor]:
         """Squared norms of each coordinate, anchor and model [KV heads, d], over the query heads of each group."""
@@ -307,13 +317,13 @@ class HeadProblem:
         anchor, model = (torch.stack([x.sum(-1) for x in side]).sum(0) for side in sides)
         return anchor.unsqueeze(1) + model
 
-    def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments:
+    def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments | PlaneMoments:
         """Of anchor's KV heads ``i`` and model's ``j``; where planes only turn, no more than their turns can see."""
         norms = self._head_norms(axis)[1].unflatten(0, (self.shape.kv_heads, -1)).index_select(0, j)
-        if axis in ("query", "key") and len(self._turning) == self.shape.head_dim:
+        if self._only_turns(axis):
             groups = (self.shape.kv_heads, -1)
             c = self.plane_correlations[axis].unflatten(1, groups).unflatten(0, groups)
-            return GroupMoments(of_planes(c.transpose(1, 2)[i, j], self._turning), norms)
+            return PlaneMoments(c.transpose(1, 2)[i, j], norms, self._turning)
         return GroupMoments(self._cross(axis, i, j), norms)
 
     def _cross(self, axis: str, i: Tensor, j: Tensor) -> Tensor:
@@ -355,8 +365,39 @@ class GroupMoments:
 
     def matched(self, order: Tensor) -> Moments:
         """Sum over the heads, each of the anchor's with its partner ``order`` [pairs, heads]."""
-        index = order.reshape(*order.shape, 1, 1, 1).expand(-1, -1, 1, *self.cross.shape[-2:])
-        return Moments(self.cross.gather(2, index).sum((1, 2)), self.model.sum(1))
+        return Moments(_of_partners(self.cross, order), self.model.sum(1))
+
+
+@dataclass(frozen=True)
+class PlaneMoments:
+    """The same of heads that only turn in their planes: as much of it as their turns and scales can see.
+
+    Attributes:
+        correlation: [pairs, anchor's heads, model's heads, planes], complex.
+        model: [pairs, model's heads, d].
+        planes: first the first coordinates of all planes, then their partners.
+    """
+
+    correlation: Tensor
+    model: Tensor
+    planes: list[int]
+
+    def along(self, matrix: Tensor) -> Tensor:
+        """Inner products with one matrix for each pair that turns and scales planes."""
+        turn = plane_correlation(Moments(matrix, self.model.sum(1)).at(self.planes).cross) / 2
+        return (self.correlation @ turn.conj()[:, None, :, None]).squeeze(-1).real
+
+    def summed(self) -> Moments:
+        return Moments(of_planes(self.correlation.sum((1, 2)), self.planes), self.model.sum(1))
+
+    def matched(self, order: Tensor) -> Moments:
+        return Moments(of_planes(_of_partners(self.correlation, order), self.planes), self.model.sum(1))
+
+
+def _of_partners(x: Tensor, order: Tensor) -> Tensor:
+    """Sum of ``x`` [pairs, anchor's heads, model's heads, …] over the anchor's heads with their partners."""
+    index = order.reshape(*order.shape, *[1] * (x.ndim - 2)).expand(-1, -1, 1, *x.shape[3:])
+    return x.gather(2, index).sum((1, 2))
 
 
 @dataclass(frozen=True)
@@ -365,8 +406,8 @@ class _Pairs:
 
     value: Moments
     key: Moments
-    attended: GroupMoments
-    query: GroupMoments
+    attended: GroupMoments | PlaneMoments
+    query: GroupMoments | PlaneMoments
 
     def matched(self, order: Tensor) -> AttentionMoments:
         return AttentionMoments(self.value, self.attended.matched(order), self.query.matched(order), self.key)
