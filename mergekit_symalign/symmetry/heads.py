@@ -358,7 +358,9 @@ class GroupMoments:
 
     def along(self, matrix: Tensor) -> Tensor:
         """Inner products with one matrix for each pair [pairs, d, d]: [pairs, anchor's heads, model's heads]."""
-        return (self.cross.flatten(-2) @ matrix.flatten(-2)[:, None, :, None]).squeeze(-1)
+        heads = self.cross.flatten(-2)
+        along = matrix.flatten(-2).unsqueeze(1) @ heads.flatten(1, 2).mT  # the other way round takes five times as long
+        return along.squeeze(1).unflatten(1, heads.shape[1:3])
 
     def summed(self) -> Moments:
         return Moments(self.cross.sum((1, 2)), self.model.sum(1))

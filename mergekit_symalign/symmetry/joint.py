@@ -14,6 +14,7 @@ fail that: they are left to the sweeps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -65,17 +66,18 @@ class _Point:
     s: Tensor
     vh: Tensor
 
+    @cached_property
     def rotation(self) -> Tensor:
         return self.u @ self.vh
 
+    @cached_property
     def along(self) -> tuple[Tensor, Tensor]:
         """Inner products of ``M`` and ``N`` with the rotation."""
-        r = self.rotation()
-        return (r * self.problem.m).sum((-2, -1)), (r * self.problem.n).sum((-2, -1))
+        return (self.rotation * self.problem.m).sum((-2, -1)), (self.rotation * self.problem.n).sum((-2, -1))
 
     def step(self) -> Tensor:
         """Newton's, towards the minimum of ``f``."""
-        b, o, (p, q) = self.problem.b, self.problem.o, self.along()
+        b, o, (p, q) = self.problem.b, self.problem.o, self.along
         up, down = torch.exp(self.t), torch.exp(-self.t)
         y = up.reshape(-1, 1, 1) * self.problem.m - self.problem.n / up.reshape(-1, 1, 1)
         y = self.u.mT @ y @ self.vh.mT
@@ -87,7 +89,7 @@ class _Point:
 
     def proven(self) -> Tensor:
         """Whether ``f`` is nowhere lower than here, up to `PROVEN` of the norms."""
-        b, o, (p, q) = self.problem.b, self.problem.o, self.along()
+        b, o, (p, q) = self.problem.b, self.problem.o, self.along
         up, down = torch.exp(self.t), torch.exp(-self.t)
         w = torch.maximum(self.s, (_FLOOR / self.s.shape[-1] * (b + o)).unsqueeze(-1))
         m, n = self.u.mT @ self.problem.m, self.u.mT @ self.problem.n
@@ -113,8 +115,8 @@ def joint_optimum(m: Tensor, n: Tensor, b: Tensor, o: Tensor) -> JointOptimum:
         if bool((step.abs() <= _LAST).all()):
             break
         t = t + step
-    scale = torch.exp(newton_step(point.t, b, o, *point.along()))
-    return JointOptimum(point.rotation(), scale, (step.abs() <= _LAST) & point.proven())
+    scale = torch.exp(newton_step(point.t, b, o, *point.along))
+    return JointOptimum(point.rotation, scale, (step.abs() <= _LAST) & point.proven())
 
 
 def towards_identity(m: Tensor) -> Tensor:
