@@ -282,8 +282,7 @@ class HeadProblem:
             parts = torch.cat(in_parallel(products, chunks, at.device))
             total = parts if total is None else total + parts
         assert total is not None
-        real, imaginary = total.double().chunk(2, dim=1)
-        return torch.complex(real, imaginary).permute(1, 2, 0)
+        return total.to(torch.complex128).permute(1, 2, 0)
 
     def all_pairs(self, axis: str) -> Moments:
         """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]."""
@@ -422,17 +421,19 @@ class _Pairs:
 
 
 def _plane_products(anchor: Tensor, model: Tensor, first: Tensor, partner: Tensor) -> Tensor:
-    """Real, then imaginary parts of ``Σ a conj(b)`` [planes, 2 · anchor's heads, model's heads].
+    """``Σ a conj(b)`` [planes, anchor's heads, model's heads], complex.
 
     Args:
         anchor, model: [heads, d, columns].
         first, partner: coordinates of some planes.
     """
-    dtype = compute_dtype(anchor.dtype)
-    (a, c), (b, d) = ([x.index_select(1, at).to(dtype) for at in (first, partner)] for x in (anchor, model))
-    left = torch.cat((torch.cat((a, c), dim=2), torch.cat((c, -a), dim=2)))
-    right = torch.cat((b, d), dim=2)
-    return left.transpose(0, 1) @ right.permute(1, 2, 0)
+    dtype, at = compute_dtype(anchor.dtype), torch.stack((first, partner), dim=1).flatten()
+    a, b = (
+        x.transpose(0, 1).index_select(0, at).to(dtype).unflatten(0, (-1, 2)).flatten(1, 2) for x in (anchor, model)
+    )
+    products = (a @ b.mT).unflatten(2, (2, -1)).unflatten(1, (2, -1))
+    (ii, ij), (ji, jj) = (x.unbind(2) for x in products.unbind(1))
+    return torch.complex(ii + jj, ji - ij)
 
 
 def nuclear_bound(m: Tensor) -> Tensor:
