@@ -122,7 +122,7 @@ def test_newton_proves_nothing_that_is_not_so(d: int) -> None:
     for s in torch.logspace(-6, 6, 301, base=2.0, dtype=D):
         lowest = torch.minimum(lowest, f(s, torch.linalg.svdvals(s * m + n / s).sum(-1)))
     assert (best <= lowest + PROVEN * (b + o))[found.proven].all()
-    assert 50 < found.proven.sum() < 450
+    assert 50 < found.proven.sum() < 500
 
 
 @pytest.mark.parametrize("planes", [[0, 1, 2, 3, 4, 5], [0, 2, 4, 1, 3, 5]])
@@ -135,9 +135,8 @@ def test_turns_of_planes_see_no_more_than_their_correlations(planes: list[int]) 
     i, j = torch.tensor(planes).chunk(2)
     turn[:, i, i], turn[:, j, j], turn[:, i, j], turn[:, j, i] = x, x, -y, y
     torch.testing.assert_close((turn * least).sum((1, 2)), (turn * whole.cross).sum((1, 2)))
-    torch.testing.assert_close(
-        plane_correlation(Moments(least, whole.model).at(planes).cross), plane_correlation(whole.at(planes).cross)
-    )
+    kept = (plane_correlation(Moments(x, whole.model).at(planes).cross) for x in (least, whole.cross))
+    torch.testing.assert_close(*kept)
 
 
 def test_rotation_alone_is_scipys_procrustes(sides: Sides) -> None:

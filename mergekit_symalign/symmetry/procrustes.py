@@ -187,10 +187,11 @@ def align_gains(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], *, sig
 
 def _jointly(first: Moments, second: Moments) -> HeadRotation:
     """By Newton's method; heads for which it does not prove what it finds are swept."""
+    if first.cross.device.type != "cpu":
+        return _swept(first, second)  # to ask which are left would make the device wait
     sides = (first.cross, second.cross, first.model.sum(-1), second.model.sum(-1))
-    few = _MATRICES if first.cross.device.type == "cpu" else len(first.cross)
-    pieces = list(zip(*(x.split(few) for x in sides), strict=True))
-    parts = in_parallel(lambda piece: joint_optimum(*piece), pieces, first.cross.device)
+    pieces = list(zip(*(x.split(_MATRICES) for x in sides), strict=True))
+    parts = in_parallel(lambda piece: joint_optimum(*piece), pieces)
     matrix, s, proven = (torch.cat(x) for x in zip(*((x.matrix, x.scale, x.proven) for x in parts), strict=True))
     left = (~proven).nonzero().flatten()
     if len(left):
