@@ -91,6 +91,25 @@ def test_optimum_over_all_orders_of_unrelated_heads(case: str, rotation: Rotatio
     assert costs[torch.arange(k), kv].sum() == pytest.approx(float(best), rel=1e-9)
 
 
+def test_pairs_know_of_planes_what_whole_products_would_tell() -> None:
+    family, overrides = CASES["gqa"]
+    a, b = (make_model(family, seed, **overrides) for seed in (0, 1))
+    layout = resolve(a.config, model="m")
+    sides, shape = _sides(a.state_dict(), b.state_dict(), layout), _shape(layout)
+    problem = HeadProblem(sides, *head_moments(sides, shape), shape, Symmetries())
+    whole = HeadProblem(sides, *head_moments(sides, shape), shape, Symmetries(rotation=Rotation.full))
+    i, j = torch.tensor([0, 2, 3]), torch.tensor([1, 0, 3])
+    for axis in ("query", "key"):
+        planes, products = (p.group_moments(axis, i, j) for p in (problem, whole))
+        order = torch.arange(planes.model.shape[1]).flip(0).expand(3, -1)
+        turn = heads_module.of_planes(heads_module.plane_correlation(products.summed().cross), shape.planes())
+        torch.testing.assert_close(planes.along(turn), products.along(turn), rtol=1e-5, atol=1e-4)
+        for few, all_of_it in ((planes.summed(), products.summed()), (planes.matched(order), products.matched(order))):
+            kept = (heads_module.plane_correlation(x.cross) for x in (few, all_of_it))
+            torch.testing.assert_close(*kept, rtol=1e-5, atol=1e-4)
+            assert torch.equal(few.model, all_of_it.model)
+
+
 def test_siblings_are_settled_by_their_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pair is solved at all: each head is cheaper where it stands than any other could become."""
     anchor = make_model("llama-mha", 0)

@@ -8,6 +8,7 @@ from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import AxisAction, HeadRotation
+from mergekit_symalign.symmetry.joint import joint_optimum
 from mergekit_symalign.symmetry.procrustes import (
     Moments,
     align_gains,
@@ -16,8 +17,10 @@ from mergekit_symalign.symmetry.procrustes import (
     align_planes,
     align_signs,
     moments,
+    of_planes,
+    plane_correlation,
 )
-from mergekit_symalign.symmetry.scale import joint_log_scale, quartic_scale
+from mergekit_symalign.symmetry.scale import PROVEN, joint_log_scale, quartic_scale
 
 D = torch.float64
 HEADS, DIM, COLUMNS = 4, 8, 40
@@ -93,6 +96,47 @@ def test_no_point_of_a_fine_grid_is_better(sides: Sides) -> None:
         u, _, vh = torch.linalg.svd(s * first.cross + second.cross / s)
         grid = sides.distances(HeadRotation(u @ vh, s.expand(HEADS)))
         assert (found <= grid + EXACT * sides.norm).all()
+
+
+@pytest.mark.parametrize("relation", ["planted", "sibling", "distant"])
+def test_newton_proves_what_it_finds_in_related_heads(relation: str) -> None:
+    first, second = Sides(relation, 0).moments
+    found = joint_optimum(first.cross, second.cross, first.model.sum(-1), second.model.sum(-1))
+    assert found.proven.all()
+
+
+@pytest.mark.parametrize("d", [1, 2, 8])
+def test_newton_proves_nothing_that_is_not_so(d: int) -> None:
+    """Among problems with two separate minima, too, and with any ratio of the correlations to the norms."""
+    g = torch.Generator().manual_seed(d)
+    m, n = (torch.randn(500, d, d, generator=g, dtype=D) for _ in range(2))
+    b, o = (d**1.5 * torch.logspace(-3, 1, 500, dtype=D)[torch.randperm(500, generator=g)] for _ in range(2))
+    found = joint_optimum(m, n, b, o)
+
+    def f(s: Tensor, nuclear: Tensor) -> Tensor:
+        return s**2 * b + o / s**2 - 2 * nuclear
+
+    p, q = ((found.matrix * x).sum((-2, -1)) for x in (m, n))
+    best = f(found.scale, found.scale * p + q / found.scale)
+    lowest = torch.full_like(b, torch.inf)
+    for s in torch.logspace(-6, 6, 301, base=2.0, dtype=D):
+        lowest = torch.minimum(lowest, f(s, torch.linalg.svdvals(s * m + n / s).sum(-1)))
+    assert (best <= lowest + PROVEN * (b + o))[found.proven].all()
+    assert 50 < found.proven.sum() < 500
+
+
+@pytest.mark.parametrize("planes", [[0, 1, 2, 3, 4, 5], [0, 2, 4, 1, 3, 5]])
+def test_turns_of_planes_see_no_more_than_their_correlations(planes: list[int]) -> None:
+    sides = Sides("unrelated", 0)
+    whole = Moments(moments(sides.first_a, sides.first_b, HEADS)[0].cross[:, :6, :6], torch.ones(HEADS, 6, dtype=D))
+    least = of_planes(plane_correlation(whole.at(planes).cross), planes)
+    turn = torch.zeros(HEADS, 6, 6, dtype=D)
+    x, y = torch.randn(2, HEADS, 3, generator=torch.Generator().manual_seed(0), dtype=D)
+    i, j = torch.tensor(planes).chunk(2)
+    turn[:, i, i], turn[:, j, j], turn[:, i, j], turn[:, j, i] = x, x, -y, y
+    torch.testing.assert_close((turn * least).sum((1, 2)), (turn * whole.cross).sum((1, 2)))
+    kept = (plane_correlation(Moments(x, whole.model).at(planes).cross) for x in (least, whole.cross))
+    torch.testing.assert_close(*kept)
 
 
 def test_rotation_alone_is_scipys_procrustes(sides: Sides) -> None:

@@ -27,7 +27,7 @@ from mergekit_symalign.symmetry.attention import (
 )
 from mergekit_symalign.symmetry.groups import AxisAction, Permutation, compute_dtype
 from mergekit_symalign.symmetry.options import Facts, HeadShape, Pair, Rotation, Sides, Symmetries
-from mergekit_symalign.symmetry.procrustes import Moments, plane_correlation, plane_norm
+from mergekit_symalign.symmetry.procrustes import Moments, of_planes, plane_correlation, plane_norm
 from mergekit_symalign.symmetry.scale import quartic_scale
 from mergekit_symalign.symmetry.threads import in_parallel
 
@@ -82,7 +82,7 @@ def match_heads(problem: HeadProblem, facts: Facts | None = None) -> HeadOrder |
     elif problem.query_heads_stay():
         inner = torch.arange(shape.queries_per_kv, device=kv.device).expand(len(kv), -1)
     else:
-        inner = problem.pairs(kv, kv).order
+        inner = problem.start(problem.pairs(kv, kv))
     if facts is not None:
         facts["heads_route"] = route
     query = (kv.unsqueeze(1) * shape.queries_per_kv + inner).flatten()
@@ -136,6 +136,10 @@ class HeadProblem:
         """The coordinates that only turn with their plane; under ``rotation: full`` the matrix may mix planes."""
         return [] if self.use.rotation is Rotation.full else self.shape.planes()
 
+    def _only_turns(self, axis: str) -> bool:
+        """Whether the heads of an axis only turn in their planes, all of them."""
+        return axis in ("query", "key") and len(self._turning) == self.shape.head_dim
+
     @cached_property
     def plane_bounds(self) -> Tensor:
         """A bound of each pair's cost from the planes of query and key alone [KV heads, KV heads].
@@ -151,7 +155,7 @@ class HeadProblem:
         at = torch.tensor(self._turning, device=bound.device)
         for axis, heads in (("query", group), ("key", 1)):
             a, b = (plane_norm(x.index_select(-1, at)) for x in self.norms(axis))
-            c = self._plane_correlations(axis, at).unflatten(1, (k, heads)).unflatten(0, (k, heads))
+            c = self.plane_correlations[axis].abs().unflatten(1, (k, heads)).unflatten(0, (k, heads))
             best = c.amax(3).sum(1)  # each of the anchor's query heads with whichever fits it best
             bound = bound + (a.unsqueeze(1) - best.square() / b.clamp_min(torch.finfo(b.dtype).tiny)).sum(-1)
         return bound - _SLACK * self._sizes()
@@ -234,21 +238,24 @@ class HeadProblem:
     def _cost(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and the order of the query heads that belongs to it [n, heads]."""
         pairs = self.pairs(i, j)
-        order = pairs.order
+        order = self.start(pairs)
         for _ in range(_ROUNDS):
             m = pairs.matched(order)
             found = self.solve(m)
-            previous, order = order, pairs.reordered(found)
+            previous, order = order, pairs.order(found)
             if bool((order == previous).all()):
                 break
         return remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key), previous
 
     def pairs(self, i: Tensor, j: Tensor) -> _Pairs:
-        """Moments of some pairs, their query heads ordered by the rotation of the KV heads alone."""
+        """Moments of some pairs."""
         value, key = (self.group_moments(axis, i, j).summed() for axis in ("value", "key"))
         attended, query = (self.group_moments(axis, i, j) for axis in ("attended", "query"))
-        start = self._by_kv_heads(value, key)
-        return _Pairs(value, key, attended, query, _inner_order(start, attended, query))
+        return _Pairs(value, key, attended, query)
+
+    def start(self, pairs: _Pairs) -> Tensor:
+        """A first order of the query heads of each pair [pairs, heads], by the rotation of the KV heads alone."""
+        return pairs.order(self._by_kv_heads(pairs.value, pairs.key))
 
     def _by_kv_heads(self, value: Moments, key: Moments) -> HeadActions:
         """The rotations that value and key alone ask for."""
@@ -256,14 +263,14 @@ class HeadProblem:
         by_kv = AttentionMoments(value, nothing, nothing, key)
         return solve_heads(by_kv, self.shape, replace(self.use, scaling=False))
 
-    def _plane_correlations(self, axis: str, at: Tensor) -> Tensor:
-        """``|Σ a conj(b)|`` of each plane of every pair of heads [anchor's heads, model's heads, planes].
+    @cached_property
+    def plane_correlations(self) -> dict[str, Tensor]:
+        """``Σ a conj(b)`` of each plane of every pair of query and of key heads [anchor's, model's, planes]."""
+        return {axis: self._plane_correlations(axis) for axis in ("query", "key")}
 
-        Args:
-            axis: query or key.
-            at: first the first coordinates of all planes, then their partners.
-        """
+    def _plane_correlations(self, axis: str) -> Tensor:
         d, total = self.shape.head_dim, None
+        at = torch.tensor(self._turning, device=self.sides[axis][0][0].device)
         for pair in self.sides[axis]:
             anchor, model = (x.unflatten(0, (-1, d)) for x in pair)
             few = max(1, _BLOCK // (2 * anchor.shape[0] * anchor.shape[2]))
@@ -275,19 +282,24 @@ class HeadProblem:
             parts = torch.cat(in_parallel(products, chunks, at.device))
             total = parts if total is None else total + parts
         assert total is not None
-        real, imaginary = total.double().chunk(2, dim=1)
-        return torch.hypot(real, imaginary).permute(1, 2, 0)
+        return total.to(torch.complex128).permute(1, 2, 0)
 
     def all_pairs(self, axis: str) -> Moments:
         """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]."""
         k = self.shape.kv_heads
+        norms = self.norms(axis)[1].expand(k, k, -1)
+        if self._only_turns(axis):
+            return Moments(of_planes(self.plane_correlations[axis], self._turning), norms)
 
         def of(anchor: Tensor, other: Tensor) -> Tensor:
-            a, b = (x.to(compute_dtype(x.dtype)) for x in (anchor, other))
-            return (a @ b.mT).double().unflatten(1, (k, -1)).unflatten(0, (k, -1)).transpose(1, 2)
+            model = other.to(compute_dtype(other.dtype)).mT
 
-        cross = reduce(add, (of(*pair) for pair in self.sides[axis]))
-        return Moments(cross, self.norms(axis)[1].expand(k, k, -1))
+            def row(head: Tensor) -> Tensor:
+                return (head.to(model.dtype) @ model).double().unflatten(1, (k, -1)).transpose(0, 1)
+
+            return torch.stack(in_parallel(row, anchor.unflatten(0, (k, -1)).unbind(0), anchor.device))
+
+        return Moments(reduce(add, (of(*pair) for pair in self.sides[axis])), norms)
 
     def norms(self, axis: str) -> tuple[Tensor, Tensor]:
         """Squared norms of each coordinate, anchor and model [KV heads, d], over the query heads of each group."""
@@ -304,7 +316,17 @@ class HeadProblem:
         anchor, model = (torch.stack([x.sum(-1) for x in side]).sum(0) for side in sides)
         return anchor.unsqueeze(1) + model
 
-    def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments:
+    def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments | PlaneMoments:
+        """Of anchor's KV heads ``i`` and model's ``j``; where planes only turn, no more than their turns can see."""
+        norms = self._head_norms(axis)[1].unflatten(0, (self.shape.kv_heads, -1)).index_select(0, j)
+        if self._only_turns(axis):
+            groups = (self.shape.kv_heads, -1)
+            c = self.plane_correlations[axis].unflatten(1, groups).unflatten(0, groups)
+            return PlaneMoments(c.transpose(1, 2)[i, j], norms, self._turning)
+        return GroupMoments(self._cross(axis, i, j), norms)
+
+    def _cross(self, axis: str, i: Tensor, j: Tensor) -> Tensor:
+        """``A Bᵀ`` of every two heads of each pair of KV heads [pairs, anchor's heads, model's heads, d, d]."""
         heads = self.shape.heads(axis) // self.shape.kv_heads
         groups = (self.shape.kv_heads, -1)
 
@@ -312,18 +334,13 @@ class HeadProblem:
             def product(at: tuple[int, int]) -> Tensor:
                 sides = (z.unflatten(0, groups).select(0, head) for z, head in zip((anchor, other), at, strict=True))
                 a, b = (z.to(compute_dtype(z.dtype)) for z in sides)
-                return (a @ b.mT).double()
+                by_head = (a @ b.mT).unflatten(1, (heads, -1)).unflatten(0, (heads, -1)).transpose(1, 2)
+                return by_head.contiguous().double()
 
             pairs = list(zip(i.tolist(), j.tolist(), strict=True))
-            return (
-                torch.stack(in_parallel(product, pairs, i.device))
-                .unflatten(2, (heads, -1))
-                .unflatten(1, (heads, -1))
-                .transpose(2, 3)
-            )
+            return torch.stack(in_parallel(product, pairs, i.device))
 
-        norms = self._head_norms(axis)[1].unflatten(0, groups)
-        return GroupMoments(reduce(add, (of(*pair) for pair in self.sides[axis])), norms.index_select(0, j))
+        return reduce(add, (of(*pair) for pair in self.sides[axis]))
 
 
 @dataclass(frozen=True)
@@ -340,46 +357,83 @@ class GroupMoments:
 
     def along(self, matrix: Tensor) -> Tensor:
         """Inner products with one matrix for each pair [pairs, d, d]: [pairs, anchor's heads, model's heads]."""
-        return (self.cross.flatten(-2) @ matrix.flatten(-2)[:, None, :, None]).squeeze(-1)
+        heads = self.cross.flatten(-2)
+        along = matrix.flatten(-2).unsqueeze(1) @ heads.flatten(1, 2).mT  # the other way round takes five times as long
+        return along.squeeze(1).unflatten(1, heads.shape[1:3])
 
     def summed(self) -> Moments:
         return Moments(self.cross.sum((1, 2)), self.model.sum(1))
 
     def matched(self, order: Tensor) -> Moments:
         """Sum over the heads, each of the anchor's with its partner ``order`` [pairs, heads]."""
-        index = order.reshape(*order.shape, 1, 1, 1).expand(-1, -1, 1, *self.cross.shape[-2:])
-        return Moments(self.cross.gather(2, index).sum((1, 2)), self.model.sum(1))
+        return Moments(_of_partners(self.cross, order), self.model.sum(1))
+
+
+@dataclass(frozen=True)
+class PlaneMoments:
+    """The same of heads that only turn in their planes: as much of it as their turns and scales can see.
+
+    Attributes:
+        correlation: [pairs, anchor's heads, model's heads, planes], complex.
+        model: [pairs, model's heads, d].
+        planes: first the first coordinates of all planes, then their partners.
+    """
+
+    correlation: Tensor
+    model: Tensor
+    planes: list[int]
+
+    def along(self, matrix: Tensor) -> Tensor:
+        """Inner products with one matrix for each pair that turns and scales planes."""
+        turn = plane_correlation(Moments(matrix, self.model.sum(1)).at(self.planes).cross) / 2
+        return (self.correlation @ turn.conj()[:, None, :, None]).squeeze(-1).real
+
+    def summed(self) -> Moments:
+        return Moments(of_planes(self.correlation.sum((1, 2)), self.planes), self.model.sum(1))
+
+    def matched(self, order: Tensor) -> Moments:
+        return Moments(of_planes(_of_partners(self.correlation, order), self.planes), self.model.sum(1))
+
+
+def _of_partners(x: Tensor, order: Tensor) -> Tensor:
+    """Sum of ``x`` [pairs, anchor's heads, model's heads, …] over the anchor's heads with their partners."""
+    index = order.reshape(*order.shape, *[1] * (x.ndim - 2)).expand(-1, -1, 1, *x.shape[3:])
+    return x.gather(2, index).sum((1, 2))
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Some pairs of KV heads: the moments of their sides, and a first order of the query heads [pairs, heads]."""
+    """Moments of some pairs of KV heads."""
 
     value: Moments
     key: Moments
-    attended: GroupMoments
-    query: GroupMoments
-    order: Tensor
+    attended: GroupMoments | PlaneMoments
+    query: GroupMoments | PlaneMoments
 
     def matched(self, order: Tensor) -> AttentionMoments:
         return AttentionMoments(self.value, self.attended.matched(order), self.query.matched(order), self.key)
 
-    def reordered(self, found: HeadActions) -> Tensor:
-        return _inner_order(found, self.attended, self.query)
+    def order(self, found: HeadActions) -> Tensor:
+        """The query heads of each pair matched under the rotation that was found [pairs, heads]."""
+        dual = found.value.dual() if found.value is not None else None
+        score = self.attended.along(dense(dual, self.value)) + self.query.along(dense(found.query, self.key))
+        return torch.stack([best_assignment(pair) for pair in score])
 
 
 def _plane_products(anchor: Tensor, model: Tensor, first: Tensor, partner: Tensor) -> Tensor:
-    """Real, then imaginary parts of ``Σ a conj(b)`` [planes, 2 · anchor's heads, model's heads].
+    """``Σ a conj(b)`` [planes, anchor's heads, model's heads], complex.
 
     Args:
         anchor, model: [heads, d, columns].
         first, partner: coordinates of some planes.
     """
-    dtype = compute_dtype(anchor.dtype)
-    (a, c), (b, d) = ([x.index_select(1, at).to(dtype) for at in (first, partner)] for x in (anchor, model))
-    left = torch.cat((torch.cat((a, c), dim=2), torch.cat((c, -a), dim=2)))
-    right = torch.cat((b, d), dim=2)
-    return left.transpose(0, 1) @ right.permute(1, 2, 0)
+    dtype, at = compute_dtype(anchor.dtype), torch.stack((first, partner), dim=1).flatten()
+    a, b = (
+        x.transpose(0, 1).index_select(0, at).to(dtype).unflatten(0, (-1, 2)).flatten(1, 2) for x in (anchor, model)
+    )
+    products = (a @ b.mT).unflatten(2, (2, -1)).unflatten(1, (2, -1))
+    (ii, ij), (ji, jj) = (x.unbind(2) for x in products.unbind(1))
+    return torch.complex(ii + jj, ji - ij)
 
 
 def nuclear_bound(m: Tensor) -> Tensor:
@@ -391,11 +445,3 @@ def _least(b: Tensor, o: Tensor, p: Tensor, q: Tensor, *, scale: bool) -> Tensor
     """``min_s s²b + o/s² − 2(s p + q/s)``, or its value at ``s = 1`` where scales are not admitted."""
     s = quartic_scale(b, o, p, q) if scale else torch.ones_like(b)
     return s**2 * b + o / s**2 - 2 * (s * p + q / s)
-
-
-def _inner_order(found: HeadActions, attended: GroupMoments, query: GroupMoments) -> Tensor:
-    """The query heads of each pair matched under the rotation that was found [pairs, heads]."""
-    dual = found.value.dual() if found.value is not None else None
-    o, q = dense(dual, attended.summed()), dense(found.query, query.summed())
-    score = attended.along(o) + query.along(q)
-    return torch.stack([best_assignment(pair) for pair in score])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import HeadRotation, PlaneRotation, Scaling
+from mergekit_symalign.symmetry.joint import joint_optimum, towards_identity
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.scale import joint_log_scale, quartic_scale
 from mergekit_symalign.symmetry.threads import in_parallel
@@ -38,6 +39,10 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.cross + other.cross, self.model + other.model)
+
+    def of(self, heads: Tensor) -> Moments:
+        """The same for some of the heads."""
+        return Moments(self.cross.index_select(0, heads), self.model.index_select(0, heads))
 
     def at(self, coordinates: Sequence[int]) -> Moments:
         """The same for some coordinates of each head, in this order."""
@@ -94,23 +99,16 @@ def align_heads(first: Moments, second: Moments, *, rotate: bool, scale: bool) -
     Returns:
         The action on ``first``; ``second`` carries its dual.
     """
-    b, o = first.model.sum(-1), second.model.sum(-1)
-    eye = torch.eye(first.cross.shape[-1], dtype=b.dtype, device=b.device).expand_as(first.cross)
-
-    def rotation(s: Tensor) -> Tensor:
-        return _polar(_mixed(first.cross, second.cross, s)) if rotate else eye
-
-    def inner(r: Tensor) -> tuple[Tensor, Tensor]:
-        return (r * first.cross).sum((-2, -1)), (r * second.cross).sum((-2, -1))
-
-    s = torch.ones_like(b)
     if scale and rotate:
-        peaks = (_nuclear(first.cross), _nuclear(second.cross))
-        start = joint_log_scale(b, o, peaks, _nuclear_path(first, second)).log_scale
-        s = _alternate(torch.exp(start), lambda s: quartic_scale(b, o, *inner(rotation(s))))
-    elif scale:
-        s = quartic_scale(b, o, *inner(eye))
-    return _unless_noise(HeadRotation(rotation(s), s), first, second)
+        return _unless_noise(_jointly(first, second), first, second)
+    b, o = first.model.sum(-1), second.model.sum(-1)
+    s = torch.ones_like(b)
+    if rotate:
+        return _unless_noise(HeadRotation(_polar(first.cross + second.cross), s), first, second)
+    eye = torch.eye(first.cross.shape[-1], dtype=b.dtype, device=b.device).expand_as(first.cross)
+    if scale:
+        s = quartic_scale(b, o, *_inner(eye, first, second))
+    return _unless_noise(HeadRotation(eye, s), first, second)
 
 
 def align_heads_in_turn(first: Moments, second: Moments, *, scale: bool) -> HeadRotation:
@@ -187,6 +185,38 @@ def align_gains(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], *, sig
     return torch.cat((s, s), dim=-1)
 
 
+def _jointly(first: Moments, second: Moments) -> HeadRotation:
+    """By Newton's method; heads for which it does not prove what it finds are swept."""
+    if first.cross.device.type != "cpu":
+        return _swept(first, second)  # to ask which are left would make the device wait
+    sides = (first.cross, second.cross, first.model.sum(-1), second.model.sum(-1))
+    pieces = list(zip(*(x.split(_MATRICES) for x in sides), strict=True))
+    parts = in_parallel(lambda piece: joint_optimum(*piece), pieces)
+    matrix, s, proven = (torch.cat(x) for x in zip(*((x.matrix, x.scale, x.proven) for x in parts), strict=True))
+    left = (~proven).nonzero().flatten()
+    if len(left):
+        swept = _swept(first.of(left), second.of(left))
+        matrix, s = matrix.index_copy(0, left, swept.matrix), s.index_copy(0, left, swept.scale)
+    return HeadRotation(matrix, s)
+
+
+def _swept(first: Moments, second: Moments) -> HeadRotation:
+    """By sweeps over the scale, which prove the optimum whatever the spectrum is."""
+    b, o = first.model.sum(-1), second.model.sum(-1)
+
+    def rotation(s: Tensor) -> Tensor:
+        return _polar(_mixed(first.cross, second.cross, s))
+
+    peaks = (_nuclear(first.cross), _nuclear(second.cross))
+    start = joint_log_scale(b, o, peaks, _nuclear_path(first, second)).log_scale
+    s = _alternate(torch.exp(start), lambda s: quartic_scale(b, o, *_inner(rotation(s), first, second)))
+    return HeadRotation(rotation(s), s)
+
+
+def _inner(r: Tensor, first: Moments, second: Moments) -> tuple[Tensor, Tensor]:
+    return (r * first.cross).sum((-2, -1)), (r * second.cross).sum((-2, -1))
+
+
 def _alternate(s: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
     for _ in range(_POLISH):
         previous, s = s, step(s)
@@ -203,11 +233,7 @@ def _mixed(m: Tensor, n: Tensor, s: Tensor) -> Tensor:
 
 def _polar(m: Tensor) -> Tensor:
     """The orthogonal matrix nearest to ``m`` [*, d, d]; where ``m`` says nothing, the one nearest to the identity."""
-    d = m.shape[-1]
-    norm = torch.linalg.matrix_norm(m, keepdim=True)
-    eye = torch.eye(d, dtype=m.dtype, device=m.device)
-    tie_break = 4 * d * torch.finfo(m.dtype).eps * torch.where(norm > 0, norm, 1.0)
-    flat = (m + tie_break * eye).reshape(-1, d, d)
+    flat = towards_identity(m).reshape(-1, *m.shape[-2:])
     return torch.cat(in_parallel(_rotation_of, flat.split(_MATRICES), m.device)).reshape(m.shape)
 
 
@@ -223,7 +249,7 @@ def _unless_noise(g: HeadRotation, first: Moments, second: Moments) -> HeadRotat
     weight: that saves nothing, and is left alone.
     """
     b, o = first.model.sum(-1), second.model.sum(-1)
-    p, q = ((g.matrix * side.cross).sum((-2, -1)) for side in (first, second))
+    p, q = _inner(g.matrix, first, second)
     at_identity = sum(side.cross.diagonal(dim1=-2, dim2=-1).sum(-1) for side in (first, second))
     saved = 2 * (g.scale * p + q / g.scale - at_identity) - (g.scale**2 - 1) * b - (g.scale**-2 - 1) * o
     noise = saved <= torch.finfo(torch.float32).eps ** 2 * (b + o)
@@ -265,6 +291,19 @@ def plane_correlation(cross: Tensor) -> Tensor:
     planes = cross.unflatten(-1, (2, half)).unflatten(-3, (2, half)).diagonal(dim1=-3, dim2=-1)  # [*, 2, 2, half]
     (ii, ij), (ji, jj) = (row.unbind(-2) for row in planes.unbind(-3))
     return torch.complex(ii + jj, ji - ij)
+
+
+def of_planes(correlation: Tensor, planes: Sequence[int]) -> Tensor:
+    """The least matrices [*, d, d] with this `plane_correlation` [*, d/2]: all that turns and scales of planes can see.
+
+    Args:
+        correlation: complex.
+        planes: first the first coordinates of all planes, then their partners.
+    """
+    real, imaginary = torch.diag_embed(correlation.real / 2), torch.diag_embed(correlation.imag / 2)
+    cross = torch.cat((torch.cat((real, -imaginary), dim=-1), torch.cat((imaginary, real), dim=-1)), dim=-2)
+    place = torch.argsort(torch.tensor(planes, device=cross.device))
+    return cross.index_select(-1, place).index_select(-2, place)
 
 
 def plane_norm(coordinates: Tensor) -> Tensor:

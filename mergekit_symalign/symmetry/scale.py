@@ -27,7 +27,7 @@ _STEPS = (6e-4, 3e-3, 1.5e-2, torch.inf)  # to either side of what looks like th
 _NEAR = 1e-3  # distance of the points that tell where it is
 _SECTIONS = 8  # intervals of each later sweep
 _SWEEPS = 6  # at most
-_PROVEN = 1e-7  # of the norms: a gap with which the search is at its end
+PROVEN = 1e-7  # of the norms: a gap with which the search is at its end
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def joint_log_scale(
         at = torch.where(value < best, t.gather(-1, where), at)
         best = torch.minimum(value, best)
         gap = (best - sweep.lower_bounds().amin(-1, keepdim=True)).clamp_min(0)
-        if gap.device.type == "cpu" and bool((gap <= _PROVEN * (b + o)).all()):
+        if gap.device.type == "cpu" and bool((gap <= PROVEN * (b + o)).all()):
             break  # elsewhere the remaining sweeps cost less than asking the device
     return ScaleOptimum(at.squeeze(-1), gap.squeeze(-1))
 
