@@ -28,7 +28,8 @@ from mergekit_symalign.symmetry.attention import (
 from mergekit_symalign.symmetry.blocks import after, reordered_gains
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling, compute_dtype
-from mergekit_symalign.symmetry.heads import GroupMoments, HeadProblem, match_heads
+from mergekit_symalign.symmetry.head_pairs import GroupMoments
+from mergekit_symalign.symmetry.heads import HeadProblem, match_heads
 from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Pair, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.procrustes import Moments, align_heads
