@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -53,6 +53,7 @@ class Line:
 
 
 GROWTH = ["", "plain, wall s", "added, wall s", "added, CPU s", "added, CPU s per layer and model"]
+DEPTH = ["", "plain, anonymous MiB", "aligned", "more than plain", "plain, RSS MiB", "aligned"]
 HEAD = ["workload", "wall, s", "ratio", "CPU, s", "ratio", "peak RSS, GiB", "ratio", "settled by"]
 
 
@@ -74,8 +75,8 @@ def main(
     chosen = [w for w in workloads(shape) if only in w.name]
     _table(HEAD, (_measured(w, cache, runs).cells() for w in (chosen[::3] if small else chosen)))
     if with_depths:
-        click.echo("\nMemory against depth, of the aligned merge (output in shards of 500 MB)\n")
-        _table(["", "anonymous memory, MiB", "peak RSS, GiB"], (_depth(w, cache) for w in depths(shape, layers)))
+        click.echo(f"\nPeak memory against depth (output in shards of 500 MB), medians of {runs}\n")
+        _table(DEPTH, (_depth(w, cache, runs) for w in depths(shape, layers)))
     if with_growth:
         click.echo(f"\nWhat alignment adds to a merge of siblings (base and models), medians of {runs}\n")
         _table(GROWTH, (_growth(w, cache, runs) for w in growth(shape)[-1 if small else 0 :]))
@@ -123,9 +124,16 @@ def _growth(workload: Workload, cache: Path, runs: int) -> list[str]:
     return [workload.name, f"{plain:.1f}", f"{wall:.1f}", f"{cpu:.1f}", f"{cpu / solves:.2f}"]
 
 
-def _depth(workload: Workload, cache: Path) -> list[str]:
-    cost = merge(workload.configs(cache)[1], cache / "out", "--out-shard-size", "500M")
-    return [workload.name, f"{cost.peak_own / MIB:.0f}", f"{cost.peak_rss / GIB:.2f}"]
+def _depth(workload: Workload, cache: Path, runs: int) -> list[str]:
+    """Without the pages of the mapped input files, which the system takes back when it needs them, and with them."""
+    line = _measured(replace(workload, options=("--out-shard-size", "500M")), cache, runs)
+
+    def peak(side: Sequence[Cost], field: str) -> float:
+        return median(getattr(cost, field) for cost in side) / MIB
+
+    plain, aligned = peak(line.plain, "peak_own"), peak(line.aligned, "peak_own")
+    resident = [peak(side, "peak_rss") for side in (line.plain, line.aligned)]
+    return [workload.name, *(f"{x:.0f}" for x in (plain, aligned, aligned - plain, *resident))]
 
 
 def _table(head: Sequence[str], rows: object) -> None:
