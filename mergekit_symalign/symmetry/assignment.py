@@ -17,8 +17,8 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
-from mergekit_symalign.symmetry.certificate import PREFIXES, SLACK, Nearest, nearest_neighbours
-from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
+from mergekit_symalign.symmetry.certificate import PREFIXES, Nearest, nearest_neighbours
+from mergekit_symalign.symmetry.groups import SLACK, AxisAction, Chain, Permutation, Scaling
 from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs, factors, neuron_factors
 from mergekit_symalign.symmetry.options import Facts, NeuronScale
 from mergekit_symalign.symmetry.shortlist import Scores, shortlist_assignment

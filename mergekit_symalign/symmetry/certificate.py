@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry import coarse
 from mergekit_symalign.symmetry.coarse import CoarseRows, two_lowest
+from mergekit_symalign.symmetry.groups import SLACK
 from mergekit_symalign.symmetry.neuron_costs import NeuronCosts
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.threads import in_parallel
@@ -24,7 +25,6 @@ PREFIXES = (0.015, 0.07, 0.16)  # shares of the coordinates; rows that one leave
 _BLOCK = 1 << 21  # prefix distances that are held at once
 _SAMPLE = 64  # rows that are asked whether prefixes can settle anything
 _RUN = 8  # neighbouring columns that are taken together
-SLACK = 1e-5  # of the squared norms: the prefix distances are products in float32
 
 
 @dataclass

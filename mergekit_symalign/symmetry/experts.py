@@ -17,12 +17,11 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons, identity_is_optimal, lazy_assignment
 from mergekit_symalign.symmetry.certificate import spread_columns
-from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
+from mergekit_symalign.symmetry.groups import SLACK, AxisAction, Chain, Permutation, Scaling
 from mergekit_symalign.symmetry.options import NeuronScale, Pair, Sides
 
 _PREFIX = 0.02  # share of the coordinates that the bounds look at
 _ROWS = 256  # neurons whose prefix distances to all of the model's are held at once
-_SLACK = 1e-5  # of the squared norms: the bounds are products in float32
 
 
 def align_experts(
@@ -121,17 +120,17 @@ class ExpertProblem:
         axes = ("gate",) if self.scale is not NeuronScale.none else ("gate", "up", "down")
         both = [pair for axis in axes for pair in self.sides.get(axis, ())]
         if not both:
-            return self._router * (1 - _SLACK)
+            return self._router * (1 - SLACK)
         anchor, model = (torch.cat([spread_columns(pair[k], _PREFIX) for pair in both], dim=1) for k in range(2))
         norms = model.square().sum(1)
         nearest = []
         for a in anchor.split(_ROWS):
             own = a.square().sum(1, keepdim=True)
             distance = torch.addmm(norms.unsqueeze(0), a, model.mT, alpha=-2) + own
-            slack = _SLACK * (own + norms.max())
+            slack = SLACK * (own + norms.max())
             nearest.append((distance.unflatten(1, (self.experts, -1)).amin(2) - slack).clamp_min(0))
         inside = torch.cat(nearest).double().unflatten(0, (self.experts, -1)).sum(1)
-        return self._router * (1 - _SLACK) + inside
+        return self._router * (1 - SLACK) + inside
 
     @cached_property
     def _router(self) -> Tensor:

@@ -24,6 +24,8 @@ from mergekit_symalign.errors import ShapeError
 
 Packed = tuple[dict[str, tuple[Tensor, ...]], ...]
 
+SLACK = 1e-5  # of the norms' product: how far a sum of products in float32 may be from the truth
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which weights of ``dtype`` are transformed: float32, or float64 for float64."""

@@ -25,7 +25,7 @@ from mergekit_symalign.symmetry.attention import (
     remaining,
     solve_heads,
 )
-from mergekit_symalign.symmetry.groups import AxisAction, Permutation, compute_dtype
+from mergekit_symalign.symmetry.groups import SLACK, AxisAction, Permutation, compute_dtype
 from mergekit_symalign.symmetry.head_pairs import GroupMoments, HeadPairs, PlaneMoments
 from mergekit_symalign.symmetry.options import Facts, HeadShape, Pair, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.procrustes import Moments, of_planes, plane_correlation, plane_norm
@@ -35,7 +35,6 @@ from mergekit_symalign.symmetry.threads import in_parallel
 _ROUNDS = 2  # of matching query heads by a rotation, and solving the rotation for the match
 _PAIRS = 4  # of KV heads that one thread solves together
 _BLOCK = 1 << 19  # numbers that are held in a wider dtype at once: small enough to stay in the cache
-_SLACK = 1e-5  # of the norms: the bounds are products in float32
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ class HeadProblem:
             c = self.plane_correlations[axis].abs().unflatten(1, (k, heads)).unflatten(0, (k, heads))
             best = c.amax(3).sum(1)  # each of the anchor's query heads with whichever fits it best
             bound = bound + (a.unsqueeze(1) - best.square() / b.clamp_min(torch.finfo(b.dtype).tiny)).sum(-1)
-        return bound - _SLACK * self._sizes()
+        return bound - SLACK * self._sizes()
 
     @cached_property
     def lower_bounds(self) -> Tensor:
@@ -186,7 +185,7 @@ class HeadProblem:
             queries, keys = (a.unsqueeze(1) * b).sqrt(), key.at(rest)
             norms = (b.expand_as(queries), keys.model.sum(-1))
             bound = bound + _least(*norms, queries, nuclear_bound(keys.cross), scale=scale)
-        return bound - _SLACK * self._sizes()
+        return bound - SLACK * self._sizes()
 
     def query_heads_stay(self) -> bool:
         """Whether every query head is proven to be nearest to its own number, under the rotation of the KV heads alone.
@@ -202,7 +201,7 @@ class HeadProblem:
         dual = start.value.dual() if start.value is not None else None
         left = self._left(start.query, "query") + self._left(dual, "attended")
         size = torch.stack([x.sum(-1) for axis in ("query", "attended") for x in self._head_norms(axis)]).sum(0)
-        near = (left + _SLACK * size).clamp_min(0).sqrt().unflatten(0, (k, group))
+        near = (left + SLACK * size).clamp_min(0).sqrt().unflatten(0, (k, group))
         apart = self._query_distances().clamp_min(0).sqrt()
         apart = apart.masked_fill(torch.eye(group, dtype=torch.bool, device=apart.device), torch.inf)
         return bool((apart > near.unsqueeze(1) + near.unsqueeze(2)).all())
@@ -224,7 +223,7 @@ class HeadProblem:
                 total[i] += (x @ x.mT).double()
         own = total.diagonal(dim1=1, dim2=2)
         sizes = own.unsqueeze(1) + own.unsqueeze(2)
-        return (1 - _SLACK) * sizes - 2 * total
+        return (1 - SLACK) * sizes - 2 * total
 
     def cost(self, i: Tensor, j: Tensor) -> Tensor:
         """Distance that remains between anchor's KV head ``i[n]`` and model's ``j[n]``, less the anchor's norms."""

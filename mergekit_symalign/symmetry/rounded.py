@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry.groups import SLACK
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.shortlist import Scores
 from mergekit_symalign.symmetry.threads import in_parallel
@@ -19,7 +20,6 @@ from mergekit_symalign.symmetry.threads import in_parallel
 _ROWS = 1024  # of the anchor for one thread
 _PIECE = 256  # rows that are rounded at once
 _STORED = 2.0**-8  # of a score: how far rounding it to bfloat16 may move it
-_SUMS = 1e-5  # of the norms: the sums are taken in float32
 
 
 def rounded_scores(
@@ -42,7 +42,7 @@ def rounded_scores(
         block, length, rows = work
         own, own_lost = _rounded(rows)
         torch.mm(own, other.mT, out=block)
-        return own_lost * longest + (length + own_lost) * (most + _SUMS * (longest + most))
+        return own_lost * longest + (length + own_lost) * (most + SLACK * (longest + most))
 
     rows = zip(*(a.split(_ROWS) for a, _ in pairs), strict=True)
     work = list(zip(values.split(_ROWS), anchor.split(_ROWS), rows, strict=True))
