@@ -99,16 +99,9 @@ def align_heads(first: Moments, second: Moments, *, rotate: bool, scale: bool) -
     Returns:
         The action on ``first``; ``second`` carries its dual.
     """
-    if scale and rotate:
-        return _unless_noise(_jointly(first, second), first, second)
-    b, o = first.model.sum(-1), second.model.sum(-1)
-    s = torch.ones_like(b)
-    if rotate:
-        return _unless_noise(HeadRotation(_polar(first.cross + second.cross), s), first, second)
-    eye = torch.eye(first.cross.shape[-1], dtype=b.dtype, device=b.device).expand_as(first.cross)
-    if scale:
-        s = quartic_scale(b, o, *_inner(eye, first, second))
-    return _unless_noise(HeadRotation(eye, s), first, second)
+    both = rotate and scale
+    found = _jointly(first, second) if both else _in_turn(first, second, rotate=rotate, scale=scale)
+    return _unless_noise(found, first, second)
 
 
 def align_heads_in_turn(first: Moments, second: Moments, *, scale: bool) -> HeadRotation:
@@ -116,12 +109,7 @@ def align_heads_in_turn(first: Moments, second: Moments, *, scale: bool) -> Head
 
     Under RoPE, applied to query and key, this is not a symmetry: the function changes.
     """
-    r = _polar(first.cross + second.cross)
-    s = torch.ones_like(first.model.sum(-1))
-    if scale:
-        p, q = ((r * side.cross).sum((-2, -1)) for side in (first, second))
-        s = quartic_scale(first.model.sum(-1), second.model.sum(-1), p, q)
-    return _unless_noise(HeadRotation(r, s), first, second)
+    return _unless_noise(_in_turn(first, second, rotate=True, scale=scale), first, second)
 
 
 def align_planes(first: Moments, second: Moments, *, rotate: bool, scale: bool) -> PlaneRotation:
@@ -183,6 +171,14 @@ def align_gains(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], *, sig
         s = _alternate(s, lambda s: quartic_scale(b, o, *_along(_mixed(p, q, s), p, q)))
         s = s * _sign(_mixed(p, q, s))
     return torch.cat((s, s), dim=-1)
+
+
+def _in_turn(first: Moments, second: Moments, *, rotate: bool, scale: bool) -> HeadRotation:
+    """The best rotation without a scale, and the best scale for it; or one of the two."""
+    b, o = first.model.sum(-1), second.model.sum(-1)
+    eye = torch.eye(first.cross.shape[-1], dtype=b.dtype, device=b.device).expand_as(first.cross)
+    r = _polar(first.cross + second.cross) if rotate else eye
+    return HeadRotation(r, quartic_scale(b, o, *_inner(r, first, second)) if scale else torch.ones_like(b))
 
 
 def _jointly(first: Moments, second: Moments) -> HeadRotation:
