@@ -49,7 +49,7 @@ def _bids(score: Tensor, price: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The best column of some rows, and the price at which it would only be as good as the second."""
 
     def of(some: Tensor) -> tuple[Tensor, Tensor]:
-        cost = price - score.index_select(0, some)
+        cost = score.index_select(0, some).to(price.dtype).neg_().add_(price)
         column, second = two_lowest(cost)
         return column, second - cost.gather(1, column.unsqueeze(1)).squeeze(1)
 

@@ -88,9 +88,8 @@ def two_lowest(x: Tensor) -> tuple[Tensor, Tensor]:
 
     In two steps, first over chunks: a minimum is several times cheaper than its place.
     """
-    n = x.shape[1]
-    size = next(d for d in range(min(_CHUNK, n), 0, -1) if n % d == 0)
-    chunks = x.unflatten(1, (-1, size))
+    chunks = in_chunks(x, _CHUNK)
+    size = chunks.shape[2]
     lowest = chunks.amin(2)
     chunk = lowest.argmin(1)
     at = chunk.reshape(-1, 1, 1).expand(-1, 1, size)
@@ -100,6 +99,12 @@ def two_lowest(x: Tensor) -> tuple[Tensor, Tensor]:
     rest = inside.scatter(1, place, ceiling).amin(1)
     others = lowest.scatter(1, chunk.unsqueeze(1), ceiling).amin(1)
     return chunk * size + place.squeeze(1), torch.minimum(rest, others)
+
+
+def in_chunks(x: Tensor, most: int) -> Tensor:
+    """Equal chunks of at most so many columns [rows, chunks, columns of a chunk]."""
+    n = x.shape[1]
+    return x.unflatten(1, (-1, next(d for d in range(min(most, n), 0, -1) if n % d == 0)))
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:

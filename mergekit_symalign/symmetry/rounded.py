@@ -19,6 +19,7 @@ from mergekit_symalign.symmetry.threads import in_parallel
 
 _ROWS = 1024  # of the anchor for one thread
 _PIECE = 256  # rows that are rounded at once
+_TILE = 256  # rows and columns that are transposed at once
 _STORED = 2.0**-8  # of a score: how far rounding it to bfloat16 may move it
 
 
@@ -65,10 +66,20 @@ def _rounded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         block, given = work
         lost = torch.zeros(len(block), dtype=torch.float64, device=block.device)
         for x, at in zip(given, block.split([x.shape[1] for x in given], dim=1), strict=True):
-            at.copy_(x)
+            _copy(at, x)
             if x.dtype is not torch.bfloat16:
                 lost += (x.float() - at).square().sum(1).double()
         return lost.sqrt()
 
     blocks = list(zip(whole.split(_PIECE), zip(*(x.split(_PIECE) for x in rows), strict=True), strict=True))
     return whole, torch.cat(in_parallel(moved, blocks, whole.device))
+
+
+def _copy(to: Tensor, x: Tensor) -> None:
+    """``to.copy_(x)``; in square tiles if the rows of ``x`` are stored as columns, which is four times faster."""
+    if x.stride(0) >= x.stride(1):
+        to.copy_(x)
+        return
+    for rows, of_rows in zip(to.split(_TILE), x.split(_TILE), strict=True):
+        for at, tile in zip(rows.split(_TILE, dim=1), of_rows.split(_TILE, dim=1), strict=True):
+            at.copy_(tile.mT.contiguous().mT)
