@@ -29,7 +29,7 @@ from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph import solve
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.load import LoadFinite
-from mergekit_symalign.graph.solve import SolveBlock
+from mergekit_symalign.graph.solve import OneOf, SolveTogether
 from mergekit_symalign.symmetry import assignment, blocks, experts
 from mergekit_symalign.symmetry.assignment import Assignment
 from mergekit_symalign.symmetry.heads import HeadOrder
@@ -111,12 +111,12 @@ def test_solve_and_apply_stay_on_fake_cuda(
         values: dict[Task, Any] = {
             t: torch.empty(_shape(t), device=CUDA, dtype=torch.bfloat16) for t in tasks if isinstance(t, LoadFinite)
         }
-        for kind in (SolveBlock, ApplyBlock):
+        for kind in (SolveTogether, OneOf, ApplyBlock):
             for task in (t for t in tasks if isinstance(t, kind)):
-                assert task.uses_accelerator()
+                assert task.uses_accelerator() is (kind is not OneOf)
                 values[task] = task.execute(**{k: values[v] for k, v in task.arguments().items()})
-                facts = values[task].pop("facts") if kind is SolveBlock else {}
-                assert all(isinstance(x, (int, float, str)) for x in facts.values())
+                for one in values[task].values() if kind is SolveTogether else ():
+                    assert all(isinstance(x, (int, float, str)) for x in one.pop("facts").values())
                 leaves = tree_leaves(values[task])
                 assert all(isinstance(x, torch.Tensor) and x.device == CUDA for x in leaves)
                 assert leaves or not found
@@ -178,11 +178,11 @@ def test_two_gpus_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     config = merge_config("aligned_task_arithmetic", paths[0], paths[1:], parameters={"weight": 1.0})
     executor = MultiGPUExecutor(_plan(config, str(tmp_path / "out")), num_gpus=2)
     counts = [len(tasks) for tasks in executor.gpu_assignments.values()]
-    solved = [sum(isinstance(t.task(), SolveBlock) for t in tasks) for tasks in executor.gpu_assignments.values()]
+    solved = [sum(isinstance(t.task(), SolveTogether) for t in tasks) for tasks in executor.gpu_assignments.values()]
     assert len(counts) == 2
     assert max(counts) <= 0.6 * sum(counts)
     assert max(solved) <= 0.6 * sum(solved)
-    assert sum(solved) == 2 * 2 * 6  # two models, attention and MLP, six layers
+    assert sum(solved) == 2 * 6  # attention and MLP, six layers; two models each
 
 
 def test_every_tensor_is_loaded_once(paths: list[Path], tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from conftest import State, load, merge_config, merged, squared_distance
@@ -19,8 +21,9 @@ from mergekit.plan import MergePlanner
 from models import FAMILIES, logits, make_model, perturbed, relative_deviation, save, with_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_symalign.errors import ParameterError
+from mergekit_symalign.errors import GeometryError, ParameterError
 from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.graph import solve
 from mergekit_symalign.planting import Planted, random_elements, transform
 
 
@@ -337,6 +340,39 @@ def test_merge_in_memory_is_the_merge_on_disk(llama: Trio, tmp_path: Path) -> No
     on_disk = merged(config, tmp_path)
     assert out.keys() == on_disk.keys()
     assert all(torch.equal(x, out[name]) for name, x in on_disk.items())
+
+
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_models_are_aligned_side_by_side_as_each_by_itself(llama: Trio, tmp_path: Path) -> None:
+    alone = []
+    for name in ("twin", "skill"):
+        config = merge_config("rotation_match", llama.path("anchor"), [llama.path(name)])
+        merged(config, tmp_path / name)
+        alone.append(json.loads((tmp_path / name / "symalign_report.json").read_text())["models"])
+    merged(merge_config("rotation_match", llama.path("anchor"), [llama.path("twin"), llama.path("skill")]), tmp_path)
+    assert json.loads((tmp_path / "symalign_report.json").read_text())["models"] == {**alone[0], **alone[1]}
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_errors_of_a_solve_beside_another_are_readable(llama: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise GeometryError("tensor w", "it does not fit", "Use another")
+
+    monkeypatch.setattr(solve, "align", fail)
+    models = [{"model": llama.path(m), "parameters": {"weight": 1.0}} for m in ("twin", "skill")]
+    plan = _planned_in_memory(merge_config("aligned_task_arithmetic", llama.path("anchor"), models), llama)
+    with click.Context(click.Command("merge")), pytest.raises(click.ClickException, match=r"tensor w: .* Use another"):
+        list(Executor(plan).run(quiet=True))
+    with pytest.raises(GeometryError):
+        list(Executor(plan).run(quiet=True))
 
 
 def test_a_merge_in_memory_saves_no_alignments(llama: Trio, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from mergekit_symalign.symmetry.threads import in_parallel, one_thread
+from mergekit_symalign.symmetry.threads import in_parallel, one_thread, side_by_side
+
+either = pytest.mark.parametrize("way", [in_parallel, side_by_side])
 
 
 @pytest.fixture(autouse=True)
@@ -39,28 +41,54 @@ def test_as_many_pieces_at_a_time_as_torch_has_threads(inside: bool) -> None:
     assert torch.get_num_threads() == 3
 
 
-def test_one_thread_stays_in_the_callers() -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_two_solves_side_by_side_share_all_threads(inside: bool) -> None:
+    solves, pieces = threading.Barrier(2), threading.Barrier(3)
+
+    def solve(_: int) -> tuple[str, list[tuple[str, int]]]:
+        solves.wait(timeout=20)  # breaks unless two solves run at the same time
+        return threading.current_thread().name, in_parallel(_meet, [pieces] * 3)
+
+    if inside:
+        with one_thread():
+            found = side_by_side(solve, range(4))
+            assert torch.get_num_threads() == 1
+    else:
+        found = side_by_side(solve, range(4))
+    assert len({name for name, _ in found}) == 2
+    assert {threads for _, work in found for _, threads in work} == {1}
+    assert len({name for _, work in found for name, _ in work}) == 3
+    assert torch.get_num_threads() == 3
+
+
+@either
+def test_one_thread_stays_in_the_callers(way: Callable[..., list[threading.Thread]]) -> None:
     torch.set_num_threads(1)
-    assert set(in_parallel(lambda _: threading.current_thread(), range(4))) == {threading.current_thread()}
+    assert set(way(lambda _: threading.current_thread(), range(4))) == {threading.current_thread()}
 
 
-def test_other_devices_get_the_pieces_in_turn() -> None:
-    found = in_parallel(lambda _: threading.current_thread(), range(4), torch.device("cuda"))
+@either
+def test_other_devices_get_the_pieces_in_turn(way: Callable[..., list[threading.Thread]]) -> None:
+    found = way(lambda _: threading.current_thread(), range(4), torch.device("cuda"))
     assert set(found) == {threading.current_thread()}
 
 
+@either
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_results_in_order_and_in_the_callers_grad_mode(mode: type) -> None:
+def test_results_in_order_and_in_the_callers_grad_mode(
+    mode: type, way: Callable[..., list[tuple[object, ...]]]
+) -> None:
     with mode():
         expected = (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
-        found = in_parallel(lambda i: (i, torch.is_inference_mode_enabled(), torch.is_grad_enabled()), range(20))
+        found = way(lambda i: (i, torch.is_inference_mode_enabled(), torch.is_grad_enabled()), range(20))
     assert found == [(i, *expected) for i in range(20)]
 
 
-def test_errors_reach_the_caller_and_threads_come_back() -> None:
+@either
+def test_errors_reach_the_caller_and_threads_come_back(way: Callable[..., list[None]]) -> None:
     def fail(i: int) -> None:
         raise ValueError(f"piece {i}")
 
     with pytest.raises(ValueError, match="piece 0"):
-        in_parallel(fail, range(3))
+        way(fail, range(3))
     assert torch.get_num_threads() == 3

@@ -59,20 +59,3 @@ class SolveConsensus(Task[Dict[str, Any]]):
 
     def _rows(self, tensors: Dict[str, torch.Tensor], model: int) -> Rows:
         return block_rows(self.kind, self.axes, [tensors[f"model{model}_{i}"] for i in range(len(self.axes))])
-
-
-class OneOfConsensus(Task[Dict[str, Any]]):
-    """What a consensus found for one model, in the form of `SolveBlock`'s result."""
-
-    consensus: SolveConsensus
-    index: int
-
-    def arguments(self) -> Dict[str, Task]:
-        return {"consensus": self.consensus}
-
-    def group_label(self) -> Optional[str]:
-        return self.consensus.group_label()
-
-    def execute(self, consensus: Dict[str, Any]) -> Dict[str, Any]:
-        result: Dict[str, Any] = consensus[str(self.index)]
-        return result

@@ -26,12 +26,12 @@ from mergekit_symalign.graph.alignments import Alignments, ReadBlock, SourceBloc
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.block import SYMMETRY_NAMES, Block
 from mergekit_symalign.graph.checkpoint_checks import merged_dtype
-from mergekit_symalign.graph.consensus import OneOfConsensus, SolveConsensus
+from mergekit_symalign.graph.consensus import SolveConsensus
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models, check_possible
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
-from mergekit_symalign.graph.solve import SolveBlock
+from mergekit_symalign.graph.solve import OneOf, SolveBlock, SolveTogether
 from mergekit_symalign.graph.streaming import SHARED, StreamingPlan, Wanted, in_order, plan_streaming
 from mergekit_symalign.methods import ALIGNMENT_NAMES, AlignedMethod
 
@@ -160,12 +160,12 @@ class AlignedPlan:
             ordered = sorted(moved, key=str)
             models = tuple(loads[m] for m in (block.anchor, *ordered))
             consensus = SolveConsensus(**shared, models=models, heads=heads[moved[0]])
-            return {m: OneOfConsensus(consensus=consensus, index=i) for i, m in enumerate(ordered, start=1)}
+            return {m: OneOf(solved=consensus, index=i) for i, m in enumerate(ordered, start=1)}
         solutions: dict[ModelReference, Task] = {}
         for m in moved:
             sides = {"anchor": loads[block.anchor], "model": loads[m], "heads": heads[m]}
             solutions[m] = self._saved(block, m, loads[m][0]) or self._solver(block, m, shared | sides)
-        return solutions
+        return solutions | _together({m: s for m, s in solutions.items() if type(s) is SolveBlock})
 
     def _stream(self, planned: list[Planned], blocks: list[Block]) -> None:
         """Plan the run on prompts for all blocks that are to be matched by activations."""
@@ -233,6 +233,14 @@ class AlignedPlan:
 
     def _takes_part(self, model: ModelReference, task: ExecuteMergeMethodTask) -> bool:
         return self.method.anchor_is_base or model != task.base_model or model in self.listed
+
+
+def _together(solvers: dict[ModelReference, SolveBlock]) -> dict[ModelReference, Task]:
+    """The same solutions, found side by side where there are several."""
+    if len(solvers) < 2:
+        return {}
+    together = SolveTogether(solvers=tuple(solvers.values()))
+    return {model: OneOf(solved=together, index=i) for i, model in enumerate(solvers)}
 
 
 def _source(block: Block, model: ModelReference, what: str) -> SourceBlock:

@@ -1,4 +1,4 @@
-"""The task that finds the alignment of one block of one model."""
+"""The tasks that find the alignment of one block: of one model, and of several side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
 from mergekit_symalign.symmetry.describe import describe, describe_heads, describe_neurons
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes, rows_by_axis
 from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, Sides, Symmetries
-from mergekit_symalign.symmetry.threads import one_thread
+from mergekit_symalign.symmetry.threads import one_thread, side_by_side
 
 LOG = logging.getLogger(__name__)
 
@@ -79,6 +79,57 @@ class SolveBlock(Task[Dict[str, Any]]):
         stored = ([tensors[f"{side}{i}"] for i in range(len(self.axes))] for side in ("anchor", "model"))
         anchor, model = (block_rows(self.kind, self.axes, of_one) for of_one in stored)
         return {axis: list(zip(rows, model[axis], strict=True)) for axis, rows in anchor.items()}
+
+
+class SolveTogether(Task[Dict[str, Any]]):
+    """Aligns the same block of several models to the anchor's, side by side.
+
+    Attributes:
+        solvers: one for each model.
+    """
+
+    solvers: Tuple[SolveBlock, ...]
+
+    def arguments(self) -> Dict[str, Task]:
+        return {f"solver{i}_{name}": load for i, s in enumerate(self.solvers) for name, load in s.arguments().items()}
+
+    def group_label(self) -> Optional[str]:
+        return max(solver.group_label() or "" for solver in self.solvers)
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
+        def solve(i: int) -> Dict[str, Any]:
+            solver = self.solvers[i]
+            return solver.execute(**{name: tensors[f"solver{i}_{name}"] for name in solver.arguments()})
+
+        numbers = range(len(self.solvers))
+        with readable_errors():
+            solved = side_by_side(solve, numbers, next(iter(tensors.values())).device)
+        return {str(i): solved[i] for i in numbers}
+
+
+class OneOf(Task[Dict[str, Any]]):
+    """What was found for one of several models, in the form of `SolveBlock`'s result.
+
+    Attributes:
+        solved: the task that finds it for all of them.
+        index: of the model.
+    """
+
+    solved: Task
+    index: int
+
+    def arguments(self) -> Dict[str, Task]:
+        return {"solved": self.solved}
+
+    def group_label(self) -> Optional[str]:
+        return self.solved.group_label()
+
+    def execute(self, solved: Dict[str, Any]) -> Dict[str, Any]:
+        result: Dict[str, Any] = solved[str(self.index)]
+        return result
 
 
 def block_rows(kind: BlockKind, axes: Tuple[TensorAxes, ...], stored: list[torch.Tensor]) -> Dict[str, Any]:

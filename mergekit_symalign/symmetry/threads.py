@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import cache
 from typing import TypeVar
 
@@ -19,6 +19,8 @@ import torch
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
+
+_AT_ONCE = 2  # solves that go on side by side: each holds what it works on
 
 _SHARED: ContextVar[int] = ContextVar("threads that the pieces may use", default=0)
 
@@ -50,18 +52,43 @@ def in_parallel(
     """
     if device is not None and device.type != "cpu":
         return [work(piece) for piece in pieces]
-    threads = _SHARED.get() or torch.get_num_threads()
-    if min(threads, len(pieces)) <= 1:
-        with one_thread():
+    threads = _threads()
+    with one_thread():
+        if min(threads, len(pieces)) <= 1:
             return [work(piece) for piece in pieces]
+        return list(_pool(threads).map(_as_here(work), pieces))
+
+
+def side_by_side(
+    work: Callable[[Piece], Result], pieces: Sequence[Piece], device: torch.device | None = None
+) -> list[Result]:
+    """``[work(piece) for piece in pieces]`` for work that is itself divided by `in_parallel`, two pieces at a time.
+
+    Both share the threads: while one does what cannot be divided, the other has them all.
+
+    Args:
+        work, pieces, device: as for `in_parallel`.
+    """
+    if (device is not None and device.type != "cpu") or min(_threads(), len(pieces)) <= 1:
+        return [work(piece) for piece in pieces]
+    with one_thread(), ThreadPoolExecutor(_AT_ONCE, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        contexts, run = [copy_context() for _ in pieces], _as_here(work)
+        return list(pool.map(lambda context, piece: context.run(run, piece), contexts, pieces))
+
+
+def _threads() -> int:
+    return _SHARED.get() or torch.get_num_threads()
+
+
+def _as_here(work: Callable[[Piece], Result]) -> Callable[[Piece], Result]:
+    """The same work in another thread, with the gradient modes of this one."""
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def run(piece: Piece) -> Result:
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             return work(piece)
 
-    with one_thread():
-        return list(_pool(threads).map(run, pieces))
+    return run
 
 
 @cache
