@@ -9,16 +9,13 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import AxisAction, HeadRotation
 from mergekit_symalign.symmetry.joint import joint_optimum
+from mergekit_symalign.symmetry.moments import Moments, moments, of_planes, plane_correlation
 from mergekit_symalign.symmetry.procrustes import (
-    Moments,
     align_gains,
     align_heads,
     align_heads_in_turn,
     align_planes,
     align_signs,
-    moments,
-    of_planes,
-    plane_correlation,
 )
 from mergekit_symalign.symmetry.scale import PROVEN, joint_log_scale, quartic_scale
 

@@ -22,15 +22,14 @@ from mergekit_symalign.symmetry.groups import (
     PerHead,
     Scaling,
 )
+from mergekit_symalign.symmetry.moments import Moments, moments
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, Pair, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.procrustes import (
-    Moments,
     align_gains,
     align_heads,
     align_heads_in_turn,
     align_planes,
     align_signs,
-    moments,
 )
 
 HEAD_AXES = ("query", "key", "value", "attended")

@@ -30,9 +30,10 @@ from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling, compute_dtype
 from mergekit_symalign.symmetry.head_pairs import GroupMoments
 from mergekit_symalign.symmetry.heads import HeadProblem, match_heads
+from mergekit_symalign.symmetry.moments import Moments
 from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Pair, Rotation, Sides, Symmetries
-from mergekit_symalign.symmetry.procrustes import Moments, align_heads
+from mergekit_symalign.symmetry.procrustes import align_heads
 
 PRIOR = 1e-5  # weight of the weights beside the activations, both in units of their own norm
 _SILENT = 1e-5  # largest score of neurons that no prompt wakes, in units of the others' mean

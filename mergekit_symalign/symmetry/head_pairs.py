@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment import best_assignment
 from mergekit_symalign.symmetry.attention import AttentionMoments, HeadActions, dense
-from mergekit_symalign.symmetry.procrustes import Moments, of_planes, plane_correlation
+from mergekit_symalign.symmetry.moments import Moments, of_planes, plane_correlation
 
 
 @dataclass(frozen=True)

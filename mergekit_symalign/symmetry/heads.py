@@ -27,8 +27,8 @@ from mergekit_symalign.symmetry.attention import (
 )
 from mergekit_symalign.symmetry.groups import SLACK, AxisAction, Permutation, compute_dtype
 from mergekit_symalign.symmetry.head_pairs import GroupMoments, HeadPairs, PlaneMoments
+from mergekit_symalign.symmetry.moments import Moments, of_planes, plane_correlation, plane_norm
 from mergekit_symalign.symmetry.options import Facts, HeadShape, Pair, Rotation, Sides, Symmetries
-from mergekit_symalign.symmetry.procrustes import Moments, of_planes, plane_correlation, plane_norm
 from mergekit_symalign.symmetry.scale import quartic_scale
 from mergekit_symalign.symmetry.threads import in_parallel
 

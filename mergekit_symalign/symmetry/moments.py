@@ -1,0 +1,104 @@
+"""What rotations, angles and scales of heads need to know of the weights, or of activations: their moments.
+
+A rotary plane is a pair of coordinates ``(i, i + d/2)`` of a head, or one complex number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_symalign.symmetry.options import Pair
+from mergekit_symalign.symmetry.threads import in_parallel
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the solvers need to know of one side (query, key, value or attended) of anchor A and model B.
+
+    Attributes:
+        cross: [heads, d, d], ``A Bᵀ`` over everything but the head's coordinates.
+        model: [heads, d], squared norm of each of the model's coordinates.
+    """
+
+    cross: Tensor
+    model: Tensor
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.cross + other.cross, self.model + other.model)
+
+    def of(self, heads: Tensor) -> Moments:
+        """The same for some of the heads."""
+        return Moments(self.cross.index_select(0, heads), self.model.index_select(0, heads))
+
+    def at(self, coordinates: Sequence[int]) -> Moments:
+        """The same for some coordinates of each head, in this order."""
+        index = torch.tensor(coordinates, device=self.cross.device)
+        cross = self.cross.index_select(-1, index).index_select(-2, index)
+        return Moments(cross, self.model.index_select(-1, index))
+
+    def per_kv_head(self, kv_heads: int) -> Moments:
+        """Sum over the query heads of each KV head's group (of the KV heads themselves: the same)."""
+        return Moments(*(x.unflatten(0, (kv_heads, -1)).sum(1) for x in (self.cross, self.model)))
+
+
+def moments(anchor: Tensor, model: Tensor, heads: int, order: Tensor | None = None) -> tuple[Moments, Tensor]:
+    """Of two matrices [heads · d, columns], in float64, on the CPU a head at a time.
+
+    Args:
+        anchor, model: the matrices.
+        heads: their number of heads.
+        order: which of the model's heads stands beside each of the anchor's, if not its own number.
+
+    Returns:
+        The moments, and the squared norm of each of the anchor's coordinates [heads, d].
+    """
+    a, b = (x.unflatten(0, (heads, -1)) for x in (anchor, model))
+    number = torch.arange(heads, device=anchor.device)
+
+    def of(some: Pair) -> tuple[Tensor, Tensor, Tensor]:
+        x, y = (_selected(side, at).double() for side, at in zip((a, b), some, strict=True))
+        cross = x.squeeze(0) @ y.squeeze(0).mT  # for a single head, matrices take half as long as a batch of one
+        return cross.reshape(len(x), x.shape[1], -1), torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y)
+
+    few = 1 if anchor.device.type == "cpu" else heads
+    beside = number if order is None else order
+    parts = in_parallel(of, list(zip(number.split(few), beside.split(few), strict=True)), anchor.device)
+    cross, own, norms = (torch.cat(x) for x in zip(*parts, strict=True))
+    return Moments(cross, norms), own
+
+
+def _selected(heads: Tensor, at: Tensor) -> Tensor:
+    """Some heads; on the CPU a single one as it is stored: a copy of columns as rows takes longer than all the rest."""
+    alone = len(at) == 1 and at.device.type == "cpu"
+    return heads.narrow(0, int(at), 1) if alone else heads.index_select(0, at)
+
+
+def plane_correlation(cross: Tensor) -> Tensor:
+    """``Σ q_A conj(q_B)`` of each plane [*, d/2], complex, from ``A Bᵀ`` [*, d, d]."""
+    half = cross.shape[-1] // 2
+    planes = cross.unflatten(-1, (2, half)).unflatten(-3, (2, half)).diagonal(dim1=-3, dim2=-1)  # [*, 2, 2, half]
+    (ii, ij), (ji, jj) = (row.unbind(-2) for row in planes.unbind(-3))
+    return torch.complex(ii + jj, ji - ij)
+
+
+def of_planes(correlation: Tensor, planes: Sequence[int]) -> Tensor:
+    """The least matrices [*, d, d] with this `plane_correlation` [*, d/2]: all that turns and scales of planes can see.
+
+    Args:
+        correlation: complex.
+        planes: first the first coordinates of all planes, then their partners.
+    """
+    real, imaginary = torch.diag_embed(correlation.real / 2), torch.diag_embed(correlation.imag / 2)
+    cross = torch.cat((torch.cat((real, -imaginary), dim=-1), torch.cat((imaginary, real), dim=-1)), dim=-2)
+    place = torch.argsort(torch.tensor(planes, device=cross.device))
+    return cross.index_select(-1, place).index_select(-2, place)
+
+
+def plane_norm(coordinates: Tensor) -> Tensor:
+    """Sum over the two coordinates of each plane: [*, d] to [*, d/2]."""
+    first, second = coordinates.chunk(2, dim=-1)
+    return first + second
