@@ -236,7 +236,7 @@ class AlignedPlan:
 
 
 def _together(solvers: dict[ModelReference, SolveBlock]) -> dict[ModelReference, Task]:
-    """The same solutions, found side by side where there are several."""
+    """The same solutions from weights, found side by side where there are several."""
     if len(solvers) < 2:
         return {}
     together = SolveTogether(solvers=tuple(solvers.values()))

@@ -180,7 +180,7 @@ def _solve(
 def _cheaper_pairs(scores: Scores, solved: _Solved, errors: int = 1) -> Tensor:
     """Pairs whose score, with so many times its error, exceeds their prices."""
     n = len(scores.stored)
-    ceiling = solved.row - errors * (scores.error + scores.relative * scores.largest)
+    ceiling = solved.row - errors * (scores.error + scores.relative * scores.largest)  # as if each were the largest
 
     def of(start: int, worth: Tensor) -> Tensor:
         return _keys(_exceeding(worth, ceiling.narrow(0, start, len(worth)).to(worth.dtype)), start, n)
