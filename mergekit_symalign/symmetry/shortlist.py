@@ -136,14 +136,11 @@ class _Solved:
 
 def _lists(scores: Scores, price: Tensor) -> Tensor:
     """About the `_LIST` columns of each row that are best at these prices, less those that are as good as the last."""
-    n = len(price)
 
-    def of(start: int, worth: Tensor) -> Tensor:
-        best = _chunks(worth).amax(2)
-        last = best.topk(min(_LIST + 1, best.shape[1]), dim=1).values.narrow(1, -1, 1)
-        return _keys(_exceeding(worth, last.squeeze(1)), start, n)
+    def last(_: int, best: Tensor) -> Tensor:
+        return best.topk(min(_LIST + 1, best.shape[1]), dim=1).values.select(1, -1)
 
-    return torch.cat(_by_rows(of, scores, price))
+    return _exceeding(scores, price, last)
 
 
 def _solve(
@@ -179,13 +176,9 @@ def _solve(
 
 def _cheaper_pairs(scores: Scores, solved: _Solved, errors: int = 1) -> Tensor:
     """Pairs whose score, with so many times its error, exceeds their prices."""
-    n = len(scores.stored)
     ceiling = solved.row - errors * (scores.error + scores.relative * scores.largest)  # as if each were the largest
-
-    def of(start: int, worth: Tensor) -> Tensor:
-        return _keys(_exceeding(worth, ceiling.narrow(0, start, len(worth)).to(worth.dtype)), start, n)
-
-    return _cheaper_of(torch.cat(_by_rows(of, scores, solved.column)), scores, solved, errors)
+    keys = _exceeding(scores, solved.column, lambda first, best: ceiling.narrow(0, first, len(best)).to(best.dtype))
+    return _cheaper_of(keys, scores, solved, errors)
 
 
 def _cheaper_of(keys: Tensor, scores: Scores, solved: _Solved, errors: int) -> Tensor:
@@ -200,35 +193,29 @@ def _others(keys: Tensor, known: Tensor) -> Tensor:
     return keys[~torch.isin(keys, known)]
 
 
-def _by_rows(of: Callable[[int, Tensor], Tensor], scores: Scores, price: Tensor) -> list[Tensor]:
-    """What a function finds in each block of rows, given the number of its first, and its scores less the prices."""
+def _exceeding(scores: Scores, price: Tensor, limit: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Pairs ``row · n + column``, in order, whose score less the column's price is above the limit of its row.
+
+    Looked for in chunks of columns: their maxima take a tenth of the time of comparing every number.
+
+    Args:
+        limit: [rows], from the number of the first of some rows and the best of each of their chunks [rows, chunks].
+    """
     n, column = len(price), price.to(scores.wide)
     height = max(1, _BLOCK // n)
 
-    def of_piece(start: int) -> list[Tensor]:
+    def of_piece(start: int) -> Tensor:
         scratch = torch.empty(height, n, dtype=scores.wide, device=price.device)
-        blocks = enumerate(scores.stored.narrow(0, start, min(_PIECE, n - start)).split(height))
-        return [of(start + i * height, scratch.narrow(0, 0, len(x)).copy_(x).sub_(column)) for i, x in blocks]
+        rows, found = scores.stored.narrow(0, start, min(_PIECE, n - start)), []
+        for i, block in enumerate(rows.split(height)):
+            first = start + i * height
+            worth = scratch.narrow(0, 0, len(block)).copy_(block).sub_(column)
+            chunks = in_chunks(worth, max(1, n // _CHUNKS))
+            best = chunks.amax(2)
+            above = limit(first, best).unsqueeze(1)
+            row, chunk = (best > above).nonzero().unbind(1)
+            hit, place = (chunks[row, chunk] > above[row]).nonzero().unbind(1)
+            found.append((row[hit] + first) * n + chunk[hit] * chunks.shape[2] + place)
+        return torch.cat(found)
 
-    return [found for piece in in_parallel(of_piece, range(0, n, _PIECE), price.device) for found in piece]
-
-
-def _exceeding(worth: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the few numbers that are above the limit of their row.
-
-    Looked for in chunks of columns: their maxima take a tenth of the time of comparing every number.
-    """
-    chunks = _chunks(worth)
-    row, chunk = (chunks.amax(2) > limit.unsqueeze(1)).nonzero().unbind(1)
-    hit, place = (chunks[row, chunk] > limit[row].unsqueeze(1)).nonzero().unbind(1)
-    return row[hit], chunk[hit] * chunks.shape[2] + place
-
-
-def _chunks(x: Tensor) -> Tensor:
-    """Chunks of columns [rows, chunks, columns of a chunk]."""
-    return in_chunks(x, max(1, x.shape[1] // _CHUNKS))
-
-
-def _keys(at: tuple[Tensor, Tensor], start: int, n: int) -> Tensor:
-    rows, columns = at
-    return (rows + start) * n + columns
+    return torch.cat(in_parallel(of_piece, range(0, n, _PIECE), price.device))
