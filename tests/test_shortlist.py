@@ -9,15 +9,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mergekit_symalign.symmetry import rounded, shortlist
-from mergekit_symalign.symmetry.assignment import _sparse_matching, best_assignment, best_permutation
+from mergekit_symalign.symmetry import shortlist
+from mergekit_symalign.symmetry.assignment import _sparse_matching, best_assignment
 from mergekit_symalign.symmetry.auction import auction_prices
-from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs
-from mergekit_symalign.symmetry.options import NeuronScale
 from mergekit_symalign.symmetry.shortlist import Scores, shortlist_assignment
 
 N = 400
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _scores(kind: str) -> Tensor:
@@ -98,19 +95,6 @@ def test_prices_say_where_the_optimum_is(kind: str) -> None:
     assert priced > 0.99
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rounded_scores_are_as_near_as_they_say(dtype: torch.dtype) -> None:
-    pairs = _neurons(dtype, 300).all
-    lengths = [torch.cat([x[i] for x in pairs], 1).double().norm(dim=1) for i in range(2)]
-    found = rounded.rounded_scores(pairs, *lengths, exact=lambda rows, columns: rows)
-    truth = sum((a.double() @ b.double().mT for a, b in pairs), torch.zeros(300, 300, dtype=torch.float64))
-    off = (found.stored.double() - truth).abs()
-    hidden = found.error.unsqueeze(1) + found.relative * found.stored.double().abs()
-    assert (off <= hidden).all()
-    assert (off > 0.3 * hidden).any() == (dtype is torch.bfloat16)  # the bound is not a wide one
-    assert (hidden.mean() < 0.6 * truth.std()).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("spread", [1, 3])
 def test_neurons_of_very_different_size_take_seconds(spread: int, dtype: torch.dtype) -> None:
@@ -124,59 +108,5 @@ def test_neurons_of_very_different_size_take_seconds(spread: int, dtype: torch.d
     assert _total(score, index) == pytest.approx(_best(score), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unrelated_models_by_rounded_scores(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same permutation as by exact scores, the optimum, on processors that have fast 16-bit products and others."""
-    pairs = _neurons(dtype, 600)
-    found = {}
-    for fast in (True, False):
-        monkeypatch.setattr(rounded, "usable", lambda device, dtype, fast=fast: fast)
-        assert (NeuronCosts(pairs, NeuronScale.none).rounded_scores() is not None) == fast
-        found[fast] = best_permutation(pairs, scale=NeuronScale.none)
-        assert found[fast].routes == {"neurons_full": 600}
-    assert torch.equal(found[True].index, found[False].index)
-    score = sum((a.double() @ b.double().mT for a, b in pairs.all), torch.zeros(600, 600, dtype=torch.float64))
-    assert _total(score, found[True].index) == pytest.approx(_best(score), rel=1e-7)
-
-
-def test_threads_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounded, "usable", lambda device, dtype: True)
-    pairs, threads = _neurons(torch.bfloat16, 600), torch.get_num_threads()
-    found = []
-    for many, rows, block in ((1, 1024, 1 << 19), (2, 128, 1 << 15), (3, 50, 601)):
-        monkeypatch.setattr(rounded, "_ROWS", rows)
-        monkeypatch.setattr(rounded, "_PIECE", rows // 2)
-        monkeypatch.setattr(shortlist, "_BLOCK", block)
-        torch.set_num_threads(many)
-        try:
-            found.append(best_permutation(pairs, scale=NeuronScale.none))
-        finally:
-            torch.set_num_threads(threads)
-    assert all(torch.equal(found[0].index, x.index) and x.cost == found[0].cost for x in found)
-
-
-def test_the_identity_stays_where_it_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neurons that are all alike may stand in any order: they are left where they are."""
-    monkeypatch.setattr(rounded, "usable", lambda device, dtype: True)
-    row = torch.randn(1, 40, generator=torch.Generator().manual_seed(0)).bfloat16().expand(600, -1)
-    pairs = NeuronPairs([(row, -row)], [(row, -row)], [(row, -row)])
-    assert torch.equal(best_permutation(pairs, scale=NeuronScale.none).index, torch.arange(600))
-
-
 def test_scores_that_are_all_the_same_take_no_auction() -> None:
     assert torch.equal(auction_prices(torch.ones(N, N)), torch.zeros(N, dtype=torch.float64))
-
-
-def test_float64_keeps_its_precision() -> None:
-    assert not rounded.usable(torch.device("cpu"), torch.float64)
-    assert not rounded.usable(torch.device("meta"), torch.bfloat16)
-
-
-def _neurons(dtype: torch.dtype, n: int) -> NeuronPairs:
-    """Two models that have nothing in common, with neurons of different size."""
-    g = torch.Generator().manual_seed(1)
-
-    def rows() -> Tensor:
-        return ((0.3 * torch.randn(n, 1, generator=g)).exp() * torch.randn(n, 96, generator=g)).to(dtype)
-
-    return NeuronPairs(*([(rows(), rows())] for _ in range(3)))

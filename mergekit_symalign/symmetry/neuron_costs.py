@@ -84,9 +84,11 @@ class NeuronCosts:
         return fixed + torch.cat([_best_saving(p, b, q, o, signed=signed) for p, q in blocks])
 
     def rounded_scores(self) -> Scores | None:
-        """The same for all pairs from 16-bit products, exactly for some; None where that is no faster."""
+        """The same for all pairs from 8-bit products, exactly for some; None where that is no faster."""
         pairs = self.pairs.all
-        if self.scale is not NeuronScale.none or not all(rounded.usable(x.device, x.dtype) for x, _ in pairs):
+        columns = sum(x.shape[1] for x, _ in pairs)
+        usable = all(rounded.usable(x.device, x.dtype, columns) for x, _ in pairs)
+        if self.scale is not NeuronScale.none or not usable:
             return None
         own, norms = _squares([(b, a) for a, b in pairs]), self.norms()
 

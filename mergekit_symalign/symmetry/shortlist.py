@@ -25,8 +25,7 @@ from mergekit_symalign.symmetry.threads import in_parallel
 _LIST = 16  # columns of each row at first, at least
 _MOST = 128  # pairs for each row: with more of them lists are not short
 _CHUNKS = 256  # of columns, at least: the best score of each says where a list may end
-_WIDER = 3  # errors of rounded scores within which pairs are asked for at first: the prices are rounded too
-_NEAR = 12  # errors within which pairs are looked at again before all are
+_NEAR = 1.5  # errors within which pairs are looked at again before all are: prices of rounded scores are rounded too
 _ROUNDS = 20  # of adding pairs
 _RELAXATIONS = 1000  # of the shortest paths
 _ROUGH = 50  # of them where prices only say where to look
@@ -104,13 +103,13 @@ def shortlist_assignment(scores: Scores, match: Matching) -> Tensor | None:
         near = _cheaper_pairs(scores, solved, _NEAR)
         if len(near) > _MOST * n:
             return None
-        keys = torch.cat((_cheaper_of(near, scores, solved, _WIDER), solved.keys)).unique()
+        keys = torch.cat((_cheaper_of(near, scores, solved), solved.keys)).unique()
         values = scores.at(keys)
         solved = _solve(keys, values, match, solved.column, scores.tolerance)
     for _ in range(_ROUNDS):
         if solved is None or len(keys) > _MOST * n:
             return None
-        new = _others(_cheaper_of(near, scores, solved, _WIDER), keys)
+        new = _others(_cheaper_of(near, scores, solved), keys)
         if len(new) == 0:
             new = _others(_cheaper_pairs(scores, solved), keys)
         if len(new) == 0:
@@ -174,14 +173,14 @@ def _solve(
     return _Solved(index, top - own + price[index], start - price)
 
 
-def _cheaper_pairs(scores: Scores, solved: _Solved, errors: int = 1) -> Tensor:
+def _cheaper_pairs(scores: Scores, solved: _Solved, errors: float = 1) -> Tensor:
     """Pairs whose score, with so many times its error, exceeds their prices."""
     ceiling = solved.row - errors * (scores.error + scores.relative * scores.largest)  # as if each were the largest
     keys = _exceeding(scores, solved.column, lambda first, best: ceiling.narrow(0, first, len(best)).to(best.dtype))
     return _cheaper_of(keys, scores, solved, errors)
 
 
-def _cheaper_of(keys: Tensor, scores: Scores, solved: _Solved, errors: int) -> Tensor:
+def _cheaper_of(keys: Tensor, scores: Scores, solved: _Solved, errors: float = 1) -> Tensor:
     """The same among some pairs."""
     rows, columns = keys // len(solved.row), keys % len(solved.row)
     stored = scores.at(keys, exactly=False)
