@@ -44,7 +44,7 @@ def _rounded(score: Tensor) -> Scores:
     def exact(rows: Tensor, columns: Tensor) -> Tensor:
         return score[rows, columns]
 
-    return Scores(_coarse(score), torch.zeros(len(score), dtype=torch.float64), 2.0**-4, exact)
+    return Scores(_coarse(score), Scores.known(score).error, 2.0**-4, exact)
 
 
 def _best(score: Tensor) -> float:
@@ -79,7 +79,8 @@ def test_no_answer_where_every_pair_can_matter() -> None:
     def exact(rows: Tensor, columns: Tensor) -> Tensor:
         raise AssertionError("all pairs, one by one")
 
-    vague = Scores(_scores("random"), torch.full((N,), 10.0, dtype=torch.float64), 0.0, exact)
+    much = torch.full((N, 1), 10.0**0.5, dtype=torch.float64)
+    vague = Scores(_scores("random"), (much, much), 0.0, exact)
     assert shortlist_assignment(vague, _sparse_matching) is None
 
 

@@ -158,7 +158,7 @@ def lazy_assignment(
 def _full(costs: NeuronCosts) -> Assignment:
     """The optimum of the whole problem, the identity if it is as good."""
     rows = torch.arange(costs.pairs.neurons, device=costs.pairs.device)
-    scores = costs.rounded_scores() if len(rows) >= _LARGE else None
+    scores = costs.quantized_scores() if len(rows) >= _LARGE else None
     index = shortlist_assignment(scores, _sparse_matching) if scores is not None else None
     if scores is None or index is None:
         index, may_stay = best_assignment(costs.scores()), False  # which has compared it with the identity

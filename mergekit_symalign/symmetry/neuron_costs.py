@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry import rounded
+from mergekit_symalign.symmetry import quantized
 from mergekit_symalign.symmetry.distance import squared_distance
 from mergekit_symalign.symmetry.groups import compute_dtype
 from mergekit_symalign.symmetry.options import NeuronScale, Pair
@@ -83,11 +83,11 @@ class NeuronCosts:
         blocks = zip(scaled.split(height), divided.split(height), strict=True)
         return fixed + torch.cat([_best_saving(p, b, q, o, signed=signed) for p, q in blocks])
 
-    def rounded_scores(self) -> Scores | None:
+    def quantized_scores(self) -> Scores | None:
         """The same for all pairs from 8-bit products, exactly for some; None where that is no faster."""
         pairs = self.pairs.all
         columns = sum(x.shape[1] for x, _ in pairs)
-        usable = all(rounded.usable(x.device, x.dtype, columns) for x, _ in pairs)
+        usable = all(quantized.usable(x.device, x.dtype, columns) for x, _ in pairs)
         if self.scale is not NeuronScale.none or not usable:
             return None
         own, norms = _squares([(b, a) for a, b in pairs]), self.norms()
@@ -95,7 +95,7 @@ class NeuronCosts:
         def exact(rows: Tensor, columns: Tensor) -> Tensor:
             return (own[rows] + norms[columns] - self.of(rows, columns)) / 2
 
-        return rounded.rounded_scores(pairs, own.sqrt(), norms.sqrt(), exact)
+        return quantized.quantized_scores(pairs, own.sqrt(), norms.sqrt(), exact)
 
     def norms(self) -> Tensor:
         """Squared norm of each of the model's neurons [neurons], float64."""

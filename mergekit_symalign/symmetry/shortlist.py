@@ -25,7 +25,7 @@ from mergekit_symalign.symmetry.threads import in_parallel
 _LIST = 16  # columns of each row at first, at least
 _MOST = 128  # pairs for each row: with more of them lists are not short
 _CHUNKS = 256  # of columns, at least: the best score of each says where a list may end
-_NEAR = 1.5  # errors within which pairs are looked at again before all are: prices of rounded scores are rounded too
+_NEAR = 2  # errors within which pairs are looked at again before all are: prices from rounded scores are rounded too
 _ROUNDS = 20  # of adding pairs
 _RELAXATIONS = 1000  # of the shortest paths
 _ROUGH = 50  # of them where prices only say where to look
@@ -41,19 +41,21 @@ class Scores:
 
     Attributes:
         stored: [n, n].
-        error: float64 [n], how far each row of ``stored`` may be from the exact scores,
-        relative: and beyond that, as a share of their size.
+        error: how far a stored score may be from the exact one: the inner product of what its row and its column have
+            here, float64 [n, any] each,
+        relative: and beyond that, as a share of its size.
         exact: from rows and columns of some pairs [pairs] to their exact scores; None: ``stored`` has them.
     """
 
     stored: Tensor
-    error: Tensor
+    error: tuple[Tensor, Tensor]
     relative: float = 0.0
     exact: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @staticmethod
     def known(score: Tensor) -> Scores:
-        return Scores(score, torch.zeros(len(score), dtype=torch.float64, device=score.device))
+        none = score.new_empty(len(score), 0, dtype=torch.float64)
+        return Scores(score, (none, none))
 
     @cached_property
     def largest(self) -> float:
@@ -78,11 +80,19 @@ class Scores:
             return self.exact(rows, columns).double()
         return self.stored[rows, columns].double()
 
+    def within(self, keys: Tensor, errors: float = 1) -> tuple[Tensor, Tensor]:
+        """The highest and the lowest that the scores of some pairs can be, float64, with so many times their error."""
+        rows, columns = keys // len(self.stored), keys % len(self.stored)
+        stored = self.at(keys, exactly=False)
+        hidden = torch.linalg.vecdot(self.error[0][rows], self.error[1][columns]) + self.relative * stored.abs()
+        return stored + errors * hidden, stored - errors * hidden
+
     def identity_is_worse(self, index: Tensor) -> bool:
         """Whether the total of the diagonal is below that of a permutation, whatever is rounded."""
-        own, chosen = self.stored.diagonal().double(), self.stored.gather(1, index.unsqueeze(1)).squeeze(1).double()
-        hidden = 2 * self.error + self.relative * (own.abs() + chosen.abs())
-        return bool((own + hidden).sum() < chosen.sum())
+        rows = torch.arange(len(index), device=index.device)
+        highest, _ = self.within(rows * (len(rows) + 1))
+        _, lowest = self.within(rows * len(rows) + index)
+        return bool(highest.sum() < lowest.sum())
 
 
 def shortlist_assignment(scores: Scores, match: Matching) -> Tensor | None:
@@ -175,16 +185,18 @@ def _solve(
 
 def _cheaper_pairs(scores: Scores, solved: _Solved, errors: float = 1) -> Tensor:
     """Pairs whose score, with so many times its error, exceeds their prices."""
-    ceiling = solved.row - errors * (scores.error + scores.relative * scores.largest)  # as if each were the largest
-    keys = _exceeding(scores, solved.column, lambda first, best: ceiling.narrow(0, first, len(best)).to(best.dtype))
-    return _cheaper_of(keys, scores, solved, errors)
+    ceiling = solved.row - errors * scores.relative * scores.largest  # as if each were the largest
+
+    def limit(first: int, best: Tensor) -> Tensor:
+        return ceiling.narrow(0, first, len(best)).to(best.dtype)
+
+    return _cheaper_of(_exceeding(scores, solved.column, limit, errors), scores, solved, errors)
 
 
 def _cheaper_of(keys: Tensor, scores: Scores, solved: _Solved, errors: float = 1) -> Tensor:
     """The same among some pairs."""
     rows, columns = keys // len(solved.row), keys % len(solved.row)
-    stored = scores.at(keys, exactly=False)
-    highest = stored + errors * (scores.error[rows] + scores.relative * stored.abs())
+    highest, _ = scores.within(keys, errors)
     return keys[highest > solved.row[rows] + solved.column[columns] + scores.tolerance]
 
 
@@ -192,15 +204,18 @@ def _others(keys: Tensor, known: Tensor) -> Tensor:
     return keys[~torch.isin(keys, known)]
 
 
-def _exceeding(scores: Scores, price: Tensor, limit: Callable[[int, Tensor], Tensor]) -> Tensor:
+def _exceeding(scores: Scores, price: Tensor, limit: Callable[[int, Tensor], Tensor], errors: float = 0) -> Tensor:
     """Pairs ``row · n + column``, in order, whose score less the column's price is above the limit of its row.
 
     Looked for in chunks of columns: their maxima take a tenth of the time of comparing every number.
 
     Args:
         limit: [rows], from the number of the first of some rows and the best of each of their chunks [rows, chunks].
+        errors: how many times their error scores get.
     """
     n, column = len(price), price.to(scores.wide)
+    of_rows, of_columns = (x.to(scores.wide) for x in scores.error)
+    factors = list(zip(of_rows.mT.unsqueeze(2), of_columns.mT.contiguous(), strict=True)) if errors else []
     height = max(1, _BLOCK // n)
 
     def of_piece(start: int) -> Tensor:
@@ -209,6 +224,8 @@ def _exceeding(scores: Scores, price: Tensor, limit: Callable[[int, Tensor], Ten
         for i, block in enumerate(rows.split(height)):
             first = start + i * height
             worth = scratch.narrow(0, 0, len(block)).copy_(block).sub_(column)
+            for of_row, of_column in factors:
+                worth.addcmul_(of_row.narrow(0, first, len(block)), of_column, value=errors)
             chunks = in_chunks(worth, max(1, n // _CHUNKS))
             best = chunks.amax(2)
             above = limit(first, best).unsqueeze(1)

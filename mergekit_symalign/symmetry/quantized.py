@@ -3,8 +3,8 @@
 Such products are exact and take a quarter of the time of float32; what is lost is lost by rounding the rows. In the
 worst case all rounding errors of a pair point the same way, and add up to more than the scores differ by. So rows are
 rounded with a subtractive dither (Roberts 1962): random numbers are added before rounding and taken off again after.
-What rounding does to a number is then uniform over one unit and independent of all others, whatever the weights are,
-and errors add up to what Hoeffding's bound allows, except with a chance that is chosen: `_CHANCE`
+What rounding does to a number is then uniform over one step and independent of all others, whatever the weights are,
+and errors add up to no more than Hoeffding's bound, except with a chance that is chosen: `_CHANCE`
 (docs/symmetries.md). The few pairs that matter are then taken exactly (symmetry/shortlist.py). The random numbers come
 from a fixed seed, so that results are the same in every run.
 """
@@ -34,7 +34,7 @@ _BLOCK = 1 << 17  # numbers that are held in float32 at once: small enough to st
 _STORED = 2.0**-8  # of a score: how far rounding it to bfloat16 may move it
 
 
-def rounded_scores(
+def quantized_scores(
     pairs: Sequence[Pair], anchor: Tensor, model: Tensor, exact: Callable[[Tensor, Tensor], Tensor]
 ) -> Scores:
     """``Σ a_i · b_j`` over all rows of a neuron, for all pairs of neurons.
@@ -46,27 +46,24 @@ def rounded_scores(
     """
     device, neurons, columns = anchor.device, len(anchor), sum(a.shape[1] for a, _ in pairs)
     ours, theirs = (_dither(columns, seed, device) for seed in _SEEDS)
-    other = _Whole.of([b for _, b in pairs], theirs)
+    other = _Quantized.of([b for _, b in pairs], theirs)
     along = other.times(ours) + ours @ theirs
-    coarsest, longest = other.unit.max().double(), model.max()
     values = torch.empty(neurons, neurons, dtype=torch.bfloat16, device=device)
 
-    def error(work: tuple[Tensor, Tensor, Sequence[Tensor]]) -> Tensor:
+    def steps(work: tuple[Tensor, Sequence[Tensor]]) -> Tensor:
         """Of some rows, whose scores are written to their block of ``values``."""
-        block, length, rows = work
-        own = _Whole.of(rows, ours)
-        sums = torch._int_mm(own.numbers, other.numbers.mT)
-        across = own.times(theirs).unsqueeze(1)
+        block, rows = work
+        own = _Quantized.of(rows, ours)
+        products = torch._int_mm(own.numbers, other.numbers.mT)
+        across = own.times(theirs)
         for at in _blocks(len(block), neurons):
-            score = sums[at].to(torch.float32).add_(along).add_(across[at]).mul_(other.unit)
-            block[at] = score.mul_(own.unit[at].unsqueeze(1))
-        unit = own.unit.double()
-        spread = torch.hypot(unit * longest, coarsest * length) + unit * coarsest * columns**0.5 / 2
-        return _deviations(neurons) * spread + SLACK * length * longest
+            score = products[at].to(torch.float32).add_(along).add_(across[at].unsqueeze(1))
+            block[at] = score.mul_(other.step).mul_(own.step[at].unsqueeze(1))
+        return own.step
 
-    rows = zip(*(a.split(_ROWS) for a, _ in pairs), strict=True)
-    work = list(zip(values.split(_ROWS), anchor.split(_ROWS), rows, strict=True))
-    return Scores(values, torch.cat(in_parallel(error, work, device)), _STORED, exact)
+    work = list(zip(values.split(_ROWS), zip(*(a.split(_ROWS) for a, _ in pairs), strict=True), strict=True))
+    step = torch.cat(in_parallel(steps, work, device))
+    return Scores(values, _errors((step, anchor), (other.step, model), columns), _STORED, exact)
 
 
 def usable(device: torch.device, dtype: torch.dtype, columns: int) -> bool:
@@ -81,39 +78,40 @@ def usable(device: torch.device, dtype: torch.dtype, columns: int) -> bool:
 
 
 @dataclass(frozen=True)
-class _Whole:
-    """Rows as whole numbers, each row in units of its own: ``x ≈ unit · (numbers + dither)``.
+class _Quantized:
+    """Rows as whole numbers of steps, which each row has its own of: ``x ≈ step · (numbers + dither)``.
 
     Attributes:
         numbers: int8 [neurons, columns].
-        unit: float32 [neurons].
+        step: float32 [neurons].
     """
 
     numbers: Tensor
-    unit: Tensor
+    step: Tensor
 
     @staticmethod
-    def of(rows: Sequence[Tensor], dither: Tensor) -> _Whole:
+    def of(rows: Sequence[Tensor], dither: Tensor) -> _Quantized:
         """Of several matrices [neurons, …] side by side."""
         numbers = torch.empty(len(rows[0]), len(dither), dtype=torch.int8, device=dither.device)
         widths, dtype = [x.shape[1] for x in rows], reduce(torch.promote_types, (x.dtype for x in rows))
 
-        def unit(work: tuple[Tensor, Sequence[Tensor]]) -> Tensor:
+        def steps(work: tuple[Tensor, Sequence[Tensor]]) -> Tensor:
             """Of some rows, whose numbers are written to their block of ``numbers``."""
             block, given = work
             whole = torch.empty(block.shape, dtype=dtype, device=block.device)
             for x, at in zip(given, whole.split(widths, dim=1), strict=True):
                 _copy(at, x)
-            units = []
+            found = []
             for at in _blocks(*block.shape):
                 x = whole[at].to(torch.float32, copy=True)
                 largest = torch.maximum(x.amax(1), -x.amin(1))  # aminmax takes ten times as long
-                units.append((largest / _LARGEST).clamp_min(torch.finfo(x.dtype).tiny))
-                block[at] = x.div_(units[-1].unsqueeze(1)).sub_(dither).round_().clamp_(-_LARGEST, _LARGEST)
-            return torch.cat(units)
+                step = (largest / _LARGEST).clamp_min(torch.finfo(x.dtype).tiny)
+                block[at] = x.div_(step.unsqueeze(1)).sub_(dither).round_().clamp_(-_LARGEST, _LARGEST)
+                found.append(step)
+            return torch.cat(found)
 
         work = list(zip(numbers.split(_PIECE), zip(*(x.split(_PIECE) for x in rows), strict=True), strict=True))
-        return _Whole(numbers, torch.cat(in_parallel(unit, work, numbers.device)))
+        return _Quantized(numbers, torch.cat(in_parallel(steps, work, numbers.device)))
 
     def times(self, vector: Tensor) -> Tensor:
         """The numbers of each row with a vector [columns]: float32 [neurons]."""
@@ -126,8 +124,21 @@ def _dither(columns: int, seed: int, device: torch.device) -> Tensor:
     return torch.rand(columns, generator=generator, device=device) - 0.5
 
 
+def _errors(anchor: Pair, model: Pair, columns: int) -> tuple[Tensor, Tensor]:
+    """How far the scores may be off, as factors of rows and of columns [neurons, 2] (docs/symmetries.md).
+
+    Args:
+        anchor, model: step and length of each neuron.
+        columns: of the neurons, as rows.
+    """
+    (a, long_a), (b, long_b) = ((step.double(), length) for step, length in (anchor, model))
+    most = _deviations(len(a))
+    rows = torch.stack((a, long_a + a * columns**0.5 / 2), dim=1)
+    return rows, torch.stack((most * long_b, most * b + SLACK * long_b), dim=1)
+
+
 def _deviations(neurons: int) -> float:
-    """How many times the length of its terms the sum of a pair's rounding errors is at most, for all pairs."""
+    """How many times the length of its terms the sum of a pair's rounding errors reaches at most, for all pairs."""
     return math.sqrt(math.log(4 * neurons**2 / _CHANCE) / 6)
 
 
