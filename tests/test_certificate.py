@@ -210,6 +210,21 @@ def test_two_lowest(n: int, dtype: torch.dtype) -> None:
         assert torch.equal(second, ordered[:, 1])
 
 
+def test_a_few_open_rows_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more of them than the sample that is looked at first: nothing is quantized for them."""
+
+    def of(anchor: Tensor, model: Tensor) -> CoarseRows:
+        raise AssertionError("quantized")
+
+    monkeypatch.setattr(CoarseRows, "of", of)
+    costs = NeuronCosts(_pairs(*_sibling(0.1)), NeuronScale.none)
+    found = certificate.Nearest.nothing(N, torch.device("cpu"))
+    left = certificate._settle(costs, torch.arange(N - 20, N), 2, 0.0, found)
+    assert len(left) == 0
+    assert torch.equal(found.settled, torch.arange(N - 20, N))
+    assert torch.equal(found.index[N - 20 :], torch.argsort(_order())[N - 20 :])
+
+
 def test_settled_rows_are_nearest_neighbours() -> None:
     pairs = _pairs(*CASES["partly unrelated"][0]())
     found = nearest_neighbours(NeuronCosts(pairs, scale=NeuronScale.none))

@@ -17,6 +17,7 @@ from mergekit_symalign.symmetry.blocks import align_attention
 from mergekit_symalign.symmetry.element import rows_by_axis
 from mergekit_symalign.symmetry.groups import Chain, Permutation
 from mergekit_symalign.symmetry.heads import HeadProblem, match_heads
+from mergekit_symalign.symmetry.moments import plane_correlation
 from mergekit_symalign.symmetry.options import Facts, HeadShape, Rotation, Sides, Symmetries
 
 State = dict[str, torch.Tensor]
@@ -102,10 +103,10 @@ def test_pairs_know_of_planes_what_whole_products_would_tell() -> None:
     for axis in ("query", "key"):
         planes, products = (p.group_moments(axis, i, j) for p in (problem, whole))
         order = torch.arange(planes.model.shape[1]).flip(0).expand(3, -1)
-        turn = heads_module.of_planes(heads_module.plane_correlation(products.summed().cross), shape.planes())
+        turn = heads_module.of_planes(plane_correlation(products.summed().cross), shape.planes())
         torch.testing.assert_close(planes.along(turn), products.along(turn), rtol=1e-5, atol=1e-4)
         for few, all_of_it in ((planes.summed(), products.summed()), (planes.matched(order), products.matched(order))):
-            kept = (heads_module.plane_correlation(x.cross) for x in (few, all_of_it))
+            kept = (plane_correlation(x.cross) for x in (few, all_of_it))
             torch.testing.assert_close(*kept, rtol=1e-5, atol=1e-4)
             assert torch.equal(few.model, all_of_it.model)
 

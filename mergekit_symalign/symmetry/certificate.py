@@ -90,9 +90,9 @@ class _Candidates:
     def open_rows(self) -> Tensor:
         return self.rows[~self.settled]
 
-    def promising(self, growth: float) -> Tensor:
+    def promising_rows(self, growth: float) -> Tensor:
         """Rows that a prefix ``growth`` times as long would settle, if distances grew with its length."""
-        return ~self.settled & (self.cost < growth * self.bound)
+        return self.rows[~self.settled & (self.cost < growth * self.bound)]
 
 
 def nearest_neighbours(costs: NeuronCosts) -> Nearest:
@@ -113,19 +113,20 @@ def _settle(costs: NeuronCosts, rows: Tensor, number: int, growth: float, found:
     """Settle what one prefix can; returns the open rows for which a longer one is worth its cost.
 
     Where none of a sample of rows settles, the others are not tried, and if a longer prefix would not do better
-    (unrelated models), none is returned.
+    (unrelated models), none is returned. A sample of all the rows there are is not compared again.
     """
     prefix = _Prefix.of(costs.bounding, PREFIXES[number])
     few = torch.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE), device=rows.device).round().long()
     sample = prefix.candidates(costs, rows[few])
+    if len(few) == len(rows):
+        return _settled_by(sample, number, found).promising_rows(growth)
     if not bool(sample.settled.any()):
-        return rows if bool(sample.promising(growth).any()) else rows.narrow(0, 0, 0)
+        return rows if len(sample.promising_rows(growth)) else rows.narrow(0, 0, 0)
     if coarse.usable(rows.device, prefix.anchor.shape[1]):
         rows = _settled_by(prefix.coarse_candidates(costs, rows), number, found).open_rows
         if len(rows) == 0:
             return rows
-    candidates = _settled_by(prefix.candidates(costs, rows), number, found)
-    return candidates.rows[candidates.promising(growth)]
+    return _settled_by(prefix.candidates(costs, rows), number, found).promising_rows(growth)
 
 
 def _settled_by(candidates: _Candidates, number: int, found: Nearest) -> _Candidates:
@@ -147,7 +148,10 @@ class _Prefix:
 
     @staticmethod
     def of(pairs: Sequence[Pair], share: float) -> _Prefix:
-        anchor, model = (torch.cat([spread_columns(pair[i], share) for pair in pairs], dim=1) for i in range(2))
+        def of_side(rows: Sequence[Tensor]) -> Tensor:
+            return torch.cat([spread_columns(x, share) for x in rows], dim=1)
+
+        anchor, model = in_parallel(of_side, list(zip(*pairs, strict=True)), pairs[0][0].device)
         return _Prefix(anchor, model, model.square().sum(1))
 
     @property

@@ -53,7 +53,8 @@ class CoarseRows:
         tiny = torch.finfo(anchor.dtype).tiny
         rms = torch.stack([x.square().mean() for x in (anchor, model)]).mean().sqrt().clamp_min(tiny)
         unit = rms * _RANGE / _LARGEST
-        whole, errors = zip(*(_rounded(x / unit) for x in (anchor, model)), strict=True)
+        sides = in_parallel(lambda x: _rounded(x / unit), (anchor, model), anchor.device)
+        whole, errors = zip(*sides, strict=True)
         norms = whole[1].to(torch.int32).square().sum(1, dtype=torch.int32)
         # oneDNN's product wants the second matrix contiguous
         return CoarseRows(whole[0], whole[1].mT.contiguous(), norms, unit, unit * (errors[0] + errors[1].max()))

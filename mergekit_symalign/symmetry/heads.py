@@ -26,10 +26,10 @@ from mergekit_symalign.symmetry.attention import (
     solve_heads,
 )
 from mergekit_symalign.symmetry.groups import SLACK, AxisAction, Permutation, compute_dtype
+from mergekit_symalign.symmetry.head_bounds import Norms, plane_bounds, whole_bounds
 from mergekit_symalign.symmetry.head_pairs import GroupMoments, HeadPairs, PlaneMoments
-from mergekit_symalign.symmetry.moments import Moments, of_planes, plane_correlation, plane_norm
+from mergekit_symalign.symmetry.moments import Moments, of_planes
 from mergekit_symalign.symmetry.options import Facts, HeadShape, Pair, Rotation, Sides, Symmetries
-from mergekit_symalign.symmetry.scale import quartic_scale
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _ROUNDS = 2  # of matching query heads by a rotation, and solving the rotation for the match
@@ -142,50 +142,16 @@ class HeadProblem:
 
     @cached_property
     def plane_bounds(self) -> Tensor:
-        """A bound of each pair's cost from the planes of query and key alone [KV heads, KV heads].
-
-        Whatever the scale, ``s² b + o/s² − 2 (s p + q/s) ≥ −p²/b − q²/o``. The correlations of planes take ``d`` times
-        fewer products than those of whole heads, and tell them apart as well.
-        """
-        k, group = self.shape.kv_heads, self.shape.queries_per_kv
-        bound = torch.zeros(k, k, dtype=torch.float64, device=self.sides["key"][0][0].device)
-        bound = bound - torch.stack([self.norms(axis)[0].sum(-1) for axis in HEAD_AXES]).sum(0).unsqueeze(1)
-        if not self._turning:
-            return bound
-        at = torch.tensor(self._turning, device=bound.device)
-        for axis, heads in (("query", group), ("key", 1)):
-            a, b = (plane_norm(x.index_select(-1, at)) for x in self.norms(axis))
-            c = self.plane_correlations[axis].abs().unflatten(1, (k, heads)).unflatten(0, (k, heads))
-            best = c.amax(3).sum(1)  # each of the anchor's query heads with whichever fits it best
-            bound = bound + (a.unsqueeze(1) - best.square() / b.clamp_min(torch.finfo(b.dtype).tiny)).sum(-1)
-        return bound - SLACK * self._sizes()
+        """Of each pair's cost, from the planes of query and key alone [KV heads, KV heads]."""
+        correlations = self.plane_correlations if self._turning else {}
+        return plane_bounds(self.norms, correlations, self._turning)
 
     @cached_property
     def lower_bounds(self) -> Tensor:
-        """A bound of each pair's cost from below [KV heads, KV heads], from the products of all KV heads."""
-        k = self.shape.kv_heads
+        """Of each pair's cost, from the products of all KV heads [KV heads, KV heads]."""
         value, key = (self.all_pairs(axis) for axis in ("value", "key"))
-        (o_a, o_b), (q_a, q_b) = (self.norms(axis) for axis in ("attended", "query"))
-        outputs = (o_a.sum(-1).unsqueeze(1) * o_b.sum(-1)).sqrt()
-        values = (value.model.sum(-1), o_b.sum(-1).expand(k, k), nuclear_bound(value.cross), outputs)
-        bound = _least(*values, scale=self.value_scaling)
         scale = self.use.scaling and not self.shape.qk_norm
-        turning = self._turning
-        rest = [i for i in range(self.shape.head_dim) if i not in set(turning)]
-        if turning:
-            at = torch.tensor(turning, device=q_a.device)
-            a, b = (plane_norm(x.index_select(-1, at)) for x in (q_a, q_b))
-            queries, keys = (a.unsqueeze(1) * b).sqrt(), key.at(turning)
-            correlation = plane_correlation(keys.cross).abs()
-            planes = _least(b.expand_as(queries), plane_norm(keys.model), queries, correlation, scale=scale)
-            bound = bound + planes.sum(-1)
-        if rest:
-            at = torch.tensor(rest, device=q_a.device)
-            a, b = (x.index_select(-1, at).sum(-1) for x in (q_a, q_b))
-            queries, keys = (a.unsqueeze(1) * b).sqrt(), key.at(rest)
-            norms = (b.expand_as(queries), keys.model.sum(-1))
-            bound = bound + _least(*norms, queries, nuclear_bound(keys.cross), scale=scale)
-        return bound - SLACK * self._sizes()
+        return whole_bounds(self.norms, value, key, self._turning, scale_values=self.value_scaling, scale_queries=scale)
 
     def query_heads_stay(self) -> bool:
         """Whether every query head is proven to be nearest to its own number, under the rotation of the KV heads alone.
@@ -287,7 +253,7 @@ class HeadProblem:
     def all_pairs(self, axis: str) -> Moments:
         """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]."""
         k = self.shape.kv_heads
-        norms = self.norms(axis)[1].expand(k, k, -1)
+        norms = self.norms[axis][1].expand(k, k, -1)
         if self._only_turns(axis):
             return Moments(of_planes(self.plane_correlations[axis], self._turning), norms)
 
@@ -301,20 +267,20 @@ class HeadProblem:
 
         return Moments(reduce(add, (of(*pair) for pair in self.sides[axis])), norms)
 
-    def norms(self, axis: str) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def norms(self) -> Norms:
         """Squared norms of each coordinate, anchor and model [KV heads, d], over the query heads of each group."""
-        anchor, model = (x.unflatten(0, (self.shape.kv_heads, -1)).sum(1) for x in self._head_norms(axis))
-        return anchor, model
+        k = self.shape.kv_heads
+
+        def of_groups(axis: str) -> tuple[Tensor, Tensor]:
+            anchor, model = (x.unflatten(0, (k, -1)).sum(1) for x in self._head_norms(axis))
+            return anchor, model
+
+        return {axis: of_groups(axis) for axis in HEAD_AXES}
 
     def _head_norms(self, axis: str) -> tuple[Tensor, Tensor]:
         """The same for the axis' own heads."""
         return self.anchor[axis], getattr(self.own, axis).model
-
-    def _sizes(self) -> Tensor:
-        """Squared norms of both heads of each pair [KV heads, KV heads]."""
-        sides = zip(*(self.norms(axis) for axis in HEAD_AXES), strict=True)
-        anchor, model = (torch.stack([x.sum(-1) for x in side]).sum(0) for side in sides)
-        return anchor.unsqueeze(1) + model
 
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments | PlaneMoments:
         """Of anchor's KV heads ``i`` and model's ``j``; where planes only turn, no more than their turns can see."""
@@ -357,14 +323,3 @@ def _plane_products(anchor: Tensor, model: Tensor, first: Tensor, partner: Tenso
     products = (a @ b.mT).unflatten(2, (2, -1)).unflatten(1, (2, -1))
     (ii, ij), (ji, jj) = (x.unbind(2) for x in products.unbind(1))
     return torch.complex(ii + jj, ji - ij)
-
-
-def nuclear_bound(m: Tensor) -> Tensor:
-    """An upper bound of the nuclear norm of each matrix [*, d, d]."""
-    return m.shape[-1] ** 0.5 * torch.linalg.matrix_norm(m)
-
-
-def _least(b: Tensor, o: Tensor, p: Tensor, q: Tensor, *, scale: bool) -> Tensor:
-    """``min_s s²b + o/s² − 2(s p + q/s)``, or its value at ``s = 1`` where scales are not admitted."""
-    s = quartic_scale(b, o, p, q) if scale else torch.ones_like(b)
-    return s**2 * b + o / s**2 - 2 * (s * p + q / s)
