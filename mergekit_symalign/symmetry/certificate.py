@@ -148,10 +148,7 @@ class _Prefix:
 
     @staticmethod
     def of(pairs: Sequence[Pair], share: float) -> _Prefix:
-        def of_side(rows: Sequence[Tensor]) -> Tensor:
-            return torch.cat([spread_columns(x, share) for x in rows], dim=1)
-
-        anchor, model = in_parallel(of_side, list(zip(*pairs, strict=True)), pairs[0][0].device)
+        anchor, model = prefixes(pairs, share)
         return _Prefix(anchor, model, model.square().sum(1))
 
     @property
@@ -178,6 +175,15 @@ class _Prefix:
         distance = torch.addmm(self.norms.unsqueeze(0), a, self.model.mT, alpha=-2)
         columns, second = two_lowest(distance)
         return columns, second + own, own
+
+
+def prefixes(pairs: Sequence[Pair], share: float) -> list[Tensor]:
+    """Some columns of every matrix side by side, of anchor and of model [rows, columns], in float32."""
+
+    def of_side(rows: Sequence[Tensor]) -> Tensor:
+        return torch.cat([spread_columns(x, share) for x in rows], dim=1)
+
+    return in_parallel(of_side, list(zip(*pairs, strict=True)), pairs[0][0].device)
 
 
 def spread_columns(rows: Tensor, share: float) -> Tensor:

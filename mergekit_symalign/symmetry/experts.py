@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons, identity_is_optimal, lazy_assignment
-from mergekit_symalign.symmetry.certificate import spread_columns
+from mergekit_symalign.symmetry.certificate import prefixes
 from mergekit_symalign.symmetry.groups import SLACK, AxisAction, Chain, Permutation, Scaling
 from mergekit_symalign.symmetry.options import NeuronScale, Pair, Sides
 
@@ -121,7 +121,7 @@ class ExpertProblem:
         both = [pair for axis in axes for pair in self.sides.get(axis, ())]
         if not both:
             return self._router * (1 - SLACK)
-        anchor, model = (torch.cat([spread_columns(pair[k], _PREFIX) for pair in both], dim=1) for k in range(2))
+        anchor, model = prefixes(both, _PREFIX)
         norms = model.square().sum(1)
         nearest = []
         for a in anchor.split(_ROWS):

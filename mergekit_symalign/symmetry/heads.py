@@ -142,13 +142,13 @@ class HeadProblem:
 
     @cached_property
     def plane_bounds(self) -> Tensor:
-        """Of each pair's cost, from the planes of query and key alone [KV heads, KV heads]."""
+        """Lower bounds of the pairs' costs, from the planes of query and key alone [KV heads, KV heads]."""
         correlations = self.plane_correlations if self._turning else {}
         return plane_bounds(self.norms, correlations, self._turning)
 
     @cached_property
     def lower_bounds(self) -> Tensor:
-        """Of each pair's cost, from the products of all KV heads [KV heads, KV heads]."""
+        """Lower bounds of the pairs' costs, from the products of all KV heads [KV heads, KV heads]."""
         value, key = (self.all_pairs(axis) for axis in ("value", "key"))
         scale = self.use.scaling and not self.shape.qk_norm
         return whole_bounds(self.norms, value, key, self._turning, scale_values=self.value_scaling, scale_queries=scale)

@@ -2,7 +2,7 @@
 
 Such products are exact and take a quarter of the time of float32; what is lost is lost by rounding the rows. In the
 worst case all rounding errors of a pair point the same way, and add up to more than the scores differ by. So rows are
-rounded with a subtractive dither (Roberts 1962): random numbers are added before rounding and taken off again after.
+rounded with a subtractive dither (Roberts 1962): random numbers are taken off before rounding and added again after.
 What rounding does to a number is then uniform over one step and independent of all others, whatever the weights are,
 and errors add up to no more than Hoeffding's bound, except with a chance that is chosen: `_CHANCE`
 (docs/symmetries.md). The few pairs that matter are then taken exactly (symmetry/shortlist.py). The random numbers come
