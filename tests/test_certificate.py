@@ -77,7 +77,7 @@ def _partly_unrelated() -> tuple[Kinds, Kinds]:
 CASES: dict[str, tuple[Callable[[], tuple[Kinds, Kinds]], set[str]]] = {
     "siblings": (lambda: _sibling(0.05), {"neurons_prefix_1", "neurons_prefix_2"}),
     "identical": (lambda: _sibling(0.0), {"neurons_prefix_1"}),
-    "far siblings": (lambda: _sibling(0.4), {"neurons_prefix_2", "neurons_rows"}),
+    "far siblings": (lambda: _sibling(0.4), {"neurons_prefix_2", "neurons_prefix_3"}),
     "with biases": (lambda: _sibling(0.1, biases=True), {"neurons_prefix_1", "neurons_prefix_2"}),
     "unrelated": (_unrelated, {"neurons_full"}),
     "duplicated neurons": (_duplicated, {"neurons_rows"}),
@@ -223,6 +223,37 @@ def test_a_few_open_rows_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(left) == 0
     assert torch.equal(found.settled, torch.arange(N - 20, N))
     assert torch.equal(found.index[N - 20 :], torch.argsort(_order())[N - 20 :])
+
+
+def test_a_few_open_rows_are_compared_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what their prefix does not rule out: nearest neighbours without a longer prefix, and a bound that holds."""
+    costs = NeuronCosts(_pairs(*_sibling(0.3)), NeuronScale.none)
+    true = _all_costs(costs.pairs, costs.scale)
+    prefix = certificate._Prefix.of(costs.bounding, 0.07)
+    candidates = prefix.candidates(costs, torch.arange(N))
+    rows, most = candidates.open_rows[:12], candidates.open_costs[:12]
+    assert len(rows) == 12
+    found = prefix.compared_in_full(costs, rows, most)
+    assert found is not None
+    assert found.settled.all()
+    assert torch.equal(found.columns, true.argmin(1)[rows])
+    assert (found.bound <= true.topk(2, largest=False).values[rows, 1]).all()
+    monkeypatch.setattr(certificate, "_RIVALS", len(rows))
+    assert prefix.compared_in_full(costs, rows, most) is None
+
+
+def test_copies_of_a_neuron_prove_nothing_in_full() -> None:
+    costs = NeuronCosts(_pairs(*_duplicated()), NeuronScale.none)
+    prefix = certificate._Prefix.of(costs.bounding, 0.16)
+    rows = torch.arange(20)
+    found = prefix.compared_in_full(costs, rows, prefix.candidates(costs, rows).cost)
+    assert found is not None
+    assert (found.cost <= found.bound * (1 + 1e-4)).all()  # what is nearest is found
+    nothing = certificate.Nearest.nothing(N, torch.device("cpu"))
+    left = certificate._settle(costs, rows, 2, 0.0, nothing)
+    assert len(left) == 0
+    true = _all_costs(costs.pairs, costs.scale)
+    assert torch.equal(nothing.index[nothing.settled], true.argmin(1)[nothing.settled])
 
 
 def test_settled_rows_are_nearest_neighbours() -> None:

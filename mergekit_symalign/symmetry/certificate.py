@@ -24,6 +24,7 @@ from mergekit_symalign.symmetry.threads import in_parallel
 PREFIXES = (0.015, 0.07, 0.16)  # shares of the coordinates; rows that one leaves open get the next
 _BLOCK = 1 << 21  # prefix distances that are held at once
 _SAMPLE = 64  # rows that are asked whether prefixes can settle anything
+_RIVALS = 256  # pairs of neurons that are compared in full where no more of a prefix's pairs stay open
 _RUN = 8  # neighbouring columns that are taken together
 
 
@@ -90,6 +91,10 @@ class _Candidates:
     def open_rows(self) -> Tensor:
         return self.rows[~self.settled]
 
+    @property
+    def open_costs(self) -> Tensor:
+        return self.cost[~self.settled]
+
     def promising_rows(self, growth: float) -> Tensor:
         """Rows that a prefix ``growth`` times as long would settle, if distances grew with its length."""
         return self.rows[~self.settled & (self.cost < growth * self.bound)]
@@ -119,14 +124,30 @@ def _settle(costs: NeuronCosts, rows: Tensor, number: int, growth: float, found:
     few = torch.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE), device=rows.device).round().long()
     sample = prefix.candidates(costs, rows[few])
     if len(few) == len(rows):
-        return _settled_by(sample, number, found).promising_rows(growth)
+        return _left_by(prefix, sample, costs, number, growth, found)
     if not bool(sample.settled.any()):
         return rows if len(sample.promising_rows(growth)) else rows.narrow(0, 0, 0)
     if coarse.usable(rows.device, prefix.anchor.shape[1]):
         rows = _settled_by(prefix.coarse_candidates(costs, rows), number, found).open_rows
         if len(rows) == 0:
             return rows
-    return _settled_by(prefix.candidates(costs, rows), number, found).promising_rows(growth)
+    return _left_by(prefix, prefix.candidates(costs, rows), costs, number, growth, found)
+
+
+def _left_by(
+    prefix: _Prefix, candidates: _Candidates, costs: NeuronCosts, number: int, growth: float, found: Nearest
+) -> Tensor:
+    """Settle what candidates prove; a few rows that stay open are compared in full with what the prefix leaves them.
+
+    Returns the open rows for which a longer prefix is worth its cost: it has nothing to add to whole costs.
+    """
+    open_rows = _settled_by(candidates, number, found).open_rows
+    few = 0 < len(open_rows) <= _SAMPLE
+    in_full = prefix.compared_in_full(costs, open_rows, candidates.open_costs) if few else None
+    if in_full is None:
+        return candidates.promising_rows(growth)
+    _settled_by(in_full, number, found)
+    return open_rows.narrow(0, 0, 0)
 
 
 def _settled_by(candidates: _Candidates, number: int, found: Nearest) -> _Candidates:
@@ -162,6 +183,23 @@ class _Prefix:
         cost = costs.of(rows, columns)
         return _Candidates(rows, columns, cost, bound - SLACK * (own + self.norms.max()))
 
+    def compared_in_full(self, costs: NeuronCosts, rows: Tensor, most: Tensor) -> _Candidates | None:
+        """For rows that cost at most so much: the nearest of all columns whose prefix distance does not rule them out.
+
+        None if these are many.
+        """
+        distance, own = self._distances(rows)
+        floor = distance + own.unsqueeze(1) - SLACK * (own.unsqueeze(1) + self.norms)
+        possible = floor <= most.unsqueeze(1)
+        at, columns = possible.nonzero().unbind(1)
+        if len(at) > _RIVALS:
+            return None
+        cost = torch.full(floor.shape, torch.inf, dtype=most.dtype, device=most.device)
+        cost[at, columns] = costs.of(rows[at], columns)
+        best, second = two_lowest(cost)
+        bound = torch.minimum((1 - SLACK) * second, floor.masked_fill(possible, torch.inf).amin(1).to(second.dtype))
+        return _Candidates(rows, best, cost.gather(1, best.unsqueeze(1)).squeeze(1), bound)
+
     def coarse_candidates(self, costs: NeuronCosts, rows: Tensor) -> _Candidates:
         """The same from 8-bit numbers: cheaper, and fewer rows settle."""
         found = CoarseRows.of(self.anchor, self.model).nearest(rows)
@@ -170,11 +208,14 @@ class _Prefix:
 
     def _nearest(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Nearest column on the prefix, distance of the next, and squared norm of each row."""
-        a = self.anchor.index_select(0, rows)
-        own = a.square().sum(1)
-        distance = torch.addmm(self.norms.unsqueeze(0), a, self.model.mT, alpha=-2)
+        distance, own = self._distances(rows)
         columns, second = two_lowest(distance)
         return columns, second + own, own
+
+    def _distances(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Prefix distance to every column less the squared norm of the row, and that norm."""
+        a = self.anchor.index_select(0, rows)
+        return torch.addmm(self.norms.unsqueeze(0), a, self.model.mT, alpha=-2), a.square().sum(1)
 
 
 def prefixes(pairs: Sequence[Pair], share: float) -> list[Tensor]:

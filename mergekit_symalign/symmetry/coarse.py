@@ -18,7 +18,7 @@ _LARGEST = 63  # processors without VNNI add pairs of products in 16 bits, which
 _RANGE = 4.5  # standard deviations that the whole numbers span to either side
 _PIECE = 1024  # rows for one thread
 _BLOCK = 1 << 19  # distances that are held at once: small enough to stay in the cache
-_CHUNK = 256  # columns of which the nearest is found first
+_CHUNK = 128  # columns of which the nearest is found first
 
 
 @dataclass(frozen=True)
