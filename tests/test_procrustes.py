@@ -136,6 +136,26 @@ def test_turns_of_planes_see_no_more_than_their_correlations(planes: list[int]) 
     torch.testing.assert_close(*kept)
 
 
+@pytest.mark.parametrize("planes", [[0, 1, 2, 3, 4, 5], [0, 2, 4, 1, 3, 5]])
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+def test_moments_of_planes_alone(planes: list[int], stored: str) -> None:
+    """What `of_planes` keeps of the whole products, without them; symmetric to the last bit for equal models."""
+    a, b = (
+        x.reshape(HEADS, DIM, -1)[:, :6].flatten(0, 1)
+        for x in (Sides("unrelated", 0).first_a, Sides("unrelated", 1).first_a)
+    )
+    if stored == "columns":
+        a, b = (x.mT.contiguous().mT for x in (a, b))
+    order = torch.arange(HEADS).flip(0)
+    whole, own = moments(a, b, HEADS, order)
+    alone, own_alone = moments(a, b, HEADS, order, planes)
+    assert torch.equal(own, own_alone)
+    assert torch.equal(whole.model, alone.model)
+    torch.testing.assert_close(alone.cross, of_planes(plane_correlation(whole.at(planes).cross), planes))
+    same, _ = moments(a, a.clone(), HEADS, None, planes)
+    assert (plane_correlation(same.at(planes).cross).imag == 0).all()
+
+
 def test_rotation_alone_is_scipys_procrustes(sides: Sides) -> None:
     found = align_heads(*sides.moments, rotate=True, scale=False)
     both_a = torch.cat((sides.first_a, sides.second_a), 1).reshape(HEADS, DIM, -1)

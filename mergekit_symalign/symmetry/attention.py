@@ -6,7 +6,7 @@ head (or for each candidate pair of KV heads, symmetry/heads.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -23,7 +23,7 @@ from mergekit_symalign.symmetry.groups import (
     Scaling,
 )
 from mergekit_symalign.symmetry.moments import Moments, moments
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, Pair, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.options import GainScope, HeadShape, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.procrustes import (
     align_gains,
     align_heads,
@@ -61,19 +61,28 @@ class HeadActions:
 
 
 def head_moments(
-    sides: Sides, shape: HeadShape, order: Mapping[str, Tensor] | None = None
+    sides: Sides, shape: HeadShape, rotation: Rotation, order: Mapping[str, Tensor] | None = None
 ) -> tuple[AttentionMoments, HeadNorms]:
     """Moments over all tensors of each axis, of each head by itself: KV heads of value and key, else query heads.
 
     Args:
         sides: rows of the axes.
         shape: heads of the block.
+        rotation: which is admitted; of heads that only turn in planes, the moments hold what turns can see.
         order: for each axis the model's heads that stand beside the anchor's, if not those of the same number.
 
     Returns:
         The moments, and the squared norms of the anchor's coordinates.
     """
-    found = {axis: _moments(sides[axis], shape.heads(axis), order[axis] if order else None) for axis in HEAD_AXES}
+
+    def of(axis: str) -> tuple[Moments, Tensor]:
+        planes = shape.planes() if shape.only_turns(axis, rotation) else ()
+        beside = order[axis] if order else None
+        found = (moments(*pair, shape.heads(axis), beside, planes) for pair in sides[axis])
+        of_models, of_anchors = zip(*found, strict=True)
+        return reduce(add, of_models), reduce(add, of_anchors)
+
+    found = {axis: of(axis) for axis in HEAD_AXES}
     return AttentionMoments(**{axis: m for axis, (m, _) in found.items()}), {axis: a for axis, (_, a) in found.items()}
 
 
@@ -129,11 +138,6 @@ def solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisA
     rest = align_heads(query, key, rotate=rotate, scale=use.scaling)
     partial = InterleavedPartialRotation if shape.interleaved else PartialRotation
     return partial.of(planes, rest)
-
-
-def _moments(side: Sequence[Pair], heads: int, order: Tensor | None) -> tuple[Moments, Tensor]:
-    of_models, of_anchors = zip(*(moments(*pair, heads, order) for pair in side), strict=True)
-    return reduce(add, of_models), reduce(add, of_anchors)
 
 
 def dense(g: AxisAction | None, like: Moments) -> Tensor:

@@ -22,7 +22,6 @@ from mergekit_symalign.symmetry.attention import (
     head_moments,
     per_query_head,
     solve_gains,
-    solve_heads,
 )
 from mergekit_symalign.symmetry.distance import total_distance
 from mergekit_symalign.symmetry.element import BlockElement
@@ -41,16 +40,20 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries, facts: Fact
         use: what is admitted.
         facts: takes the route by which the order of the heads was proven, and the squared distances before and after.
     """
-    own, norms = head_moments(sides, shape)
+    own, norms = head_moments(sides, shape, use.rotation)
     m = own.per_kv_head(shape.kv_heads)
     if facts is not None:
         facts["distance_before"] = head_distance(m, norms, HeadActions(None, None), sides, {})
-    order = match_heads(HeadProblem(sides, own, norms, shape, use), facts) if use.heads else None
-    if order is not None:
-        m = head_moments(sides, shape, {axis: order.of(axis) for axis in HEAD_AXES})[0].per_kv_head(shape.kv_heads)
+    problem = HeadProblem(sides, own, norms, shape, use)
+    order = match_heads(problem, facts) if use.heads else None
+    if order is None:
+        found = problem.unmoved
+    else:
+        own, _ = head_moments(sides, shape, use.rotation, {axis: order.of(axis) for axis in HEAD_AXES})
+        m = own.per_kv_head(shape.kv_heads)
+        found = problem.solve(m)
         sides = {**sides, **reordered_gains(sides, order, shape)}
     actions: dict[str, AxisAction] = {}
-    found = solve_heads(m, shape, use)
     if found.value is not None:
         actions |= {"value": found.value, "attended": per_query_head(found.value.dual(), shape)}
     if found.query is not None:

@@ -18,7 +18,7 @@ Norms = Mapping[str, tuple[Tensor, Tensor]]
 """Axis -> squared norm of each coordinate of anchor and model [KV heads, d], over the query heads of each group."""
 
 
-def plane_bounds(norms: Norms, correlations: Mapping[str, Tensor], turning: Sequence[int]) -> Tensor:
+def plane_bounds(norms: Norms, shown: Norms, correlations: Mapping[str, Tensor], turning: Sequence[int]) -> Tensor:
     """From the planes of query and key alone [KV heads, KV heads].
 
     Whatever the scale, ``s² b + o/s² − 2 (s p + q/s) ≥ −p²/b − q²/o``. The correlations of planes take ``d`` times
@@ -26,6 +26,7 @@ def plane_bounds(norms: Norms, correlations: Mapping[str, Tensor], turning: Sequ
 
     Args:
         norms: of the four axes.
+        shown: the same over the columns that the correlations are of.
         correlations: of query and key, ``Σ a conj(b)`` of each plane of every two heads [heads, heads, planes].
         turning: the coordinates that only turn with their plane.
     """
@@ -33,7 +34,7 @@ def plane_bounds(norms: Norms, correlations: Mapping[str, Tensor], turning: Sequ
     k, at = len(first), torch.tensor(turning, device=first.device)
     bound = -torch.stack([anchor.sum(-1) for anchor, _ in norms.values()]).sum(0).unsqueeze(1).expand(k, k)
     for axis, c in correlations.items():
-        a, b = (plane_norm(x.index_select(-1, at)) for x in norms[axis])
+        a, b = (plane_norm(x.index_select(-1, at)) for x in shown[axis])
         best = c.abs().unflatten(1, (k, -1)).unflatten(0, (k, -1)).amax(3).sum(1)  # each of the anchor's query heads
         bound = bound + (a.unsqueeze(1) - best.square() / b.clamp_min(torch.finfo(b.dtype).tiny)).sum(-1)
     return bound - SLACK * _sizes(norms)

@@ -8,6 +8,8 @@ and a pair is solved only when the assignment wants it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import add
@@ -29,9 +31,10 @@ from mergekit_symalign.symmetry.groups import SLACK, AxisAction, Permutation, co
 from mergekit_symalign.symmetry.head_bounds import Norms, plane_bounds, whole_bounds
 from mergekit_symalign.symmetry.head_pairs import GroupMoments, HeadPairs, PlaneMoments
 from mergekit_symalign.symmetry.moments import Moments, of_planes
-from mergekit_symalign.symmetry.options import Facts, HeadShape, Pair, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.options import Facts, HeadShape, Pair, Sides, Symmetries
 from mergekit_symalign.symmetry.threads import in_parallel
 
+_PREFIX = 1 / 8  # of the columns, which are compared first
 _ROUNDS = 2  # of matching query heads by a rotation, and solving the rotation for the match
 _PAIRS = 4  # of KV heads that one thread solves together
 _BLOCK = 1 << 19  # numbers that are held in a wider dtype at once: small enough to stay in the cache
@@ -118,6 +121,8 @@ class HeadProblem:
         """By which bounds the KV heads are proven to stand best where they are, if by any."""
         m = self.own.per_kv_head(self.shape.kv_heads)
         unmoved = remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
+        if self.turning and identity_is_optimal(unmoved, self.prefix_bounds):
+            return "identity"
         if identity_is_optimal(unmoved, self.plane_bounds):
             return "identity"
         promising = self.plane_bounds.diagonal() <= self.plane_bounds.amin(1)
@@ -127,45 +132,55 @@ class HeadProblem:
 
     def assignment(self) -> Tensor:
         """The best KV head of the model for each of the anchor's; dearer bounds only for what the cheap leave open."""
-        if not self._turning:
+        if not self.turning:
             return lazy_assignment(self.lower_bounds, self.cost)
         return lazy_assignment(self.plane_bounds, self.cost, lambda: self.lower_bounds)
 
-    @property
-    def _turning(self) -> list[int]:
-        """The coordinates that only turn with their plane; under ``rotation: full`` the matrix may mix planes."""
-        return [] if self.use.rotation is Rotation.full else self.shape.planes()
+    @cached_property
+    def unmoved(self) -> HeadActions:
+        """The best action of every KV head on its own number, all query heads where they are."""
+        return self.solve(self.own.per_kv_head(self.shape.kv_heads))
 
-    def _only_turns(self, axis: str) -> bool:
-        """Whether the heads of an axis only turn in their planes, all of them."""
-        return axis in ("query", "key") and len(self._turning) == self.shape.head_dim
+    @property
+    def turning(self) -> list[int]:
+        """The coordinates of query and key that only turn with their plane."""
+        return self.shape.turning(self.use.rotation)
 
     @cached_property
     def plane_bounds(self) -> Tensor:
         """Lower bounds of the pairs' costs, from the planes of query and key alone [KV heads, KV heads]."""
-        correlations = self.plane_correlations if self._turning else {}
-        return plane_bounds(self.norms, correlations, self._turning)
+        correlations = self.plane_correlations if self.turning else {}
+        return plane_bounds(self.norms, self.norms, correlations, self.turning)
+
+    @property
+    def prefix_bounds(self) -> Tensor:
+        """The same from the first columns of queries and keys: lower, and enough for siblings."""
+        shown, correlations = {}, {}
+        for axis in ("query", "key"):
+            anchor, model = (x.narrow(1, 0, math.ceil(_PREFIX * x.shape[1])) for x in self.sides[axis][0])
+            correlations[axis] = self._plane_correlations([(anchor, model)])
+            shown[axis] = self._of_groups(*(_squares(x, self.shape.head_dim) for x in (anchor, model)))
+        return plane_bounds(self.norms, shown, correlations, self.turning)
 
     @cached_property
     def lower_bounds(self) -> Tensor:
         """Lower bounds of the pairs' costs, from the products of all KV heads [KV heads, KV heads]."""
         value, key = (self.all_pairs(axis) for axis in ("value", "key"))
         scale = self.use.scaling and not self.shape.qk_norm
-        return whole_bounds(self.norms, value, key, self._turning, scale_values=self.value_scaling, scale_queries=scale)
+        return whole_bounds(self.norms, value, key, self.turning, scale_values=self.value_scaling, scale_queries=scale)
 
     def query_heads_stay(self) -> bool:
-        """Whether every query head is proven to be nearest to its own number, under the rotation of the KV heads alone.
+        """Whether every query head is proven to be nearest to its own number, under the action that is best for them.
 
-        With ``δ_h`` the distance that is left between the anchor's head ``h`` and the model's turned one, the model's
+        With ``δ_h`` the distance that is left between the anchor's head ``h`` and the model's moved one, the model's
         ``h`` is at least ``‖a_g − a_h‖ − δ_h`` from the anchor's ``g``. The anchor's heads are compared by their
         queries, which is less than all of them.
         """
         k, group = self.shape.kv_heads, self.shape.queries_per_kv
         if group == 1:
             return True
-        start = self._by_kv_heads(self.own.value, self.own.key)
-        dual = start.value.dual() if start.value is not None else None
-        left = self._left(start.query, "query") + self._left(dual, "attended")
+        dual = self.unmoved.value.dual() if self.unmoved.value is not None else None
+        left = self._left(self.unmoved.query, "query") + self._left(dual, "attended")
         size = torch.stack([x.sum(-1) for axis in ("query", "attended") for x in self._head_norms(axis)]).sum(0)
         near = (left + SLACK * size).clamp_min(0).sqrt().unflatten(0, (k, group))
         apart = self._query_distances().clamp_min(0).sqrt()
@@ -173,11 +188,11 @@ class HeadProblem:
         return bool((apart > near.unsqueeze(1) + near.unsqueeze(2)).all())
 
     def _left(self, g: AxisAction | None, axis: str) -> Tensor:
-        """Squared distance of each query head to the anchor's under an isometry of its KV head [query heads]."""
+        """Squared distance of each query head to the anchor's under an action of its KV head [query heads]."""
         side: Moments = getattr(self.own, axis)
         matrix = dense(g, side.per_kv_head(self.shape.kv_heads)).repeat_interleave(self.shape.queries_per_kv, dim=0)
-        a, b = self._head_norms(axis)
-        return a.sum(-1) + b.sum(-1) - 2 * (matrix * side.cross).sum((-2, -1))
+        moved = (matrix.square().sum(-2) * side.model).sum(-1)
+        return self.anchor[axis].sum(-1) + moved - 2 * (matrix * side.cross).sum((-2, -1))
 
     def _query_distances(self) -> Tensor:
         """Squared distances, with their rounding taken off, of the anchor's queries within each group [k, g, g]."""
@@ -232,12 +247,12 @@ class HeadProblem:
     @cached_property
     def plane_correlations(self) -> dict[str, Tensor]:
         """``Σ a conj(b)`` of each plane of every pair of query and of key heads [anchor's, model's, planes]."""
-        return {axis: self._plane_correlations(axis) for axis in ("query", "key")}
+        return {axis: self._plane_correlations(self.sides[axis]) for axis in ("query", "key")}
 
-    def _plane_correlations(self, axis: str) -> Tensor:
+    def _plane_correlations(self, side: Sequence[Pair]) -> Tensor:
         d, total = self.shape.head_dim, None
-        at = torch.tensor(self._turning, device=self.sides[axis][0][0].device)
-        for pair in self.sides[axis]:
+        at = torch.tensor(self.turning, device=side[0][0].device)
+        for pair in side:
             anchor, model = (x.unflatten(0, (-1, d)) for x in pair)
             few = max(1, _BLOCK // (2 * anchor.shape[0] * anchor.shape[2]))
             chunks = list(zip(*(half.split(few) for half in at.chunk(2)), strict=True))
@@ -254,8 +269,8 @@ class HeadProblem:
         """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]."""
         k = self.shape.kv_heads
         norms = self.norms[axis][1].expand(k, k, -1)
-        if self._only_turns(axis):
-            return Moments(of_planes(self.plane_correlations[axis], self._turning), norms)
+        if self.shape.only_turns(axis, self.use.rotation):
+            return Moments(of_planes(self.plane_correlations[axis], self.turning), norms)
 
         def of(anchor: Tensor, other: Tensor) -> Tensor:
             model = other.to(compute_dtype(other.dtype)).mT
@@ -270,13 +285,12 @@ class HeadProblem:
     @cached_property
     def norms(self) -> Norms:
         """Squared norms of each coordinate, anchor and model [KV heads, d], over the query heads of each group."""
-        k = self.shape.kv_heads
+        return {axis: self._of_groups(*self._head_norms(axis)) for axis in HEAD_AXES}
 
-        def of_groups(axis: str) -> tuple[Tensor, Tensor]:
-            anchor, model = (x.unflatten(0, (k, -1)).sum(1) for x in self._head_norms(axis))
-            return anchor, model
-
-        return {axis: of_groups(axis) for axis in HEAD_AXES}
+    def _of_groups(self, anchor: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the query heads of each group [KV heads, d]."""
+        anchor, model = (x.unflatten(0, (self.shape.kv_heads, -1)).sum(1) for x in (anchor, model))
+        return anchor, model
 
     def _head_norms(self, axis: str) -> tuple[Tensor, Tensor]:
         """The same for the axis' own heads."""
@@ -285,10 +299,10 @@ class HeadProblem:
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments | PlaneMoments:
         """Of anchor's KV heads ``i`` and model's ``j``; where planes only turn, no more than their turns can see."""
         norms = self._head_norms(axis)[1].unflatten(0, (self.shape.kv_heads, -1)).index_select(0, j)
-        if self._only_turns(axis):
+        if self.shape.only_turns(axis, self.use.rotation):
             groups = (self.shape.kv_heads, -1)
             c = self.plane_correlations[axis].unflatten(1, groups).unflatten(0, groups)
-            return PlaneMoments(c.transpose(1, 2)[i, j], norms, self._turning)
+            return PlaneMoments(c.transpose(1, 2)[i, j], norms, self.turning)
         return GroupMoments(self._cross(axis, i, j), norms)
 
     def _cross(self, axis: str, i: Tensor, j: Tensor) -> Tensor:
@@ -307,6 +321,11 @@ class HeadProblem:
             return torch.stack(in_parallel(product, pairs, i.device))
 
         return reduce(add, (of(*pair) for pair in self.sides[axis]))
+
+
+def _squares(rows: Tensor, head_dim: int) -> Tensor:
+    """Squared norm of each coordinate [heads, d]."""
+    return rows.to(compute_dtype(rows.dtype)).square().sum(1).double().unflatten(0, (-1, head_dim))
 
 
 def _plane_products(anchor: Tensor, model: Tensor, first: Tensor, partner: Tensor) -> Tensor:

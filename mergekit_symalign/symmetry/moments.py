@@ -45,13 +45,17 @@ class Moments:
         return Moments(*(x.unflatten(0, (kv_heads, -1)).sum(1) for x in (self.cross, self.model)))
 
 
-def moments(anchor: Tensor, model: Tensor, heads: int, order: Tensor | None = None) -> tuple[Moments, Tensor]:
+def moments(
+    anchor: Tensor, model: Tensor, heads: int, order: Tensor | None = None, planes: Sequence[int] = ()
+) -> tuple[Moments, Tensor]:
     """Of two matrices [heads · d, columns], in float64, on the CPU a head at a time.
 
     Args:
         anchor, model: the matrices.
         heads: their number of heads.
         order: which of the model's heads stands beside each of the anchor's, if not its own number.
+        planes: where heads only turn in planes, first the first coordinates of all planes, then their partners: the
+            moments are then as much as turns and scales of planes can see (`of_planes`), from far fewer products.
 
     Returns:
         The moments, and the squared norm of each of the anchor's coordinates [heads, d].
@@ -61,20 +65,35 @@ def moments(anchor: Tensor, model: Tensor, heads: int, order: Tensor | None = No
 
     def of(some: Pair) -> tuple[Tensor, Tensor, Tensor]:
         x, y = (_selected(side, at).double() for side, at in zip((a, b), some, strict=True))
-        cross = x.squeeze(0) @ y.squeeze(0).mT  # for a single head, matrices take half as long as a batch of one
-        return cross.reshape(len(x), x.shape[1], -1), torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y)
+        seen = _plane_products(x, y, planes) if planes else _products(x, y)
+        return seen, torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y)
 
     few = 1 if anchor.device.type == "cpu" else heads
     beside = number if order is None else order
     parts = in_parallel(of, list(zip(number.split(few), beside.split(few), strict=True)), anchor.device)
-    cross, own, norms = (torch.cat(x) for x in zip(*parts, strict=True))
-    return Moments(cross, norms), own
+    seen, own, norms = (torch.cat(x) for x in zip(*parts, strict=True))
+    return Moments(of_planes(seen, planes) if planes else seen, norms), own
 
 
 def _selected(heads: Tensor, at: Tensor) -> Tensor:
     """Some heads; on the CPU a single one as it is stored: a copy of columns as rows takes longer than all the rest."""
-    alone = len(at) == 1 and at.device.type == "cpu"
-    return heads.narrow(0, int(at), 1) if alone else heads.index_select(0, at)
+    if len(at) > 1 or at.device.type != "cpu":
+        return heads.index_select(0, at)
+    head = heads.narrow(0, int(at), 1)
+    return head if head.stride(-1) == 1 else head.mT.contiguous().mT
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """``A Bᵀ`` of each head [heads, d, d]; of a single one as matrices, which take half as long as a batch of one."""
+    return (a.squeeze(0) @ b.squeeze(0).mT).reshape(len(a), a.shape[1], -1)
+
+
+def _plane_products(a: Tensor, b: Tensor, planes: Sequence[int]) -> Tensor:
+    """`plane_correlation` of the same, from the rows [heads, d, columns]: [heads, d/2]."""
+    order = torch.tensor(planes, device=a.device)
+    (a_i, a_j), (b_i, b_j) = (x.index_select(1, order).chunk(2, dim=1) for x in (a, b))
+    dot = torch.linalg.vecdot
+    return torch.complex(dot(a_i, b_i) + dot(a_j, b_j), dot(a_j, b_i) - dot(a_i, b_j))
 
 
 def plane_correlation(cross: Tensor) -> Tensor:

@@ -102,6 +102,14 @@ class HeadShape:
         r = self.rotary
         return [*range(0, r, 2), *range(1, r, 2)] if self.interleaved else list(range(r))
 
+    def turning(self, rotation: Rotation) -> list[int]:
+        """The coordinates of query and key that only turn with their plane; ``full`` may mix planes."""
+        return [] if rotation is Rotation.full else self.planes()
+
+    def only_turns(self, axis: str, rotation: Rotation) -> bool:
+        """Whether the heads of an axis only turn in their planes, all of them."""
+        return axis in ("query", "key") and len(self.turning(rotation)) == self.head_dim
+
     def rest(self) -> list[int]:
         """The coordinates that do not turn."""
         return list(range(self.rotary, self.head_dim))
