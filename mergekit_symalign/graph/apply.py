@@ -8,6 +8,7 @@ import torch
 from mergekit.graph import Task
 
 from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.graph.pieces import PIECE, in_pieces, is_large
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes
 
 
@@ -37,4 +38,19 @@ class ApplyBlock(Task[torch.Tensor]):
         return True
 
     def execute(self, tensor: torch.Tensor, solution: Dict[str, Any]) -> torch.Tensor:
-        return BlockElement.unpack(solution["actions"])(tensor, self.axes)
+        element = BlockElement.unpack(solution["actions"])
+        free = self._free_dim(element, tensor)
+        if free is None:
+            return element(tensor, self.axes)
+
+        def moved(start: int, length: int) -> torch.Tensor:
+            return element(tensor.narrow(free, start, length), self.axes)
+
+        return in_pieces(moved, tensor.shape, free, most=PIECE)
+
+    def _free_dim(self, element: BlockElement, tensor: torch.Tensor) -> Optional[int]:
+        """Along which dimension a large matrix may be divided: nothing is calculated along it."""
+        moved = element.moves(self.axes)
+        if tensor.ndim != 2 or not is_large(tensor) or self.axes.joined is not None or len(moved) != 1:
+            return None
+        return 1 - moved[0] if element.calculates(self.axes) else None

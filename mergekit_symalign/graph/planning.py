@@ -28,6 +28,7 @@ from mergekit_symalign.graph.block import SYMMETRY_NAMES, Block
 from mergekit_symalign.graph.checkpoint_checks import merged_dtype
 from mergekit_symalign.graph.consensus import SolveConsensus
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
+from mergekit_symalign.graph.merge import merge_task
 from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models, check_possible
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
@@ -212,8 +213,8 @@ class AlignedPlan:
             stored = merged_dtype(self._models.checkpoints[m].stored(gather.weight_info[m]) for m in order)
             out_dtype = self.config.out_dtype or self.config.dtype or str(stored).removeprefix("torch.")
         shared = {name: value for name, value in task.parameters.items() if name not in ALIGNMENT_NAMES}
-        return ExecuteMergeMethodTask(
-            method_name=self.method.inner.spec.name,
+        return merge_task(
+            self.method.inner,
             gather_tensors=_regathered(task, order, aligned),
             model_order=order,
             base_model=task.base_model if self.method.anchor_is_base or task.base_model in order else None,

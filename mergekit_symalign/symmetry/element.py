@@ -55,9 +55,7 @@ class TensorAxes:
 
     def all_names(self) -> set[str]:
         """Every axis, fused ones by their parts."""
-        return {
-            name for axis in self.names for name in ([axis] if isinstance(axis, str) else [n for n, _ in axis.parts])
-        }
+        return {name for axis in self.names for name in axis_names(axis)}
 
     def read(self, stored: Tensor) -> Tensor:
         """The weights, with joined axes joined; in the compute dtype if there is an offset."""
@@ -74,6 +72,11 @@ class TensorAxes:
             return x
         i, j, size = self.joined
         return x.unflatten(i, (-1, size)).movedim(i + 1, j)
+
+
+def axis_names(axis: str | Fused) -> set[str]:
+    """An axis, or the parts of a fused one."""
+    return {axis} if isinstance(axis, str) else {name for name, _ in axis.parts}
 
 
 _KINDS: dict[str, Any] = {
@@ -113,7 +116,7 @@ class BlockElement:
         To the compute dtype, unless its numbers only change places; a tensor that this does not touch comes back as
         it is.
         """
-        if not axes.all_names() & self.actions.keys():
+        if not self.moves(axes):
             return x
         weights = axes.read(x)
         for dim, axis in enumerate(axes.names):
@@ -123,11 +126,20 @@ class BlockElement:
     def _along(self, x: Tensor, dim: int, axis: str | Fused) -> Tensor:
         if isinstance(axis, str):
             return self.actions[axis](x, dim) if axis in self.actions else x
-        if not self.actions.keys() & {name for name, _ in axis.parts}:
+        if not self.actions.keys() & axis_names(axis):
             return x
         x = x.to(compute_dtype(x.dtype))
         parts = [self._along(part, dim, name) for name, part in fused_parts(x, dim, axis).items()]
         return torch.cat([x.unflatten(dim, (axis.groups, -1)) for x in parts], dim=dim + 1).flatten(dim, dim + 1)
+
+    def moves(self, axes: TensorAxes) -> list[int]:
+        """The dimensions of a tensor, after joining, along which this acts."""
+        return [dim for dim, axis in enumerate(axes.names) if self.actions.keys() & axis_names(axis)]
+
+    def calculates(self, axes: TensorAxes) -> bool:
+        """Whether a tensor's numbers do more than change places."""
+        moved = self.actions.keys() & axes.all_names()
+        return not all(isinstance(self.actions[name], Permutation) for name in moved)
 
     def inverse(self) -> BlockElement:
         return BlockElement({axis: action.inverse() for axis, action in self.actions.items()})

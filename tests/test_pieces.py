@@ -1,0 +1,159 @@
+"""Large tensors a piece at a time: the same bits as whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from mergekit import merge_methods
+from mergekit.architecture import WeightInfo
+from mergekit.common import ImmutableMap, ModelReference
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask, TensorDictWrapper
+from torch import Tensor
+
+from mergekit_symalign.graph import apply, merge, pieces
+from mergekit_symalign.graph.apply import ApplyBlock
+from mergekit_symalign.graph.merge import ELEMENTWISE, MergeInPieces, merge_task
+from mergekit_symalign.symmetry.element import BlockElement, Fused, TensorAxes
+from mergekit_symalign.symmetry.groups import AxisAction, HeadRotation, Permutation, PlaneRotation
+from mergekit_symalign.symmetry.threads import one_thread
+
+MODELS = [ModelReference.model_validate(name) for name in ("base", "one", "two", "three")]
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (pieces, merge, apply):
+        monkeypatch.setattr(module, "PIECE", 64)
+
+
+def _task(method: str, models: Sequence[ModelReference], kind: type, **parameters: Any) -> ExecuteMergeMethodTask:
+    inner = merge_methods.get(method)
+    values = {p.name: p.default for p in inner.spec.parameters if p.name not in ("weight", "density")}
+    of_models = {m: {"weight": 0.3 + 0.2 * i, "density": 1.0} for i, m in enumerate(models)}
+    return kind(
+        method_name=method,
+        gather_tensors=TensorDictWrapper(tensors=ImmutableMap(data={})),
+        model_order=tuple(models),
+        base_model=None if method == "linear" else models[0],
+        output_weight=WeightInfo(name="x", optional=True),
+        parameters=ImmutableMap(data=values | parameters),
+        input_parameters=ImmutableMap(data={m: ImmutableMap(data=v) for m, v in of_models.items()}),
+    )
+
+
+def _tensors(models: Sequence[ModelReference], shape: Sequence[int], *dtypes: torch.dtype) -> dict[Any, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {m: torch.randn(*shape, generator=g).to(dtypes[i % len(dtypes)]) for i, m in enumerate(models)}
+
+
+@pytest.mark.parametrize("method", sorted(ELEMENTWISE))
+@pytest.mark.parametrize("shape", [(37, 11), (130,), (5, 3, 17), (1, 300), (300, 1)], ids=str)
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,), (torch.float32,), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_merged_in_pieces(method: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], count: int) -> None:
+    models = MODELS[:count]
+    tensors = _tensors(models, shape, *dtypes)
+    for parameters in ({}, {"normalize": True}, {"normalize": False}, {"lambda": 0.7}):
+        if not parameters.keys() <= {p.name for p in merge_methods.get(method).spec.parameters}:
+            continue
+        whole = _task(method, models, ExecuteMergeMethodTask, **parameters).execute(tensors)
+        in_pieces = _task(method, models, MergeInPieces, **parameters).execute(tensors)
+        assert whole is not None
+        assert in_pieces is not None
+        assert in_pieces.dtype == whole.dtype
+        assert torch.equal(in_pieces, whole)
+
+
+def test_pieces_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step sees more than a piece: the test above compares what it says."""
+    seen: list[int] = []
+    execute = ExecuteMergeMethodTask.execute
+
+    def noted(self: Any, tensors: dict[Any, Tensor], **kwargs: Any) -> Tensor | None:
+        seen.append(next(iter(tensors.values())).numel())
+        return execute(self, tensors, **kwargs)
+
+    monkeypatch.setattr(ExecuteMergeMethodTask, "execute", noted)
+    _task("linear", MODELS[:2], MergeInPieces).execute(_tensors(MODELS[:2], (40, 16), torch.float32))
+    assert sum(seen) == 40 * 16 + 16  # and one row, for the dtype
+    assert max(seen) <= 64
+
+
+def test_what_mergekit_treats_otherwise_is_left_to_it() -> None:
+    """A model without the tensor, numbers that are not floating point, shapes that differ."""
+    models = MODELS[:2]
+    only_base = {models[0]: torch.randn(40, 16)}
+    for tensors in (only_base, {m: torch.arange(640).reshape(40, 16) for m in models}):
+        expected = _task("task_arithmetic", models, ExecuteMergeMethodTask).execute(tensors)
+        found = _task("task_arithmetic", models, MergeInPieces).execute(tensors)
+        assert (expected is None and found is None) or torch.equal(expected, found)  # type: ignore[arg-type]
+    unlike = {models[0]: torch.randn(40, 16), models[1]: torch.randn(41, 16)}
+    with pytest.raises(ValueError, match="Tensor size mismatch"):
+        _task("linear", models, MergeInPieces).execute(unlike)
+
+
+def test_only_elementwise_methods_are_divided() -> None:
+    ties, linear = (merge_task(merge_methods.get(name), **_fields(name)) for name in ("ties", "linear"))
+    assert type(ties) is ExecuteMergeMethodTask
+    assert type(linear) is MergeInPieces
+
+
+def _fields(method: str) -> dict[str, Any]:
+    fields = dict(_task(method, MODELS[:2], ExecuteMergeMethodTask))
+    return {name: value for name, value in fields.items() if name != "method_name"}
+
+
+def _actions() -> dict[str, AxisAction]:
+    g = torch.Generator().manual_seed(1)
+    matrix = torch.linalg.qr(torch.randn(3, 8, 8, generator=g, dtype=torch.float64)).Q
+    scale = 1 + torch.rand(3, generator=g, dtype=torch.float64)
+    angles, scales = torch.randn(3, 4, generator=g), 1 + torch.rand(3, 4, generator=g)
+    order = torch.randperm(24, generator=g)
+    return {
+        "value": HeadRotation(matrix, scale),
+        "attended": HeadRotation(matrix, scale).dual(),
+        "query": PlaneRotation(angles, scales),
+        "gate": Permutation(order),
+    }
+
+
+AXES = {
+    "rows": TensorAxes(("query", "hidden")),
+    "columns": TensorAxes(("hidden", "attended")),
+    "fused": TensorAxes((Fused((("query", 24), ("key", 24), ("value", 24))), "hidden")),
+    "moved only": TensorAxes(("gate", "hidden")),
+    "untouched": TensorAxes(("hidden", "key")),
+}
+
+
+@pytest.mark.parametrize("name", AXES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_transformed_in_pieces(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    axes, element = AXES[name], BlockElement(_actions())
+    shape = {"columns": (50, 24), "fused": (72, 50)}.get(name, (24, 50))
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    before, widths = x.clone(), []
+    call = BlockElement.__call__
+
+    def noted(self: BlockElement, x: Tensor, axes: TensorAxes) -> Tensor:
+        widths.append(x.numel())
+        return call(self, x, axes)
+
+    task = _apply(axes)
+    whole = element(x, axes)
+    monkeypatch.setattr(BlockElement, "__call__", noted)
+    found = task.execute(x, {"actions": element.pack()})
+    assert torch.equal(x, before)
+    assert found.dtype == whole.dtype
+    torch.testing.assert_close(found, whole)
+    assert (len(widths) > 3) is (name in ("rows", "columns", "fused"))
+    with one_thread():
+        assert torch.equal(task.execute(x, {"actions": element.pack()}), found)
+
+
+def _apply(axes: TensorAxes) -> ApplyBlock:
+    nothing = TensorDictWrapper(tensors=ImmutableMap(data={}))
+    return ApplyBlock.model_construct(load=nothing, axes=axes, solution=nothing)
