@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Dict, Optional
 
 import torch
@@ -9,21 +10,26 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods.base import MergeMethod
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-from mergekit_symalign.graph.pieces import PIECE, in_pieces, is_large
+from mergekit_symalign.graph.pieces import in_pieces, is_large
 
-ELEMENTWISE = frozenset(("linear", "task_arithmetic"))
-"""MergeKit's methods that take every number by itself: no norm, no rank, no random draw over a whole tensor."""
+_NUMBERS = 1 << 20  # of all models together that are merged at once
+_ELEMENTWISE = {"linear": math.inf, "task_arithmetic": 5}
+"""MergeKit's methods that take every number by itself (no norm, rank or random draw), and of how many models at most.
+
+More than four differences are added by torch in an order that depends on where in the tensor they stand.
+"""
 
 
 def merge_task(inner: MergeMethod, **fields: Any) -> ExecuteMergeMethodTask:
     """The task that runs ``inner`` on one tensor of the output."""
     name = inner.spec.name
-    task = MergeInPieces if name in ELEMENTWISE else ExecuteMergeMethodTask
+    divisible = len(fields["model_order"]) <= _ELEMENTWISE.get(name, 0)
+    task = MergeInPieces if divisible else ExecuteMergeMethodTask
     return task(method_name=name, **fields)
 
 
 class MergeInPieces(ExecuteMergeMethodTask):
-    """MergeKit's task for one of the `ELEMENTWISE` methods, which give the same bits for a few rows as for all."""
+    """MergeKit's task for a method that gives the same bits for a few rows as for all of them."""
 
     def execute(self, tensors: Dict[ModelReference, torch.Tensor], **_kwargs: Any) -> Optional[torch.Tensor]:
         if len(tensors) < len(self.model_order) or not _divisible(tensors):
@@ -36,7 +42,7 @@ class MergeInPieces(ExecuteMergeMethodTask):
             return result
 
         shape = next(iter(tensors.values())).shape
-        return in_pieces(merged, shape, 0, most=2 * PIECE // len(tensors))
+        return in_pieces(merged, shape, 0, most=_NUMBERS // len(tensors))
 
 
 def _divisible(tensors: Dict[ModelReference, torch.Tensor]) -> bool:

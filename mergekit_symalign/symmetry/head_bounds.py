@@ -10,9 +10,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.groups import SLACK
+from mergekit_symalign.symmetry.groups import SLACK, compute_dtype
 from mergekit_symalign.symmetry.moments import Moments, plane_correlation, plane_norm
+from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.scale import quartic_scale
+from mergekit_symalign.symmetry.threads import in_parallel
+
+_BLOCK = 1 << 19  # numbers that are held in a wider dtype at once: small enough to stay in the cache
 
 Norms = Mapping[str, tuple[Tensor, Tensor]]
 """Axis -> squared norm of each coordinate of anchor and model [KV heads, d], over the query heads of each group."""
@@ -38,6 +42,34 @@ def plane_bounds(norms: Norms, shown: Norms, correlations: Mapping[str, Tensor],
         best = c.abs().unflatten(1, (k, -1)).unflatten(0, (k, -1)).amax(3).sum(1)  # each of the anchor's query heads
         bound = bound + (a.unsqueeze(1) - best.square() / b.clamp_min(torch.finfo(b.dtype).tiny)).sum(-1)
     return bound - SLACK * _sizes(norms)
+
+
+def plane_correlations(side: Sequence[Pair], head_dim: int, turning: Sequence[int]) -> Tensor:
+    """``Σ a conj(b)`` of each plane of every two heads [anchor's heads, model's heads, planes], complex.
+
+    Args:
+        side: rows [heads · head_dim, columns] of queries or of keys, anchor and model.
+        head_dim: coordinates of a head.
+        turning: first the first coordinates of all planes, then their partners.
+    """
+    total, at = None, torch.tensor(turning, device=side[0][0].device)
+    for pair in side:
+        anchor, model = (x.unflatten(0, (-1, head_dim)) for x in pair)
+        few = max(1, _BLOCK // (2 * anchor.shape[0] * anchor.shape[2]))
+        chunks = list(zip(*(half.split(few) for half in at.chunk(2)), strict=True))
+
+        def products(ends: Pair, anchor: Tensor = anchor, model: Tensor = model) -> Tensor:
+            return _plane_products(anchor, model, *ends)
+
+        parts = torch.cat(in_parallel(products, chunks, at.device))
+        total = parts if total is None else total + parts
+    assert total is not None
+    return total.to(torch.complex128).permute(1, 2, 0)
+
+
+def coordinate_norms(rows: Tensor, head_dim: int) -> Tensor:
+    """Squared norm of each coordinate [heads, head_dim] of rows [heads · head_dim, columns]."""
+    return rows.to(compute_dtype(rows.dtype)).square().sum(1).double().unflatten(0, (-1, head_dim))
 
 
 def whole_bounds(
@@ -70,6 +102,22 @@ def whole_bounds(
         of_keys = (keys.model.sum(-1), queries, _nuclear_bound(keys.cross))
         bound = bound + _least(b.expand_as(queries), *of_keys, scale=scale_queries)
     return bound - SLACK * _sizes(norms)
+
+
+def _plane_products(anchor: Tensor, model: Tensor, first: Tensor, partner: Tensor) -> Tensor:
+    """``Σ a conj(b)`` [planes, anchor's heads, model's heads], complex.
+
+    Args:
+        anchor, model: [heads, d, columns].
+        first, partner: coordinates of some planes.
+    """
+    dtype, at = compute_dtype(anchor.dtype), torch.stack((first, partner), dim=1).flatten()
+    a, b = (
+        x.transpose(0, 1).index_select(0, at).to(dtype).unflatten(0, (-1, 2)).flatten(1, 2) for x in (anchor, model)
+    )
+    products = (a @ b.mT).unflatten(2, (2, -1)).unflatten(1, (2, -1))
+    (ii, ij), (ji, jj) = (x.unbind(2) for x in products.unbind(1))
+    return torch.complex(ii + jj, ji - ij)
 
 
 def _sizes(norms: Norms) -> Tensor:

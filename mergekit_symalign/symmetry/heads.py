@@ -9,7 +9,6 @@ and a pair is solved only when the assignment wants it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import add
@@ -28,16 +27,21 @@ from mergekit_symalign.symmetry.attention import (
     solve_heads,
 )
 from mergekit_symalign.symmetry.groups import SLACK, AxisAction, Permutation, compute_dtype
-from mergekit_symalign.symmetry.head_bounds import Norms, plane_bounds, whole_bounds
+from mergekit_symalign.symmetry.head_bounds import (
+    Norms,
+    coordinate_norms,
+    plane_bounds,
+    plane_correlations,
+    whole_bounds,
+)
 from mergekit_symalign.symmetry.head_pairs import GroupMoments, HeadPairs, PlaneMoments
 from mergekit_symalign.symmetry.moments import Moments, of_planes
-from mergekit_symalign.symmetry.options import Facts, HeadShape, Pair, Sides, Symmetries
+from mergekit_symalign.symmetry.options import Facts, HeadShape, Sides, Symmetries
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _PREFIX = 1 / 8  # of the columns, which are compared first
 _ROUNDS = 2  # of matching query heads by a rotation, and solving the rotation for the match
 _PAIRS = 4  # of KV heads that one thread solves together
-_BLOCK = 1 << 19  # numbers that are held in a wider dtype at once: small enough to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -155,11 +159,11 @@ class HeadProblem:
     @property
     def prefix_bounds(self) -> Tensor:
         """The same from the first columns of queries and keys: lower, and enough for siblings."""
-        shown, correlations = {}, {}
+        shown, correlations, d = {}, {}, self.shape.head_dim
         for axis in ("query", "key"):
             anchor, model = (x.narrow(1, 0, math.ceil(_PREFIX * x.shape[1])) for x in self.sides[axis][0])
-            correlations[axis] = self._plane_correlations([(anchor, model)])
-            shown[axis] = self._of_groups(*(_squares(x, self.shape.head_dim) for x in (anchor, model)))
+            correlations[axis] = plane_correlations([(anchor, model)], d, self.turning)
+            shown[axis] = self._of_groups(coordinate_norms(anchor, d), coordinate_norms(model, d))
         return plane_bounds(self.norms, shown, correlations, self.turning)
 
     @cached_property
@@ -247,23 +251,8 @@ class HeadProblem:
     @cached_property
     def plane_correlations(self) -> dict[str, Tensor]:
         """``Σ a conj(b)`` of each plane of every pair of query and of key heads [anchor's, model's, planes]."""
-        return {axis: self._plane_correlations(self.sides[axis]) for axis in ("query", "key")}
-
-    def _plane_correlations(self, side: Sequence[Pair]) -> Tensor:
-        d, total = self.shape.head_dim, None
-        at = torch.tensor(self.turning, device=side[0][0].device)
-        for pair in side:
-            anchor, model = (x.unflatten(0, (-1, d)) for x in pair)
-            few = max(1, _BLOCK // (2 * anchor.shape[0] * anchor.shape[2]))
-            chunks = list(zip(*(half.split(few) for half in at.chunk(2)), strict=True))
-
-            def products(ends: Pair, anchor: Tensor = anchor, model: Tensor = model) -> Tensor:
-                return _plane_products(anchor, model, *ends)
-
-            parts = torch.cat(in_parallel(products, chunks, at.device))
-            total = parts if total is None else total + parts
-        assert total is not None
-        return total.to(torch.complex128).permute(1, 2, 0)
+        d, turning = self.shape.head_dim, self.turning
+        return {axis: plane_correlations(self.sides[axis], d, turning) for axis in ("query", "key")}
 
     def all_pairs(self, axis: str) -> Moments:
         """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]."""
@@ -321,24 +310,3 @@ class HeadProblem:
             return torch.stack(in_parallel(product, pairs, i.device))
 
         return reduce(add, (of(*pair) for pair in self.sides[axis]))
-
-
-def _squares(rows: Tensor, head_dim: int) -> Tensor:
-    """Squared norm of each coordinate [heads, d]."""
-    return rows.to(compute_dtype(rows.dtype)).square().sum(1).double().unflatten(0, (-1, head_dim))
-
-
-def _plane_products(anchor: Tensor, model: Tensor, first: Tensor, partner: Tensor) -> Tensor:
-    """``Σ a conj(b)`` [planes, anchor's heads, model's heads], complex.
-
-    Args:
-        anchor, model: [heads, d, columns].
-        first, partner: coordinates of some planes.
-    """
-    dtype, at = compute_dtype(anchor.dtype), torch.stack((first, partner), dim=1).flatten()
-    a, b = (
-        x.transpose(0, 1).index_select(0, at).to(dtype).unflatten(0, (-1, 2)).flatten(1, 2) for x in (anchor, model)
-    )
-    products = (a @ b.mT).unflatten(2, (2, -1)).unflatten(1, (2, -1))
-    (ii, ij), (ji, jj) = (x.unbind(2) for x in products.unbind(1))
-    return torch.complex(ii + jj, ji - ij)

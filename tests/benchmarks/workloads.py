@@ -19,21 +19,23 @@ class Workload:
     Attributes:
         name: what it is.
         models: target and skill, or more.
-        align_skill: whether the models after the first are aligned too.
+        aligned: how many of the models, from the first, are aligned; None for all.
         shape: of all models.
         options: of `mergekit-yaml`, for the plain merge too.
+        method: of the plain merge.
     """
 
     name: str
     models: tuple[Recipe, ...]
-    align_skill: bool = True
+    aligned: int | None = None
     shape: Shape = LLAMA_1B
     options: tuple[str, ...] = ()
+    method: str = "task_arithmetic"
 
     def configs(self, cache: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """The plain merge and the aligned one; missing checkpoints are written."""
         folders = [str(checkpoint(cache, self.shape, recipe)) for recipe in (BASE, *self.models)]
-        return _config("task_arithmetic", folders), _config("aligned_task_arithmetic", folders, self.align_skill)
+        return _config(self.method, folders), _config(f"aligned_{self.method}", folders, self.aligned)
 
 
 def siblings(noise: float, **rest: Any) -> tuple[Recipe, ...]:
@@ -45,11 +47,13 @@ def workloads(shape: Shape) -> Sequence[Workload]:
     unrelated = (Recipe(OTHER + 1), Recipe(OTHER + 2))
     return (
         Workload("siblings, 10 % noise", ten, shape=shape),
-        Workload("the same, skill with align: false", ten, align_skill=False, shape=shape),
+        Workload("the same, skill with align: false", ten, aligned=1, shape=shape),
         Workload("target permuted, rotated, rescaled", siblings(0.1, foreign=True), shape=shape),
         Workload("unrelated models", unrelated, shape=shape),
         Workload("siblings, 5 % noise", siblings(0.05), shape=shape),
         Workload("siblings, 30 % noise", siblings(0.3), shape=shape),
+        Workload("no model aligned", ten, aligned=0, shape=shape),
+        Workload("ties, siblings, 10 % noise", ten, shape=shape, method="ties"),
     )
 
 
@@ -78,10 +82,10 @@ def shapes(small: bool) -> tuple[Shape, tuple[int, ...]]:
     return (SMALL, (2,)) if small else (LLAMA_1B, (8, 16, 32))
 
 
-def _config(method: str, folders: Sequence[str], align_skill: bool = True) -> dict[str, Any]:
+def _config(method: str, folders: Sequence[str], aligned: int | None = None) -> dict[str, Any]:
     base, *rest = folders
-    models: list[dict[str, Any]] = [{"model": m, "parameters": {"weight": 1.0}} for m in rest]
-    if not align_skill:
-        for model in models[1:]:
-            model["parameters"]["align"] = False
+    density = {"density": 0.5} if method.endswith("ties") else {}
+    models: list[dict[str, Any]] = [{"model": m, "parameters": {"weight": 1.0} | density} for m in rest]
+    for model in models[len(models) if aligned is None else aligned :]:
+        model["parameters"]["align"] = False
     return {"merge_method": method, "base_model": base, "models": models, "dtype": "bfloat16"}
