@@ -165,6 +165,10 @@ def remaining(g: AxisAction | None, first: Moments, second: Moments) -> Tensor:
     """Squared distance of each head after ``g``, less the anchor's squared norms, which no action changes [n]."""
     total = torch.zeros_like(first.model.sum(-1))
     for action, side in ((g, first), (g.dual() if g is not None else None, second)):
-        matrix = dense(action, side)
-        total = total + (matrix.square().sum(-2) * side.model).sum(-1) - 2 * (matrix * side.cross).sum((-2, -1))
+        total = total + remaining_of_side(dense(action, side), side)
     return total
+
+
+def remaining_of_side(matrix: Tensor, side: Moments) -> Tensor:
+    """The same of one side alone, under a matrix for each head [n, d, d]."""
+    return (matrix.square().sum(-2) * side.model).sum(-1) - 2 * (matrix * side.cross).sum((-2, -1))

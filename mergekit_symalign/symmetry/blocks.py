@@ -41,13 +41,13 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries, facts: Fact
         facts: takes the route by which the order of the heads was proven, and the squared distances before and after.
     """
     own, norms = head_moments(sides, shape, use.rotation)
-    m = own.per_kv_head(shape.kv_heads)
+    problem = HeadProblem(sides, own, norms, shape, use)
+    m = problem.standing
     if facts is not None:
         facts["distance_before"] = head_distance(m, norms, HeadActions(None, None), sides, {})
-    problem = HeadProblem(sides, own, norms, shape, use)
     order = match_heads(problem, facts) if use.heads else None
     if order is None:
-        found = problem.unmoved
+        found = problem.standing_actions
     else:
         own, _ = head_moments(sides, shape, use.rotation, {axis: order.of(axis) for axis in HEAD_AXES})
         m = own.per_kv_head(shape.kv_heads)

@@ -21,7 +21,6 @@ from mergekit_symalign.symmetry.attention import (
     AttentionMoments,
     HeadActions,
     per_query_head,
-    remaining,
     solve_gains,
     solve_query,
 )
@@ -112,7 +111,7 @@ def align_attention_by(seen: Covariances, weights: Sides, shape: HeadShape, use:
         problem = CovarianceProblem({axis: c.reordered(moved[axis]) for axis, c in blended.items()}, shape, use)
         seen = {axis: c.reordered(moved[axis]) for axis, c in seen.items()}
         gains = reordered_gains(gains, order, shape)
-    found = problem.solve(problem.moments())
+    found = problem.standing_actions
     actions: dict[str, AxisAction] = {}
     if found.value is not None:
         value = _with_scale(found.value, seen, shape) if use.scaling else found.value
@@ -176,14 +175,8 @@ class CovarianceProblem(HeadProblem):
         value = align_heads(m.value, m.attended, rotate=rotate, scale=False) if rotate or self.use.scaling else None
         return HeadActions(value, solve_query(m, self.shape, self.use))
 
-    def moments(self) -> AttentionMoments:
-        """Of the heads as they stand."""
-        return self.own.per_kv_head(self.shape.kv_heads)
-
     def identity_route(self) -> str | None:
-        m = self.moments()
-        unmoved = remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
-        return "bounds" if identity_is_optimal(unmoved, self.lower_bounds) else None
+        return "bounds" if identity_is_optimal(self.standing_costs(), self.lower_bounds) else None
 
     def assignment(self) -> Tensor:
         return lazy_assignment(self.lower_bounds, self.cost)

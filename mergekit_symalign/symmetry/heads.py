@@ -24,6 +24,7 @@ from mergekit_symalign.symmetry.attention import (
     HeadNorms,
     dense,
     remaining,
+    remaining_of_side,
     solve_heads,
 )
 from mergekit_symalign.symmetry.groups import SLACK, AxisAction, Permutation, compute_dtype
@@ -123,14 +124,13 @@ class HeadProblem:
 
     def identity_route(self) -> str | None:
         """By which bounds the KV heads are proven to stand best where they are, if by any."""
-        m = self.own.per_kv_head(self.shape.kv_heads)
-        unmoved = remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
-        if self.turning and identity_is_optimal(unmoved, self.prefix_bounds):
+        costs = self.standing_costs()
+        if self.turning and identity_is_optimal(costs, self.prefix_bounds):
             return "identity"
-        if identity_is_optimal(unmoved, self.plane_bounds):
+        if identity_is_optimal(costs, self.plane_bounds):
             return "identity"
         promising = self.plane_bounds.diagonal() <= self.plane_bounds.amin(1)
-        if bool(promising.all()) and identity_is_optimal(unmoved, self.lower_bounds):
+        if bool(promising.all()) and identity_is_optimal(costs, self.lower_bounds):
             return "bounds"
         return None
 
@@ -141,9 +141,19 @@ class HeadProblem:
         return lazy_assignment(self.plane_bounds, self.cost, lambda: self.lower_bounds)
 
     @cached_property
-    def unmoved(self) -> HeadActions:
-        """The best action of every KV head on its own number, all query heads where they are."""
-        return self.solve(self.own.per_kv_head(self.shape.kv_heads))
+    def standing(self) -> AttentionMoments:
+        """Moments of every KV head with its own number, all query heads where they are."""
+        return self.own.per_kv_head(self.shape.kv_heads)
+
+    @cached_property
+    def standing_actions(self) -> HeadActions:
+        """The best action of every KV head there."""
+        return self.solve(self.standing)
+
+    def standing_costs(self) -> Tensor:
+        """What every KV head costs there without any action, less the anchor's norms [KV heads]."""
+        m = self.standing
+        return remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
 
     @property
     def turning(self) -> list[int]:
@@ -183,8 +193,9 @@ class HeadProblem:
         k, group = self.shape.kv_heads, self.shape.queries_per_kv
         if group == 1:
             return True
-        dual = self.unmoved.value.dual() if self.unmoved.value is not None else None
-        left = self._left(self.unmoved.query, "query") + self._left(dual, "attended")
+        found = self.standing_actions
+        dual = found.value.dual() if found.value is not None else None
+        left = self._left(found.query, "query") + self._left(dual, "attended")
         size = torch.stack([x.sum(-1) for axis in ("query", "attended") for x in self._head_norms(axis)]).sum(0)
         near = (left + SLACK * size).clamp_min(0).sqrt().unflatten(0, (k, group))
         apart = self._query_distances().clamp_min(0).sqrt()
@@ -194,9 +205,8 @@ class HeadProblem:
     def _left(self, g: AxisAction | None, axis: str) -> Tensor:
         """Squared distance of each query head to the anchor's under an action of its KV head [query heads]."""
         side: Moments = getattr(self.own, axis)
-        matrix = dense(g, side.per_kv_head(self.shape.kv_heads)).repeat_interleave(self.shape.queries_per_kv, dim=0)
-        moved = (matrix.square().sum(-2) * side.model).sum(-1)
-        return self.anchor[axis].sum(-1) + moved - 2 * (matrix * side.cross).sum((-2, -1))
+        matrix = dense(g, getattr(self.standing, axis)).repeat_interleave(self.shape.queries_per_kv, dim=0)
+        return self.anchor[axis].sum(-1) + remaining_of_side(matrix, side)
 
     def _query_distances(self) -> Tensor:
         """Squared distances, with their rounding taken off, of the anchor's queries within each group [k, g, g]."""
