@@ -9,9 +9,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mergekit_symalign.symmetry import shortlist
-from mergekit_symalign.symmetry.assignment import _sparse_matching, best_assignment
+from mergekit_symalign.symmetry import quantized, shortlist
+from mergekit_symalign.symmetry.assignment import NeuronPairs, _sparse_matching, best_assignment, best_permutation
 from mergekit_symalign.symmetry.auction import auction_prices
+from mergekit_symalign.symmetry.options import NeuronScale
 from mergekit_symalign.symmetry.shortlist import Scores, shortlist_assignment
 
 N = 400
@@ -107,6 +108,71 @@ def test_neurons_of_very_different_size_take_seconds(spread: int, dtype: torch.d
     index = best_assignment(score)
     assert time.perf_counter() - started < 20
     assert _total(score, index) == pytest.approx(_best(score), rel=1e-6)
+
+
+OUTLIERS = {"a row": ((3,), ()), "a column": ((), (8,)), "a pair": ((3,), (3,)), "several": ((3, 40, 41), (8, 90))}
+
+
+def _with_outliers(rows: tuple[int, ...], columns: tuple[int, ...], n: int, factor: float) -> tuple[Tensor, Tensor]:
+    """Neurons of two unrelated models, a few of them so many times larger than the rest."""
+    g = torch.Generator().manual_seed(0)
+    anchor, model = (torch.randn(n, 128, generator=g) for _ in range(2))
+    anchor[list(rows)] *= factor
+    model[list(columns)] *= factor
+    return anchor, model
+
+
+def _lost(score: Tensor, index: Tensor, of: tuple[int, ...]) -> float:
+    """What a permutation misses of the best total, in roundings of the scores between ordinary rows and columns."""
+    ordinary = torch.ones(len(score), dtype=torch.bool)
+    ordinary[list(of)] = False
+    rounding = torch.finfo(torch.float32).eps * score[ordinary][:, ordinary].abs().amax(1).sum()
+    return (_best(score) - _total(score, index)) / float(rounding)
+
+
+@pytest.mark.parametrize("n", [200, 600], ids=["dense", "short lists"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("where", OUTLIERS)
+def test_an_outlier_does_not_hide_what_the_others_gain(where: str, dtype: torch.dtype, n: int) -> None:
+    rows, columns = OUTLIERS[where]
+    anchor, model = _with_outliers(rows, columns, n, 1e4)
+    score = anchor.to(dtype) @ model.to(dtype).mT
+    assert _lost(score.double(), best_assignment(score), (*rows, *columns)) < 4  # its own rounding, twice each way
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["scores", "8 bits"])
+@pytest.mark.parametrize("where", OUTLIERS)
+def test_neurons_beside_an_outlier_get_their_optimum(where: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "usable", lambda device, dtype, columns: fast)
+    if fast and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        monkeypatch.setattr(quantized, "_LARGEST", 63)
+    rows, columns = OUTLIERS[where]
+    anchor, model = _with_outliers(rows, columns, 600, 1e4)
+    found = best_permutation(NeuronPairs([], [(anchor, model)], []), scale=NeuronScale.none)
+    score = anchor.double() @ model.double().mT
+    norm = anchor.norm(dim=1).double().median() * model.norm(dim=1).double().median()
+    lost = (_best(score) - _total(score, found.index)) / (600 * torch.finfo(torch.float32).eps * float(norm))
+    assert lost < 4  # a score is the difference of the pair's norms and its distance, each in float32
+
+
+def test_a_few_neurons_move_beside_one_that_stays() -> None:
+    """The large one keeps its place, and what the others gain is less than the rounding of its score."""
+    anchor, _ = _with_outliers((0,), (), 50, 1e6)
+    order = torch.arange(50)
+    order[10:20] = order[10:20].roll(1)
+    index = best_assignment(anchor @ anchor[order].mT)
+    assert torch.equal(order[index], torch.arange(50))
+
+
+def test_moves_that_gain_nothing_are_left_out() -> None:
+    """Two copies of a neuron may change places, and stay; three others that have to move do."""
+    anchor, _ = _with_outliers((), (), 50, 1.0)
+    anchor[1] = anchor[0]
+    order = torch.arange(50)
+    order[[5, 6, 7]] = order[[6, 7, 5]]
+    index = best_assignment(anchor @ anchor[order].mT)
+    assert index[:2].tolist() == [0, 1]
+    assert torch.equal(order[index], torch.arange(50))
 
 
 def test_scores_that_are_all_the_same_take_no_auction() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite_matching
 from torch import Tensor
 
 from mergekit_symalign.symmetry.certificate import PREFIXES, Nearest, nearest_neighbours
@@ -88,7 +88,9 @@ def best_permutation(pairs: NeuronPairs, *, scale: NeuronScale) -> Assignment:
 
 
 def best_assignment(score: Tensor) -> Tensor:
-    """The permutation ``π`` with the largest ``Σ_i score[i, π(i)]``, exactly; the identity if it is as good.
+    """The permutation ``π`` with the largest ``Σ_i score[i, π(i)]``, to the rounding of each row's scores in float32.
+
+    No cycle of it is there for less than rounding: rows that may as well stay do.
 
     Args:
         score: [n, n], any float dtype, any device.
@@ -105,9 +107,17 @@ def best_assignment(score: Tensor) -> Tensor:
     index = shortlist_assignment(Scores.known(score), _sparse_matching) if len(score) >= _LARGE else None
     if index is None:
         index = _on_cpu(lambda s: linear_sum_assignment(s, maximize=True)[1], score)
-    gain = score.gather(1, index.unsqueeze(1)).double().sum() - score.diagonal().double().sum()
-    noise = torch.finfo(score.dtype).eps * score.diagonal().double().abs().sum()
-    return identity if bool(gain <= noise) else index
+    return _without_idle_cycles(index, score)
+
+
+def _without_idle_cycles(index: Tensor, score: Tensor) -> Tensor:
+    """The same permutation [n] with those of its cycles undone that gain no more than the rounding of their scores."""
+    rows = torch.arange(len(index), device=index.device)
+    unmoved, moved = score.diagonal().double(), score.gather(1, index.unsqueeze(1)).squeeze(1).double()
+    worth = moved - unmoved - torch.finfo(score.dtype).eps * unmoved.abs()
+    cycle = _on_cpu(lambda to: connected_components(csr_matrix((to >= 0, (range(len(to)), to))))[1], index)
+    of_cycles = torch.zeros_like(worth).index_add(0, cycle, worth)
+    return torch.where(of_cycles[cycle] > 0, index, rows)
 
 
 def identity_is_optimal(unmoved: Tensor, bounds: Tensor) -> bool:

@@ -179,17 +179,16 @@ class _Prefix:
 
     def candidates(self, costs: NeuronCosts, rows: Tensor) -> _Candidates:
         parts = in_parallel(self._nearest, rows.split(self.height), rows.device)
-        columns, bound, own = (torch.cat(x) for x in zip(*parts, strict=True))
-        cost = costs.of(rows, columns)
-        return _Candidates(rows, columns, cost, bound - SLACK * (own + self.norms.max()))
+        columns, bound = (torch.cat(x) for x in zip(*parts, strict=True))
+        return _Candidates(rows, columns, costs.of(rows, columns), bound)
 
     def compared_in_full(self, costs: NeuronCosts, rows: Tensor, most: Tensor) -> _Candidates | None:
         """For rows that cost at most so much: the nearest of all columns whose prefix distance does not rule them out.
 
         None if these are many.
         """
-        distance, own = self._distances(rows)
-        floor = distance + own.unsqueeze(1) - SLACK * (own.unsqueeze(1) + self.norms)
+        lowest, own = self._lowest(rows)
+        floor = lowest + own.unsqueeze(1)
         possible = floor <= most.unsqueeze(1)
         at, columns = possible.nonzero().unbind(1)
         if len(at) > _RIVALS:
@@ -206,16 +205,17 @@ class _Prefix:
         bound = (1 - SLACK) * found.bound
         return _Candidates(rows, found.columns, costs.of(rows, found.columns), bound)
 
-    def _nearest(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Nearest column on the prefix, distance of the next, and squared norm of each row."""
-        distance, own = self._distances(rows)
-        columns, second = two_lowest(distance)
-        return columns, second + own, own
+    def _nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Column that looks nearest on the prefix, and the least that the prefix distance of any other can be."""
+        lowest, own = self._lowest(rows)
+        columns, second = two_lowest(lowest)
+        return columns, second + own
 
-    def _distances(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Prefix distance to every column less the squared norm of the row, and that norm."""
+    def _lowest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """In two summands, [rows, columns] and [rows]: the prefix distances, less what rounding may add to each."""
         a = self.anchor.index_select(0, rows)
-        return torch.addmm(self.norms.unsqueeze(0), a, self.model.mT, alpha=-2), a.square().sum(1)
+        own, norms = ((1 - SLACK) * x for x in (a.square().sum(1), self.norms))
+        return torch.addmm(norms.unsqueeze(0), a, self.model.mT, alpha=-2), own
 
 
 def prefixes(pairs: Sequence[Pair], share: float) -> list[Tensor]:

@@ -122,13 +122,12 @@ class ExpertProblem:
         if not both:
             return self._router * (1 - SLACK)
         anchor, model = prefixes(both, _PREFIX)
-        norms = model.square().sum(1)
+        norms = (1 - SLACK) * model.square().sum(1)
         nearest = []
         for a in anchor.split(_ROWS):
-            own = a.square().sum(1, keepdim=True)
-            distance = torch.addmm(norms.unsqueeze(0), a, model.mT, alpha=-2) + own
-            slack = SLACK * (own + norms.max())
-            nearest.append((distance.unflatten(1, (self.experts, -1)).amin(2) - slack).clamp_min(0))
+            own = (1 - SLACK) * a.square().sum(1, keepdim=True)
+            lowest = torch.addmm(norms.unsqueeze(0), a, model.mT, alpha=-2) + own
+            nearest.append(lowest.unflatten(1, (self.experts, -1)).amin(2).clamp_min(0))
         inside = torch.cat(nearest).double().unflatten(0, (self.experts, -1)).sum(1)
         return self._router * (1 - SLACK) + inside
 

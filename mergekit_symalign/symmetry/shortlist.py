@@ -11,6 +11,7 @@ for their exact scores, and the prices have to hold against all others at the be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,10 @@ _MOST = 128  # pairs for each row: with more of them lists are not short
 _CHUNKS = 256  # of columns, at least: the best score of each says where a list may end
 _NEAR = 2  # errors within which pairs are looked at again before all are: prices from rounded scores are rounded too
 _ROUNDS = 20  # of adding pairs
+_SAMPLE = 64  # rows that tell how large the scores of an ordinary column are
+_SPAN = 2.0**-24  # the least tolerance of a row, as a share of the largest
+_FIRST = 4  # the first unit of costs, as a share of the largest row's tolerance
+_STEPS = 1 << 20  # units that a gap is divided into: the sparse solver may outbid as many times
 _RELAXATIONS = 1000  # of the shortest paths
 _ROUGH = 50  # of them where prices only say where to look
 _PIECE = 512  # rows for one thread
@@ -63,10 +68,18 @@ class Scores:
         low, high = (float(x) for x in self.stored.aminmax())
         return max(-low, high)
 
-    @property
-    def tolerance(self) -> float:
-        """Differences that are taken for the rounding of scores in float32."""
-        return max(4 * torch.finfo(torch.float32).eps * self.largest, torch.finfo(self.wide).tiny)
+    @cached_property
+    def tolerance(self) -> Tensor:
+        """Differences that are taken for the rounding of a row's scores in float32 [n], float64.
+
+        Each row has its own, for an ordinary column: one neuron of a thousand times the size does not blur the others.
+        """
+        tiny = torch.finfo(self.wide).tiny
+        largest = torch.maximum(self.stored.amax(1), -self.stored.amin(1)).to(self.wide).clamp_min(tiny)
+        few = slice(None, None, max(1, len(largest) // _SAMPLE))
+        ordinary = (self.stored[few].to(self.wide).abs() / largest[few].unsqueeze(1)).amax(0).median()
+        wanted = 4 * torch.finfo(torch.float32).eps * (ordinary * largest).double()
+        return wanted.clamp_min(max(float(wanted.max()) * _SPAN, tiny))
 
     @property
     def wide(self) -> torch.dtype:
@@ -108,14 +121,18 @@ def shortlist_assignment(scores: Scores, match: Matching) -> Tensor | None:
     prices = auction_prices(scores.stored)
     keys = torch.cat((_lists(scores, prices), diagonal)).unique()
     values, near = scores.at(keys, exactly=False), keys[:0]
-    solved = _solve(keys, values, match, prices, scores.tolerance, rough=scores.exact is not None)
+    if scores.exact is None:
+        solved = _solve(keys, values, match, prices, scores)
+    else:  # prices that say where to look
+        unit = float(scores.tolerance.max())
+        solved = _solve_rounded(keys, values, match, prices, unit, math.inf, rough=True)
     if solved is not None and scores.exact is not None:  # from here on lists are what can matter, exactly
         near = _cheaper_pairs(scores, solved, _NEAR)
         if len(near) > _MOST * n:
             return None
         keys = torch.cat((_cheaper_of(near, scores, solved), solved.keys)).unique()
         values = scores.at(keys)
-        solved = _solve(keys, values, match, solved.column, scores.tolerance)
+        solved = _solve(keys, values, match, solved.column, scores)
     for _ in range(_ROUNDS):
         if solved is None or len(keys) > _MOST * n:
             return None
@@ -126,7 +143,7 @@ def shortlist_assignment(scores: Scores, match: Matching) -> Tensor | None:
             return solved.index
         keys, order = torch.cat((keys, new)).sort()
         values = torch.cat((values, scores.at(new)))[order]
-        solved = _solve(keys, values, match, solved.column, scores.tolerance)
+        solved = _solve(keys, values, match, solved.column, scores)
     return None
 
 
@@ -152,14 +169,42 @@ def _lists(scores: Scores, price: Tensor) -> Tensor:
     return _exceeding(scores, price, last)
 
 
-def _solve(
-    keys: Tensor, values: Tensor, match: Matching, start: Tensor, unit: float, *, rough: bool = False
+def _solve(keys: Tensor, values: Tensor, match: Matching, start: Tensor, scores: Scores) -> _Solved | None:
+    """The optimum of some pairs, sorted by rows, with prices that prove it; None if they do not settle.
+
+    The sparse solver outbids by the least difference that there is, and takes minutes where that is tiny. So costs are
+    whole numbers of a unit: about the largest row's rounding, then less, until no row gives away more than its own.
+    """
+    tolerance = scores.tolerance
+    finest, unit, gap = float(tolerance.min()), float(tolerance.max()) / _FIRST, math.inf
+    while True:
+        solved = _solve_rounded(keys, values, match, start, max(unit, finest), gap)
+        if solved is None or unit <= finest:
+            return solved
+        own = _gaps(solved, keys, values)
+        if bool((own <= tolerance).all()):
+            return solved
+        start, gap = solved.column, float(own.sum())
+        unit = min(gap / _STEPS, unit / 2)
+
+
+def _gaps(solved: _Solved, keys: Tensor, values: Tensor) -> Tensor:
+    """How far each row's column is from the best that its listed pairs promise at these prices [n]."""
+    n = len(solved.row)
+    rows, columns = keys // n, keys % n
+    worth = values - solved.column[columns]
+    best = worth.new_full((n,), -torch.inf).scatter_reduce(0, rows, worth, "amax")
+    return best - worth[columns == solved.index[rows]]
+
+
+def _solve_rounded(
+    keys: Tensor, values: Tensor, match: Matching, start: Tensor, unit: float, gap: float, *, rough: bool = False
 ) -> _Solved | None:
-    """The optimum of some pairs, sorted by rows, with prices from ``start`` [n] down; None if they do not settle.
+    """The same with costs in whole numbers of ``unit``, and prices from ``start`` [n] down.
 
     Args:
-        unit: the rounding of scores. Costs are whole numbers of it: their sums are exact, and the solver, which outbids
-            by the least difference that there is, does not take minutes for differences that mean nothing.
+        gap: how far the best assignment is from the best that the prices promise, at most: it has no pair that
+            costs more.
         rough: the prices need not settle.
     """
     n = len(start)
@@ -167,7 +212,8 @@ def _solve(
     worth = values - start[columns]
     top = worth.new_full((n,), -torch.inf).scatter_reduce(0, rows, worth, "amax")
     cost = ((top[rows] - worth) / unit).round() * unit
-    index = match(rows, columns, cost / unit + 1)
+    few = cost <= gap + n * unit
+    index = match(rows[few], columns[few], cost[few] / unit + 1)
     via = index[rows]
     own = cost[columns == via]
     price = torch.zeros_like(own)
@@ -197,7 +243,7 @@ def _cheaper_of(keys: Tensor, scores: Scores, solved: _Solved, errors: float = 1
     """The same among some pairs."""
     rows, columns = keys // len(solved.row), keys % len(solved.row)
     highest, _ = scores.within(keys, errors)
-    return keys[highest > solved.row[rows] + solved.column[columns] + scores.tolerance]
+    return keys[highest > solved.row[rows] + solved.column[columns] + scores.tolerance[rows]]
 
 
 def _others(keys: Tensor, known: Tensor) -> Tensor:
