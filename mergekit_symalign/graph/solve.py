@@ -165,8 +165,9 @@ def describe_block(
 
 
 def without_identities(element: BlockElement) -> BlockElement:
-    """Leave out actions that change nothing, so that their tensors pass through untouched, bit for bit.
+    """Leave out actions, and steps of them, that change nothing: what they leave alone passes through bit for bit.
 
     Asks the device for values, as the assignment and the facts do.
     """
-    return BlockElement({axis: g for axis, g in element.actions.items() if not bool(g.is_identity())})
+    moving = {axis: g for axis, g in element.actions.items() if not bool(g.is_identity())}
+    return BlockElement({axis: g.simplified() for axis, g in moving.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,11 +113,13 @@ class BlockElement:
     def __call__(self, x: Tensor, axes: TensorAxes) -> Tensor:
         """Transform a stored tensor.
 
-        To the compute dtype, unless its numbers only change places; a tensor that this does not touch comes back as
-        it is.
+        Numbers that only change places keep their dtype and their bits. A tensor of which any part is calculated
+        comes in the compute dtype, and one that this does not touch comes back as it is.
         """
         if not self.moves(axes):
             return x
+        if not self.calculates(axes):
+            axes = replace(axes, offset=0.0)
         weights = axes.read(x)
         for dim, axis in enumerate(axes.names):
             weights = self._along(weights, dim, axis)
@@ -128,7 +130,6 @@ class BlockElement:
             return self.actions[axis](x, dim) if axis in self.actions else x
         if not self.actions.keys() & axis_names(axis):
             return x
-        x = x.to(compute_dtype(x.dtype))
         parts = [self._along(part, dim, name) for name, part in fused_parts(x, dim, axis).items()]
         return torch.cat([x.unflatten(dim, (axis.groups, -1)) for x in parts], dim=dim + 1).flatten(dim, dim + 1)
 
@@ -139,7 +140,7 @@ class BlockElement:
     def calculates(self, axes: TensorAxes) -> bool:
         """Whether a tensor's numbers do more than change places."""
         moved = self.actions.keys() & axes.all_names()
-        return not all(isinstance(self.actions[name], Permutation) for name in moved)
+        return not all(self.actions[name].only_reorders for name in moved)
 
     def inverse(self) -> BlockElement:
         return BlockElement({axis: action.inverse() for axis, action in self.actions.items()})

@@ -45,6 +45,11 @@ class AxisAction(ABC):
     kind: ClassVar[str]
 
     @property
+    def only_reorders(self) -> bool:
+        """Whether numbers change places and nothing else, by the kind of element alone."""
+        return False
+
+    @property
     @abstractmethod
     def size(self) -> int:
         """Length of the axis this acts on."""
@@ -68,6 +73,10 @@ class AxisAction(ABC):
     @abstractmethod
     def snapped(self, tolerance: float) -> AxisAction:
         """The same element with every part that is within ``tolerance`` of the identity replaced by it."""
+
+    def simplified(self) -> AxisAction:
+        """The same element without steps that change nothing (asks the device)."""
+        return self
 
     def __call__(self, x: Tensor, dim: int) -> Tensor:
         """Apply to axis ``dim`` of ``x``; returns the compute dtype (float32 at least).
@@ -114,6 +123,10 @@ class Permutation(AxisAction):
 
     kind: ClassVar[str] = "permutation"
     index: Tensor
+
+    @property
+    def only_reorders(self) -> bool:
+        return True
 
     @property
     def size(self) -> int:
@@ -327,6 +340,10 @@ class Chain(AxisAction):
     steps: tuple[AxisAction, ...]
 
     @property
+    def only_reorders(self) -> bool:
+        return all(step.only_reorders for step in self.steps)
+
+    @property
     def size(self) -> int:
         return self.steps[0].size
 
@@ -351,6 +368,10 @@ class Chain(AxisAction):
 
     def snapped(self, tolerance: float) -> Chain:
         return Chain(tuple(step.snapped(tolerance) for step in self.steps))
+
+    def simplified(self) -> AxisAction:
+        kept = tuple(step for step in self.steps if not bool(step.is_identity()))
+        return kept[0] if len(kept) == 1 else Chain(kept or self.steps)
 
     def pack(self) -> Packed:
         return tuple(packed for step in self.steps for packed in step.pack())
