@@ -188,6 +188,24 @@ def relative_deviation(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).abs().max() / a.double().std())
 
 
+ROUNDINGS = 4  # of a weight on its way through an alignment: saved, turned, scaled, written
+
+
+def rounding(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> float:
+    """How far the logits move, in their standard deviations, when every weight is off by that many roundings."""
+    noisy = perturbed(model, ROUNDINGS * torch.finfo(dtype).eps, 11).state_dict()
+    return relative_deviation(logits(model), logits(with_weights(model, {k: x.float() for k, x in noisy.items()})))
+
+
+def off_by(out: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The largest ‖out − wanted‖ / ‖wanted‖ of a tensor, in roundings of float32."""
+    norms = (
+        torch.linalg.vector_norm(out[name].double() - x.double()) / torch.linalg.vector_norm(x.double())
+        for name, x in wanted.items()
+    )
+    return float(max(norms)) / torch.finfo(torch.float32).eps
+
+
 def word_tokenizer(size: int, prefix: str = "w") -> PreTrainedTokenizerFast:
     """A tokenizer of whole words: `w7` is token 7."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"{prefix}{i}": i for i in range(3, size)}

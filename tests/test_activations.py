@@ -24,7 +24,17 @@ from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from models import FAMILIES, EverythingInFloat64, make_model, perturbed, save, with_weights, word_tokenizer
+from models import (
+    FAMILIES,
+    EverythingInFloat64,
+    make_model,
+    off_by,
+    perturbed,
+    rounding,
+    save,
+    with_weights,
+    word_tokenizer,
+)
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mergekit_symalign.activations import calibration as calibration_module
@@ -59,12 +69,24 @@ def prompts(path: Path, vocabulary: int = 97, tokens: int = TOKENS, seed: int = 
     return path
 
 
+EPS = torch.finfo(torch.float32).eps
+NOISE = 0.02  # of a sibling's weights, relative
+
+
+def _turned_by_rounding(model: PreTrainedModel) -> float:
+    """How far weights may be off, relative to their size, that were matched by activations in float32.
+
+    These carry the rounding of a run, and each coordinate of a head turns by as much.
+    """
+    return rounding(model) * resolve(model.config, model="m").geometry.head_dim ** 0.5
+
+
 class Twins:
     """An anchor, a planted twin of it, a sibling, and a planted twin of that, saved in float32 with tokenizers."""
 
     def __init__(self, family: str, folder: Path) -> None:
         self.anchor = make_model(family, 0)
-        self.sibling = perturbed(self.anchor, 0.02, 1)
+        self.sibling = perturbed(self.anchor, NOISE, 1)
         layout = resolve(self.anchor.config, model=family)
         elements = random_elements(layout, 3, Planted())
         self.paths = {}
@@ -107,9 +129,7 @@ def test_a_twin_is_recovered_from_activations_alone(
     monkeypatch.setattr(covariance, "PRIOR", 0.0)
     twins.match("anchor-twin", tmp_path)
     out, anchor, planted = (twins.loaded(p) for p in (tmp_path, twins.paths["anchor"], twins.paths["anchor-twin"]))
-    for name, x in anchor.items():
-        # a neuron out of place would be an error of order 1, a rotation off by 1e-3 one of that order
-        torch.testing.assert_close(out[name], x, rtol=0, atol=1e-3 * float(x.abs().max()), msg=name)
+    assert off_by(out, anchor) * EPS < _turned_by_rounding(twins.anchor)
     assert sum(not torch.allclose(planted[name], x, atol=0.1) for name, x in anchor.items()) > len(anchor) / 3
 
 
@@ -120,8 +140,7 @@ def test_a_twin_aligns_to_the_same_weights_as_the_original(family: str, tmp_path
     for name in ("sibling", "sibling-twin"):
         twins.match(name, tmp_path / f"{name}-out")
         out.append(twins.loaded(tmp_path / f"{name}-out"))
-    for name, x in out[0].items():
-        torch.testing.assert_close(out[1][name], x, rtol=0, atol=1e-3 * float(x.abs().max()), msg=name)
+    assert off_by(out[1], out[0]) * EPS < 2 * _turned_by_rounding(twins.anchor)  # either of them
 
 
 # Windows, QK-norms, fused, Conv1D, relative positions by their own projections and by those of the tokens.
@@ -294,8 +313,7 @@ def test_signed_neuron_scales_are_undone_by_activations(family: str, tmp_path: P
     settings = {"objective": "activations", "calibration": str(prompts(tmp_path / "p.jsonl")), "neuron_scaling": True}
     merged(merge_config("rotation_match", paths[0], [paths[1]], parameters=settings), tmp_path / "out")
     out = type(anchor).from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
-    for name, x in anchor.state_dict().items():
-        torch.testing.assert_close(out[name], x.float(), rtol=0, atol=1e-3 * float(x.abs().max()), msg=name)
+    assert off_by(out, anchor.state_dict()) * EPS < _turned_by_rounding(anchor)
 
 
 _KILLED_IN_LAYER_2 = """
@@ -366,8 +384,8 @@ def test_two_models_and_a_third_by_weights(llama: Twins, tmp_path: Path) -> None
     mixed, weights = merge(models, "mixed", **settings), merge(models, "weights", weight=1.0)
     same = {name: torch.equal(x, weights[name]) for name, x in mixed.items() if "self_attn" in name}
     assert {name for name, equal in same.items() if equal} == {name for name in same if "layers.2." in name}
-    for name, x in mixed.items():
-        torch.testing.assert_close(x, weights[name], rtol=0, atol=0.1 * float(x.abs().max()), msg=name)
+    # Of the two aligned models either result is about the sibling's noise from the anchor.
+    assert off_by(mixed, weights) * EPS < 4 * NOISE
 
 
 def test_deep_models_hold_one_layer_at_a_time(tmp_path: Path) -> None:

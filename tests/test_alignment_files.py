@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import State, load, merge_config, merged
-from models import logits, make_model, perturbed, relative_deviation, save, with_weights
+from models import logits, make_model, perturbed, relative_deviation, rounding, save, with_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
@@ -93,7 +93,7 @@ def test_apply_keeps_the_function_and_invert_undoes_it(pair: Pair, tmp_path: Pat
     assert all(torch.equal(merge[name], x) for name, x in load(out).items() if name in merge)
     assert (out / "config.json").read_text() == (pair.twin_path / "config.json").read_text()
     if hasattr(pair.twin, "lm_head"):
-        assert relative_deviation(logits(pair.twin), logits(with_weights(pair.model, aligned))) < 1e-3
+        assert relative_deviation(logits(pair.twin), logits(with_weights(pair.model, aligned))) < rounding(pair.twin)
     eps = torch.finfo(torch.float32).eps
     for name, x in original.items():
         assert (undone[name] - x).abs().max() <= 32 * eps * x.abs().max(), name
@@ -125,7 +125,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
         found = file.element(block)
         assert found.actions.keys() == element.actions.keys()
         for axis, action in element.actions.items():
-            x = torch.randn(action.size, 3, dtype=torch.float64)
+            x = torch.randn(action.size, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
             assert torch.equal(found.actions[axis](x, 0), action(x, 0))
 
 

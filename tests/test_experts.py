@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
-from mergekit_symalign.symmetry.assignment import best_assignment
 from mergekit_symalign.symmetry.blocks import align_mlp
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.expert_covariance import Routing, align_experts_by
@@ -77,7 +77,8 @@ def _ordered(anchor: Rows, model: Rows, order: tuple[int, ...]) -> Rows:
             axis: (anchor[axis][i * N : (i + 1) * N], model[axis][j * N : (j + 1) * N])
             for axis in ("gate", "up", "down")
         }
-        index.append(best_assignment(torch.stack([a @ b.mT for a, b in block.values()]).sum(0)) + j * N)
+        score = sum(a.numpy() @ b.numpy().T for a, b in block.values())
+        index.append(torch.from_numpy(linear_sum_assignment(score, maximize=True)[1]) + j * N)
     result = {axis: model[axis][torch.cat(index)] for axis in NEURON_AXES}
     return result | {"expert": model["expert"][list(order)]}
 

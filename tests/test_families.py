@@ -162,4 +162,4 @@ def test_the_page_of_architectures_lists_every_family() -> None:
     assert listed == set(supported_architectures())
     measured = {row[2].strip("`") for row in rows}
     assert all(measured & set(family.architectures) for family in families().values())
-    assert all(float(row[5]) < 1e-9 and float(row[6].rstrip(" |")) < 1.005 for row in rows)
+    assert all(float(row[5]) < 1e-9 and float(row[6].rstrip(" |")) <= 1 for row in rows)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
 from models import make_model, perturbed
+from scipy.optimize import minimize_scalar
 
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
@@ -18,9 +22,10 @@ from mergekit_symalign.symmetry.element import rows_by_axis
 from mergekit_symalign.symmetry.groups import Chain, Permutation
 from mergekit_symalign.symmetry.heads import HeadProblem, match_heads
 from mergekit_symalign.symmetry.moments import plane_correlation
-from mergekit_symalign.symmetry.options import Facts, HeadShape, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.options import Facts, GainScope, HeadShape, Rotation, Sides, Symmetries
 
 State = dict[str, torch.Tensor]
+Products = tuple[np.ndarray, np.ndarray]
 CASES = {
     "gqa": ("llama", {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 8}),
     "mha": ("llama-mha", {}),
@@ -90,8 +95,85 @@ def test_optimum_over_all_orders_of_unrelated_heads(case: str, rotation: Rotatio
         assert (problem.prefix_bounds <= problem.plane_bounds + 1e-9).all()
     order = match_heads(problem)
     kv = torch.arange(k) if order is None else order.kv
-    best = min(sum(costs[r, c] for r, c in enumerate(p)) for p in permutations(range(k)))
-    assert costs[torch.arange(k), kv].sum() == pytest.approx(float(best), rel=1e-9)
+    reference = _Reference(sides, shape, use)
+    expected = [[reference.cost(r, c, problem.inner[r, c].tolist()) for c in range(k)] for r in range(k)]
+    assert costs.flatten().tolist() == pytest.approx(np.ravel(expected).tolist(), rel=1e-9)
+    best = min(sum(expected[r][c] for r, c in enumerate(p)) for p in permutations(range(k)))
+    assert sum(expected[r][c] for r, c in enumerate(kv.tolist())) == pytest.approx(best, rel=1e-9)
+
+
+class _Reference:
+    """What a pair of KV heads costs, from its definition: numpy's decompositions, and scipy's search for the scale."""
+
+    def __init__(self, sides: Sides, shape: HeadShape, use: Symmetries) -> None:
+        self.shape, self.use = shape, use
+        self.rotate, self.scale = use.rotation is not Rotation.none, use.scaling
+        self.rows = {
+            axis: [np.concatenate([pair[i].numpy() for pair in pairs], axis=1) for i in range(2)]
+            for axis, pairs in sides.items()
+        }
+
+    def cost(self, i: int, j: int, inner: list[int]) -> float:
+        """Of the anchor's head ``i`` and the model's ``j``, its query heads in this order; less the anchor's norms."""
+        group = self.shape.queries_per_kv
+        kv, own, other = ([i], [j]), range(i * group, (i + 1) * group), [j * group + h for h in inner]
+        value, key = (self.products(axis, *kv) for axis in ("value", "key"))
+        attended, query = (self.products(axis, own, other) for axis in ("attended", "query"))
+        return self.of_matrix(value, attended) + self.of_query(query, key)
+
+    def products(self, axis: str, own: Iterable[int], other: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Of model and anchor [d, d], and squared norms of the model's coordinates [d], over all heads given."""
+        d = self.shape.head_dim
+        a, b = (
+            np.concatenate([x[h * d : (h + 1) * d] for h in heads], axis=1)
+            for x, heads in zip(self.rows[axis], (own, other), strict=True)
+        )
+        return b @ a.T, (b**2).sum(1)
+
+    def of_query(self, query: Products, key: Products) -> float:
+        shape, norm = self.shape, float(query[1].sum() + key[1].sum())
+        first, second = np.split(np.array(shape.planes(), dtype=int), 2)
+        if shape.qk_norm:
+            by_plane = sum(np.diag(c)[first] + np.diag(c)[second] for c, _ in (query, key))
+            gains = by_plane.sum() if shape.norm is GainScope.centred else by_plane
+            return norm - 2 * float(np.abs(gains).sum() if self.rotate else np.sum(gains))
+        if self.use.rotation is Rotation.full:  # the papers' way: a rotation, then a scale
+            u, _, vh = np.linalg.svd(query[0] + key[0])
+            q, k = ((vh.T @ u.T @ c).trace() for c, _ in (query, key))
+            return self.least(query[1].sum(), key[1].sum(), lambda s: s * q + k / s)
+        planes = sum(self.of_plane(query, key, a, b) for a, b in zip(first, second, strict=True))
+        rest = shape.rest()
+        if not rest:
+            return planes
+        return planes + self.of_matrix(*((c[np.ix_(rest, rest)], b[rest]) for c, b in (query, key)))
+
+    def of_matrix(self, one: Products, dual: Products) -> float:
+        def reached(s: float) -> float:
+            c = s * one[0] + dual[0] / s
+            return float(np.linalg.norm(c, "nuc") if self.rotate else np.trace(c))
+
+        return self.least(one[1].sum(), dual[1].sum(), reached)
+
+    def of_plane(self, query: Products, key: Products, a: int, b: int) -> float:
+        def reached(s: float) -> float:
+            c = s * query[0] + key[0] / s
+            along, across = c[a, a] + c[b, b], c[a, b] - c[b, a]
+            return float(np.hypot(along, across) if self.rotate else along)
+
+        return self.least(query[1][[a, b]].sum(), key[1][[a, b]].sum(), reached)
+
+    def least(self, one: float, dual: float, reached: Callable[[float], float]) -> float:
+        """``min s² one + dual / s² − 2 reached(s)``: the best of a grid, and scipy's search around it."""
+
+        def f(t: float) -> float:
+            s = math.exp(t)
+            return s**2 * one + dual / s**2 - 2 * reached(s)
+
+        if not self.scale:
+            return f(0.0)
+        grid = np.linspace(-3, 3, 121)
+        at = float(grid[np.argmin([f(t) for t in grid])])
+        return float(minimize_scalar(f, bounds=(at - 0.1, at + 0.1), method="bounded", options={"xatol": 1e-9}).fun)
 
 
 def test_pairs_know_of_planes_what_whole_products_would_tell() -> None:

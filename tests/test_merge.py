@@ -18,7 +18,18 @@ from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from models import FAMILIES, logits, make_model, perturbed, relative_deviation, save, with_weights
+from models import (
+    FAMILIES,
+    ROUNDINGS,
+    logits,
+    make_model,
+    off_by,
+    perturbed,
+    relative_deviation,
+    rounding,
+    save,
+    with_weights,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_symalign.errors import GeometryError, ParameterError
@@ -76,9 +87,10 @@ def test_rotation_match_brings_a_twin_back(trio: Trio, tmp_path: Path) -> None:
     distance, before, planted = (
         squared_distance(anchor, _float32(model)) ** 0.5 for model in (out, trio.sibling, trio.twin)
     )
-    assert distance <= 1.005 * before
+    size = sum(float(x.double().square().sum()) for x in anchor.values()) ** 0.5
+    assert distance <= before + ROUNDINGS * torch.finfo(torch.float32).eps * size
     assert planted > 3 * before  # the planting moved it far away
-    assert relative_deviation(logits(trio.sibling), logits(out)) < 1e-3
+    assert relative_deviation(logits(trio.sibling), logits(out)) < rounding(trio.sibling)
 
 
 # MergeKit's own methods cannot merge these: buffers and norms it asks for are not there, its aliases fail, or (ViT) it
@@ -100,7 +112,9 @@ def test_aligned_merge_of_a_twin_is_the_merge_of_the_original(trio: Trio, tmp_pa
     wanted = merge("sibling", align=False)
     plain_error = squared_distance(merge("twin", align=False), wanted) ** 0.5
     aligned_error = squared_distance(merge("twin", align=True), wanted) ** 0.5
-    assert aligned_error < 0.1 * plain_error
+    # An aligned sibling is no farther from the anchor than the sibling itself, so by no more than twice that from it.
+    apart = 2 * squared_distance(_float32(trio.sibling), _float32(trio.anchor)) ** 0.5
+    assert aligned_error <= apart < plain_error
 
 
 def test_a_twin_aligns_to_the_same_weights_as_the_original(trio: Trio, tmp_path: Path) -> None:
@@ -109,8 +123,7 @@ def test_a_twin_aligns_to_the_same_weights_as_the_original(trio: Trio, tmp_path:
         merged(merge_config("rotation_match", trio.path("anchor"), [trio.path(name)]), tmp_path / name)
         for name in ("sibling", "twin")
     ]
-    for name, x in out[0].items():
-        torch.testing.assert_close(out[1][name], x, rtol=1e-4, atol=2e-5 * float(x.abs().max()))
+    assert off_by(out[1], out[0]) < ROUNDINGS
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta", "olmoe"])
@@ -123,9 +136,9 @@ def test_neuron_scales_are_undone(family: str, tmp_path: Path) -> None:
     with_scales, without = (_model_at(tmp_path / name, trio.anchor) for name in ("with", "without"))
     anchor = _float32(trio.anchor)
     before = squared_distance(_float32(trio.sibling), anchor)
-    assert squared_distance(_float32(with_scales), anchor) <= 1.01 * before
+    assert squared_distance(_float32(with_scales), anchor) <= before
     assert squared_distance(_float32(without), anchor) > 2 * before
-    assert relative_deviation(logits(trio.sibling), logits(with_scales)) < 1e-3
+    assert relative_deviation(logits(trio.sibling), logits(with_scales)) < rounding(trio.sibling)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -207,7 +220,7 @@ def test_each_symmetry_alone(llama: Trio, parameters: dict[str, Any], moved: set
         if part in ("mlp", "self_attn")
     }
     assert changed == moved
-    assert relative_deviation(logits(llama.sibling), logits(with_weights(llama.anchor, out))) < 1e-3
+    assert relative_deviation(logits(llama.sibling), logits(with_weights(llama.anchor, out))) < rounding(llama.sibling)
     anchor = _float32(llama.anchor)
     assert squared_distance(out, anchor) <= squared_distance(twin, anchor)
 
@@ -223,9 +236,10 @@ def test_rotation_full_warns_and_changes_the_function(
     assert "does not commute with RoPE" in caplog.text
     anchor = _float32(llama.anchor)
     assert squared_distance(full, anchor) < squared_distance(exact, anchor)  # it fits better
-    assert relative_deviation(logits(llama.sibling), logits(with_weights(llama.anchor, exact))) < 1e-3
-    broken = logits(with_weights(llama.anchor, full))
-    assert relative_deviation(logits(llama.sibling), broken) > 1e-2
+    deviation, broken = (
+        relative_deviation(logits(llama.sibling), logits(with_weights(llama.anchor, state))) for state in (exact, full)
+    )
+    assert deviation < rounding(llama.sibling) < broken / 100
 
 
 def test_parameters_at_every_level(llama: Trio, tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import State, merge_config, merged, squared_distance
+from conftest import State, load, merge_config, merged
 from mergekit import merge_methods
 from mergekit.card import method_md
 from mergekit.merge_methods import MergeMethod, TensorGroup, merge_method
 from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase
-from models import make_model, perturbed, save, with_weights
+from models import ROUNDINGS, make_model, off_by, perturbed, save, with_weights
 
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.methods import ALIGNMENT_NAMES, ALIGNMENT_PARAMETERS, AlignedMethod
@@ -20,6 +20,9 @@ from mergekit_symalign.planting import random_elements, transform
 
 INNER = {m.spec.name: m for m in merge_methods.registered_methods() if not isinstance(m, AlignedMethod)}
 PARAMETERS = {"weight": 0.6, "t": 0.4, "density": 0.5}
+# A weight is kept if its change times the divergence of its row is large. Of rows that are nearly equal, float32 leaves
+# that divergence a few digits, so single weights that lie at the threshold fall to either side.
+TIPPING = {"arcee_fusion"}
 Paths = dict[str, Path]
 
 
@@ -63,10 +66,18 @@ def test_scrambled_inputs_merge_like_unscrambled_ones(name: str, paths: Paths, t
     got = _merge(f"aligned_{name}", paths["a"], _inputs(method, paths, "twin-"), tmp_path / "got")
     plain = _merge(name, base, _inputs(method, paths, "twin-"), tmp_path / "plain")
     assert wanted.keys() == got.keys()
-    # A threshold or an elected sign may tip over for single weights that differ by rounding: hence distances.
-    error, without = squared_distance(wanted, got), squared_distance(wanted, plain)
-    assert error < 1e-3 * without
-    assert without > 1e-3 * sum(float(x.double().square().sum()) for x in wanted.values())
+    if name in TIPPING:
+        got = {key: _without_tips(x, wanted[key]) for key, x in got.items()}
+    assert off_by(got, wanted) < ROUNDINGS
+    assert off_by(plain, wanted) > 1000 * ROUNDINGS
+
+
+def _without_tips(x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """A tensor without the few weights that came down on the other side of the method's threshold."""
+    rounded = ROUNDINGS * torch.finfo(x.dtype).eps * wanted.abs().max()
+    tipped = (x - wanted).abs() > 8 * rounded
+    assert float(tipped.float().mean()) < 1e-3
+    return torch.where(tipped, wanted, x)
 
 
 def test_every_method_is_there_with_its_parameters() -> None:
@@ -89,7 +100,8 @@ def test_the_anchor_takes_part_in_a_baseless_method_only_if_listed(paths: Paths,
 
     without, with_anchor = karcher(["twin-b", "twin-c"], "without"), karcher(["a", "twin-b", "twin-c"], "with")
     plain = merged(merge_config("karcher", None, [paths[m] for m in "abc"]), tmp_path / "plain")
-    assert squared_distance(with_anchor, plain) < 1e-3 * squared_distance(without, plain)
+    assert off_by(with_anchor, plain) < ROUNDINGS
+    assert off_by(without, plain) > 1000 * ROUNDINGS
 
 
 def test_a_method_registered_later_is_aligned_as_well(paths: Paths, tmp_path: Path) -> None:
@@ -104,10 +116,7 @@ def test_a_method_registered_later_is_aligned_as_well(paths: Paths, tmp_path: Pa
     config = merge_config("aligned_first_of_all", paths["a"], [paths["twin-b"]], parameters={"strength": 2.0})
     out = merged(config, tmp_path)
     halved = {name: x / 2 for name, x in out.items()}
-    norm = sum(float(x.double().square().sum()) for x in out.values())
-    from conftest import load
-
-    assert squared_distance(halved, load(paths["b"])) < 1e-9 * norm
+    assert off_by(halved, load(paths["b"])) < ROUNDINGS
 
 
 def test_a_method_with_a_parameter_of_ours_is_left_alone() -> None:

@@ -91,13 +91,13 @@ def test_pieces_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_mergekit_treats_otherwise_is_left_to_it() -> None:
     """A model without the tensor, numbers that are not floating point, shapes that differ."""
-    models = MODELS[:2]
-    only_base = {models[0]: torch.randn(40, 16)}
+    models, g = MODELS[:2], torch.Generator().manual_seed(0)
+    only_base = {models[0]: torch.randn(40, 16, generator=g)}
     for tensors in (only_base, {m: torch.arange(640).reshape(40, 16) for m in models}):
         task = _task("task_arithmetic", models)
         expected, found = _whole(task).execute(tensors), task.execute(tensors)
         assert (expected is None and found is None) or torch.equal(expected, found)  # type: ignore[arg-type]
-    unlike = {models[0]: torch.randn(40, 16), models[1]: torch.randn(41, 16)}
+    unlike = {models[0]: torch.randn(40, 16, generator=g), models[1]: torch.randn(41, 16, generator=g)}
     with pytest.raises(ValueError, match="Tensor size mismatch"):
         _task("linear", models).execute(unlike)
 
