@@ -10,8 +10,6 @@ from torch import Tensor
 
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind, MlpKind
-from mergekit_symalign.symmetry.attention import per_query_head
-from mergekit_symalign.symmetry.blocks import moved_axes
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
@@ -24,7 +22,8 @@ from mergekit_symalign.symmetry.groups import (
     PlaneRotation,
     Scaling,
 )
-from mergekit_symalign.symmetry.heads import HeadOrder
+from mergekit_symalign.symmetry.heads.order import HeadOrder, moved_axes
+from mergekit_symalign.symmetry.heads.solve import per_query_head
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
 
 Elements = dict[tuple[int, BlockKind], BlockElement]

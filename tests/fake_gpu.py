@@ -31,7 +31,8 @@ from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph import activations, streaming
 from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, SolveActivations
 from mergekit_symalign.graph.load import LoadFinite
-from mergekit_symalign.symmetry import covariance, expert_covariance
+from mergekit_symalign.symmetry.by_activations import covariance
+from mergekit_symalign.symmetry.by_activations import experts as expert_covariance
 
 # Not CUDA: transformers indexes with None, which fake CUDA cannot in a CPU build of torch.
 _setup_privateuseone_for_python_backend("fakegpu")

@@ -47,8 +47,8 @@ from mergekit_symalign.graph import streaming
 from mergekit_symalign.graph.activations import RunLayer
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.planting import Planted, random_elements, transform
-from mergekit_symalign.symmetry import covariance
-from mergekit_symalign.symmetry.covariance import Covariance
+from mergekit_symalign.symmetry.by_activations import covariance
+from mergekit_symalign.symmetry.by_activations.covariance import Covariance
 from mergekit_symalign.symmetry.options import MlpShape, Symmetries
 
 RUNNABLE = [family for family in FAMILIES if not family.startswith("vit")]  # which reads no text

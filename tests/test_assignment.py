@@ -7,14 +7,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mergekit_symalign.symmetry import assignment
-from mergekit_symalign.symmetry.assignment import (
-    NeuronPairs,
-    align_neurons,
-    best_assignment,
-    neuron_factors,
-)
+from mergekit_symalign.symmetry.assignment import linear
+from mergekit_symalign.symmetry.assignment.linear import best_assignment
 from mergekit_symalign.symmetry.groups import Chain, Permutation, Scaling
+from mergekit_symalign.symmetry.neurons.costs import NeuronPairs, neuron_factors
+from mergekit_symalign.symmetry.neurons.match import align_neurons
 from mergekit_symalign.symmetry.options import NeuronScale
 
 NEURONS, HIDDEN = 40, 24
@@ -120,5 +117,5 @@ def test_signed_scale_beats_a_grid() -> None:
 def test_large_problems_use_short_lists_and_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     score = torch.randn(600, 600, generator=torch.Generator().manual_seed(0))
     found = best_assignment(score)
-    monkeypatch.setattr(assignment, "_LARGE", 10**9)
+    monkeypatch.setattr(linear, "LARGE", 10**9)
     assert torch.equal(found, best_assignment(score))

@@ -9,13 +9,16 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mergekit_symalign.symmetry import certificate, coarse, distance, neuron_costs
-from mergekit_symalign.symmetry.assignment import best_permutation
-from mergekit_symalign.symmetry.certificate import nearest_neighbours
-from mergekit_symalign.symmetry.coarse import CoarseRows, two_lowest
+from mergekit_symalign.symmetry import distance
 from mergekit_symalign.symmetry.distance import squared_distance
-from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs
+from mergekit_symalign.symmetry.neurons import certificate, coarse
+from mergekit_symalign.symmetry.neurons import costs as neuron_costs
+from mergekit_symalign.symmetry.neurons.certificate import nearest_neighbours
+from mergekit_symalign.symmetry.neurons.coarse import CoarseRows
+from mergekit_symalign.symmetry.neurons.costs import NeuronCosts, NeuronPairs
+from mergekit_symalign.symmetry.neurons.match import best_permutation
 from mergekit_symalign.symmetry.options import NeuronScale
+from mergekit_symalign.symmetry.rows import two_lowest
 
 N, HIDDEN = 300, 200
 Kinds = list[Tensor]  # gate, up, down as rows

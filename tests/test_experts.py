@@ -9,10 +9,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from mergekit_symalign.symmetry.blocks import align_mlp
+from mergekit_symalign.symmetry.by_activations.experts import Routing, align_experts_by
 from mergekit_symalign.symmetry.element import BlockElement
-from mergekit_symalign.symmetry.expert_covariance import Routing, align_experts_by
-from mergekit_symalign.symmetry.experts import ExpertProblem
 from mergekit_symalign.symmetry.groups import Chain, Permutation, Scaling
+from mergekit_symalign.symmetry.neurons.experts import ExpertProblem
 from mergekit_symalign.symmetry.options import MlpShape, NeuronScale, Symmetries
 
 E, N, H = 4, 9, 24

@@ -15,13 +15,13 @@ from scipy.optimize import minimize_scalar
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.planting import Planted, random_elements, transform
-from mergekit_symalign.symmetry import heads as heads_module
-from mergekit_symalign.symmetry.attention import head_moments
 from mergekit_symalign.symmetry.blocks import align_attention
 from mergekit_symalign.symmetry.element import rows_by_axis
 from mergekit_symalign.symmetry.groups import Chain, Permutation
-from mergekit_symalign.symmetry.heads import HeadProblem, match_heads
-from mergekit_symalign.symmetry.moments import plane_correlation
+from mergekit_symalign.symmetry.heads import match as heads_module
+from mergekit_symalign.symmetry.heads.match import HeadProblem, match_heads
+from mergekit_symalign.symmetry.heads.moments import plane_correlation
+from mergekit_symalign.symmetry.heads.solve import head_moments
 from mergekit_symalign.symmetry.options import Facts, GainScope, HeadShape, Rotation, Sides, Symmetries
 
 State = dict[str, torch.Tensor]

@@ -8,9 +8,9 @@ from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import AxisAction, HeadRotation
-from mergekit_symalign.symmetry.joint import joint_optimum
-from mergekit_symalign.symmetry.moments import Moments, moments, of_planes, plane_correlation
-from mergekit_symalign.symmetry.procrustes import (
+from mergekit_symalign.symmetry.heads.joint import joint_optimum
+from mergekit_symalign.symmetry.heads.moments import Moments, moments, of_planes, plane_correlation
+from mergekit_symalign.symmetry.heads.procrustes import (
     align_gains,
     align_heads,
     align_heads_in_turn,

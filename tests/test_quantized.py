@@ -9,11 +9,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mergekit_symalign.symmetry import quantized, shortlist
-from mergekit_symalign.symmetry.assignment import best_permutation
-from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs
+from mergekit_symalign.symmetry.assignment import shortlist
+from mergekit_symalign.symmetry.assignment.shortlist import Scores
+from mergekit_symalign.symmetry.neurons import quantized
+from mergekit_symalign.symmetry.neurons.costs import NeuronCosts, NeuronPairs
+from mergekit_symalign.symmetry.neurons.match import best_permutation
 from mergekit_symalign.symmetry.options import NeuronScale, Pair
-from mergekit_symalign.symmetry.shortlist import Scores
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

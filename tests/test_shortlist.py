@@ -9,11 +9,14 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mergekit_symalign.symmetry import quantized, shortlist
-from mergekit_symalign.symmetry.assignment import NeuronPairs, _sparse_matching, best_assignment, best_permutation
-from mergekit_symalign.symmetry.auction import auction_prices
+from mergekit_symalign.symmetry.assignment import shortlist
+from mergekit_symalign.symmetry.assignment.auction import auction_prices
+from mergekit_symalign.symmetry.assignment.linear import sparse_matching, best_assignment
+from mergekit_symalign.symmetry.assignment.shortlist import Scores, shortlist_assignment
+from mergekit_symalign.symmetry.neurons import quantized
+from mergekit_symalign.symmetry.neurons.costs import NeuronPairs
+from mergekit_symalign.symmetry.neurons.match import best_permutation
 from mergekit_symalign.symmetry.options import NeuronScale
-from mergekit_symalign.symmetry.shortlist import Scores, shortlist_assignment
 
 N = 400
 
@@ -63,7 +66,7 @@ def test_the_optimum_of_the_whole_matrix(kind: str, source: object, monkeypatch:
     monkeypatch.setattr(shortlist, "_LIST", 8)
     monkeypatch.setattr(shortlist, "_MOST", N)  # ties and lists that are not short are solved all the same
     score = _scores(kind)
-    index = shortlist_assignment(source(score), _sparse_matching)  # type: ignore[operator]
+    index = shortlist_assignment(source(score), sparse_matching)  # type: ignore[operator]
     assert index is not None
     assert _total(score, index) == pytest.approx(_best(score), rel=1e-6)
 
@@ -71,7 +74,7 @@ def test_the_optimum_of_the_whole_matrix(kind: str, source: object, monkeypatch:
 def test_rounded_scores_alone_would_not_do() -> None:
     """What the test above relies on: the optimum of the rounded scores is another."""
     score = _scores("random")
-    index = shortlist_assignment(Scores.known(_coarse(score)), _sparse_matching)
+    index = shortlist_assignment(Scores.known(_coarse(score)), sparse_matching)
     assert index is not None
     assert _total(score, index) < _best(score) * (1 - 1e-4)
 
@@ -82,7 +85,7 @@ def test_no_answer_where_every_pair_can_matter() -> None:
 
     much = torch.full((N, 1), 10.0**0.5, dtype=torch.float64)
     vague = Scores(_scores("random"), (much, much), 0.0, exact)
-    assert shortlist_assignment(vague, _sparse_matching) is None
+    assert shortlist_assignment(vague, sparse_matching) is None
 
 
 @pytest.mark.parametrize("kind", ["contested", "uneven"])

@@ -22,8 +22,8 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_symalign.families.resolve import ModelLayout
+from mergekit_symalign.symmetry.by_activations.experts import Routing
 from mergekit_symalign.symmetry.element import Fused, fused_parts
-from mergekit_symalign.symmetry.expert_covariance import Routing
 
 OUTPUTS = frozenset(("query", "key", "value"))  # axes seen where a tensor writes them
 INPUTS = frozenset(("attended", "down"))  # axes seen where a tensor reads them

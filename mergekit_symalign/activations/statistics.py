@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.activations.runner import LayerRunner, Recorded
-from mergekit_symalign.symmetry.covariance import Covariance
-from mergekit_symalign.symmetry.expert_covariance import Routing
+from mergekit_symalign.symmetry.by_activations.covariance import Covariance
+from mergekit_symalign.symmetry.by_activations.experts import Routing
 
 Weights = Mapping[str, Tensor]
 

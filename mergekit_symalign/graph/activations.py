@@ -18,12 +18,12 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.graph.solve import SolveBlock, describe_block, without_identities
-from mergekit_symalign.symmetry.attention import HEAD_AXES
-from mergekit_symalign.symmetry.covariance import Covariance, align_attention_by, align_mlp_by
+from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by, align_mlp_by
+from mergekit_symalign.symmetry.by_activations.experts import Routing, align_experts_by
 from mergekit_symalign.symmetry.element import BlockElement
-from mergekit_symalign.symmetry.expert_covariance import Routing, align_experts_by
-from mergekit_symalign.symmetry.groups import compute_dtype
+from mergekit_symalign.symmetry.heads.solve import HEAD_AXES
 from mergekit_symalign.symmetry.options import Sides
+from mergekit_symalign.symmetry.rows import compute_dtype
 
 HEADS = frozenset(HEAD_AXES)
 Loads = Tuple[Tuple[str, LoadFinite], ...]  # name inside the layer (or the model) and load of each tensor

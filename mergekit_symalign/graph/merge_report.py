@@ -14,7 +14,7 @@ from mergekit.graph import Task
 
 from mergekit_symalign import __version__
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.symmetry.assignment import ROUTES
+from mergekit_symalign.symmetry.neurons.match import ROUTES
 from mergekit_symalign.whole_file import written_whole
 
 REPORT = "symalign_report.json"

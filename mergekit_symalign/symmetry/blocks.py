@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons
-from mergekit_symalign.symmetry.attention import (
+from mergekit_symalign.symmetry.distance import total_distance
+from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.groups import AxisAction
+from mergekit_symalign.symmetry.heads.match import HeadProblem, match_heads
+from mergekit_symalign.symmetry.heads.order import after, reordered_gains
+from mergekit_symalign.symmetry.heads.solve import (
     GAIN_AXES,
     HEAD_AXES,
     AttentionMoments,
@@ -23,11 +26,9 @@ from mergekit_symalign.symmetry.attention import (
     per_query_head,
     solve_gains,
 )
-from mergekit_symalign.symmetry.distance import total_distance
-from mergekit_symalign.symmetry.element import BlockElement
-from mergekit_symalign.symmetry.experts import align_experts
-from mergekit_symalign.symmetry.groups import AxisAction, Chain
-from mergekit_symalign.symmetry.heads import HeadOrder, HeadProblem, match_heads
+from mergekit_symalign.symmetry.neurons.costs import NeuronPairs
+from mergekit_symalign.symmetry.neurons.experts import align_experts
+from mergekit_symalign.symmetry.neurons.match import align_neurons
 from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, NeuronScale, Pair, Sides, Symmetries
 
 
@@ -90,11 +91,6 @@ def align_mlp(sides: Sides, shape: MlpShape, use: Symmetries, facts: Facts | Non
     return BlockElement(actions | {"gate": gate, "up": up, "down": up.dual()})
 
 
-def moved_axes(shape: HeadShape) -> tuple[str, ...]:
-    """The axes that a permutation of heads moves."""
-    return HEAD_AXES + (GAIN_AXES if shape.norm.per_head else ())
-
-
 def head_distance(
     m: AttentionMoments, norms: HeadNorms, found: HeadActions, sides: Sides, actions: Mapping[str, AxisAction]
 ) -> float:
@@ -106,24 +102,6 @@ def head_distance(
 def distance_before(pairs: NeuronPairs, moved_by: AxisAction, after: float) -> float:
     """Squared distance of an MLP as it stands, if it is ``after`` under an action of its neurons."""
     return after if bool(moved_by.is_identity()) else sum(map(total_distance, pairs.all))
-
-
-def reordered_gains(sides: Sides, order: HeadOrder, shape: HeadShape) -> dict[str, list[Pair]]:
-    """The gains of a QK-norm; those that every head has for itself move with the heads."""
-
-    def moved(axis: str, x: Tensor) -> Tensor:
-        return order.permutation(axis, shape.head_dim).transform(x) if axis in moved_axes(shape) else x
-
-    return {axis: [(a, moved(axis, b)) for a, b in sides[axis]] for axis in GAIN_AXES if axis in sides}
-
-
-def after(order: HeadOrder, actions: dict[str, AxisAction], shape: HeadShape) -> dict[str, AxisAction]:
-    """The actions behind the permutation of heads."""
-    result = dict(actions)
-    for axis in moved_axes(shape):
-        permutation = order.permutation(axis, shape.head_dim)
-        result[axis] = Chain((permutation, actions[axis])) if axis in actions else permutation
-    return result
 
 
 def _tolerance(side: Sequence[Pair]) -> float:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.element import BlockElement
-from mergekit_symalign.symmetry.groups import Chain, compute_dtype
+from mergekit_symalign.symmetry.groups import Chain
 from mergekit_symalign.symmetry.options import Sides
+from mergekit_symalign.symmetry.rows import compute_dtype
 
 ROUNDS = 20
 _SETTLED = 1e-7  # relative fall of the sum of squared distances that is not worth another round

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.groups import AxisAction, Permutation, compute_dtype, select_last
+from mergekit_symalign.symmetry.groups import AxisAction, Permutation
 from mergekit_symalign.symmetry.options import Pair
+from mergekit_symalign.symmetry.rows import compute_dtype, select_last
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _PIECE = 512  # rows, or columns, for one thread

@@ -20,8 +20,8 @@ from mergekit_symalign.symmetry.groups import (
     Permutation,
     PlaneRotation,
     Scaling,
-    compute_dtype,
 )
+from mergekit_symalign.symmetry.rows import compute_dtype
 
 
 @dataclass(frozen=True)

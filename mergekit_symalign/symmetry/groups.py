@@ -21,22 +21,9 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.errors import ShapeError
+from mergekit_symalign.symmetry.rows import compute_dtype, select_last
 
 Packed = tuple[dict[str, tuple[Tensor, ...]], ...]
-
-SLACK = 1e-5  # of the norms' product: how far a sum of products in float32 may be from the truth
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which weights of ``dtype`` are transformed: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def select_last(x: Tensor, index: Tensor) -> Tensor:
-    """``index_select`` along the last axis, where ``gather`` is twice as fast, the more so on whole numbers."""
-    if x.element_size() == 2 and not x.requires_grad:
-        return x.view(torch.int16).gather(-1, index.expand(*x.shape[:-1], -1)).view(x.dtype)
-    return x.gather(-1, index.expand(*x.shape[:-1], -1))
 
 
 class AxisAction(ABC):

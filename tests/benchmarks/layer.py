@@ -11,8 +11,8 @@ from checkpoints import BASE, LLAMA_8B_LAYER, SMALL, Recipe, Shape, weights
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment import Assignment, best_permutation
-from mergekit_symalign.symmetry.neuron_costs import NeuronPairs
+from mergekit_symalign.symmetry.neurons.costs import NeuronPairs
+from mergekit_symalign.symmetry.neurons.match import Assignment, best_permutation
 from mergekit_symalign.symmetry.options import NeuronScale
 
 

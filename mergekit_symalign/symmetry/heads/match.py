@@ -9,15 +9,26 @@ and a pair is solved only when the assignment wants it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, reduce
 from operator import add
 
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment import identity_is_optimal, lazy_assignment
-from mergekit_symalign.symmetry.attention import (
+from mergekit_symalign.symmetry.assignment.linear import identity_is_optimal, lazy_assignment
+from mergekit_symalign.symmetry.groups import AxisAction
+from mergekit_symalign.symmetry.heads.bounds import (
+    Norms,
+    coordinate_norms,
+    plane_bounds,
+    plane_correlations,
+    whole_bounds,
+)
+from mergekit_symalign.symmetry.heads.moments import Moments, of_planes
+from mergekit_symalign.symmetry.heads.order import HeadOrder
+from mergekit_symalign.symmetry.heads.pairs import GroupMoments, HeadPairs, PlaneMoments
+from mergekit_symalign.symmetry.heads.solve import (
     HEAD_AXES,
     AttentionMoments,
     HeadActions,
@@ -27,45 +38,13 @@ from mergekit_symalign.symmetry.attention import (
     remaining_of_side,
     solve_heads,
 )
-from mergekit_symalign.symmetry.groups import SLACK, AxisAction, Permutation, compute_dtype
-from mergekit_symalign.symmetry.head_bounds import (
-    Norms,
-    coordinate_norms,
-    plane_bounds,
-    plane_correlations,
-    whole_bounds,
-)
-from mergekit_symalign.symmetry.head_pairs import GroupMoments, HeadPairs, PlaneMoments
-from mergekit_symalign.symmetry.moments import Moments, of_planes
 from mergekit_symalign.symmetry.options import Facts, HeadShape, Sides, Symmetries
+from mergekit_symalign.symmetry.rows import SLACK, compute_dtype
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _PREFIX = 1 / 8  # of the columns, which are compared first
 _ROUNDS = 2  # of matching query heads by a rotation, and solving the rotation for the match
 _PAIRS = 4  # of KV heads that one thread solves together
-
-
-@dataclass(frozen=True)
-class HeadOrder:
-    """Slot ``i`` of the anchor takes the model's head ``kv[i]`` (``query[i]``).
-
-    Attributes:
-        kv: int64 [KV heads].
-        query: int64 [query heads].
-    """
-
-    kv: Tensor
-    query: Tensor
-
-    def of(self, axis: str) -> Tensor:
-        """Of the heads that an axis has."""
-        return self.query if axis in ("query", "attended", "query_gain") else self.kv
-
-    def permutation(self, axis: str, head_dim: int) -> Permutation:
-        """The same as a permutation of the coordinates of an axis."""
-        order = self.of(axis)
-        within = torch.arange(head_dim, device=order.device)
-        return Permutation((order.unsqueeze(1) * head_dim + within).flatten())
 
 
 def match_heads(problem: HeadProblem, facts: Facts | None = None) -> HeadOrder | None:
@@ -101,7 +80,7 @@ def match_heads(problem: HeadProblem, facts: Facts | None = None) -> HeadOrder |
 class HeadProblem:
     """All pairs of KV heads of one attention block.
 
-    Another source of the products than rows of weights (symmetry/covariance.py) overrides `all_pairs` and
+    Another source of the products than rows of weights (by_activations/covariance.py) overrides `all_pairs` and
     `group_moments`, and the cheap proofs `identity_route`, `assignment` and `query_heads_stay`.
 
     Args:

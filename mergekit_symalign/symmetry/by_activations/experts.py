@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment import best_assignment
-from mergekit_symalign.symmetry.covariance import Covariance, match_neurons_by, with_grain
+from mergekit_symalign.symmetry.assignment.linear import best_assignment
+from mergekit_symalign.symmetry.by_activations.covariance import Covariance, match_neurons_by, with_grain
 from mergekit_symalign.symmetry.element import BlockElement
-from mergekit_symalign.symmetry.experts import side_by_side
-from mergekit_symalign.symmetry.groups import Permutation, compute_dtype
+from mergekit_symalign.symmetry.groups import Permutation
+from mergekit_symalign.symmetry.neurons.experts import side_by_side
 from mergekit_symalign.symmetry.options import MlpShape, NeuronScale, Sides, Symmetries
+from mergekit_symalign.symmetry.rows import compute_dtype
 
 _NEURON_AXES = ("gate", "up", "down")
 _TOKENS = 4096  # that run through an expert at once

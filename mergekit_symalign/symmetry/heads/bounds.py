@@ -1,6 +1,6 @@
 """How near two KV heads can come at best, without solving for them: lower bounds of the costs of all pairs.
 
-Costs and bounds are less the anchor's squared norms, which are the same for every pair (symmetry/heads.py).
+Costs and bounds are less the anchor's squared norms, which are the same for every pair (symmetry/heads/match.py).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.groups import SLACK, compute_dtype
-from mergekit_symalign.symmetry.moments import Moments, plane_correlation, plane_norm
+from mergekit_symalign.symmetry.heads.moments import Moments, plane_correlation, plane_norm
 from mergekit_symalign.symmetry.options import Pair
+from mergekit_symalign.symmetry.rows import SLACK, compute_dtype
 from mergekit_symalign.symmetry.scale import quartic_scale
 from mergekit_symalign.symmetry.threads import in_parallel
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment import best_assignment
-from mergekit_symalign.symmetry.attention import AttentionMoments, HeadActions, dense
-from mergekit_symalign.symmetry.moments import Moments, of_planes, plane_correlation
+from mergekit_symalign.symmetry.assignment.linear import best_assignment
+from mergekit_symalign.symmetry.heads.moments import Moments, of_planes, plane_correlation
+from mergekit_symalign.symmetry.heads.solve import AttentionMoments, HeadActions, dense
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import HeadRotation, PlaneRotation, Scaling
-from mergekit_symalign.symmetry.joint import joint_optimum, towards_identity
-from mergekit_symalign.symmetry.moments import Moments, plane_correlation, plane_norm
+from mergekit_symalign.symmetry.heads.joint import joint_optimum, towards_identity
+from mergekit_symalign.symmetry.heads.moments import Moments, plane_correlation, plane_norm
 from mergekit_symalign.symmetry.scale import joint_log_scale, quartic_scale
 from mergekit_symalign.symmetry.threads import in_parallel
 

@@ -1,7 +1,7 @@
 """Large assignment problems from short lists of good pairs, with a proof that no other pair can improve them.
 
-The lists hold the columns that are best for each row at the prices of an auction (symmetry/auction.py). The optimum
-over them is a small sparse problem. Its dual prices ``u, v`` prove it for the whole matrix where no score exceeds
+The lists hold the columns that are best for each row at the prices of an auction (auction.py). The optimum over them
+is a small sparse problem. Its dual prices ``u, v`` prove it for the whole matrix where no score exceeds
 ``u_i + v_j``; pairs whose score does join the lists, and it is solved again. (Column generation; the prices are
 shortest paths in the residual graph of the sparse optimum.)
 
@@ -19,8 +19,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.auction import auction_prices
-from mergekit_symalign.symmetry.coarse import in_chunks
+from mergekit_symalign.symmetry.assignment.auction import auction_prices
+from mergekit_symalign.symmetry.rows import in_chunks
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _LIST = 16  # columns of each row at first, at least

@@ -1,7 +1,7 @@
 """One attention block: rotations, angles, signs and scales of heads that are already paired.
 
 Knows axes (families/schema.py), not tensor names. What it needs of the weights are `Moments`, one entry for each KV
-head (or for each candidate pair of KV heads, symmetry/heads.py).
+head (or for each candidate pair of KV heads, symmetry/heads/match.py).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from mergekit_symalign.symmetry.groups import (
     PerHead,
     Scaling,
 )
-from mergekit_symalign.symmetry.moments import Moments, moments
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, Rotation, Sides, Symmetries
-from mergekit_symalign.symmetry.procrustes import (
+from mergekit_symalign.symmetry.heads.moments import Moments, moments
+from mergekit_symalign.symmetry.heads.procrustes import (
     align_gains,
     align_heads,
     align_heads_in_turn,
     align_planes,
     align_signs,
 )
+from mergekit_symalign.symmetry.options import GainScope, HeadShape, Rotation, Sides, Symmetries
 
 HEAD_AXES = ("query", "key", "value", "attended")
 GAIN_AXES = ("query_gain", "key_gain")

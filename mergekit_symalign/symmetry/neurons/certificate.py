@@ -3,7 +3,7 @@
 Stack each neuron as one vector. A distance over some of the coordinates bounds the whole distance from below, so the
 best candidate on a short prefix is proven to be the nearest as soon as its whole distance is below the prefix distance
 of every other. Where the nearest neighbours are all different, they are the optimal permutation: each row takes its
-own minimum (symmetry/assignment.py finishes what is left open).
+own minimum (symmetry/neurons/match.py finishes what is left open).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry import coarse
-from mergekit_symalign.symmetry.coarse import CoarseRows, two_lowest
-from mergekit_symalign.symmetry.groups import SLACK
-from mergekit_symalign.symmetry.neuron_costs import NeuronCosts
+from mergekit_symalign.symmetry.neurons import coarse
+from mergekit_symalign.symmetry.neurons.coarse import CoarseRows
+from mergekit_symalign.symmetry.neurons.costs import NeuronCosts
 from mergekit_symalign.symmetry.options import Pair
+from mergekit_symalign.symmetry.rows import SLACK, two_lowest
 from mergekit_symalign.symmetry.threads import in_parallel
 
 PREFIXES = (0.015, 0.07, 0.16)  # shares of the coordinates; rows that one leaves open get the next

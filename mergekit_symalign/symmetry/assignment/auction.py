@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.coarse import two_lowest
+from mergekit_symalign.symmetry.rows import two_lowest
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _BID = 0.1  # standard deviations of the scores that a bid goes beyond what decides it

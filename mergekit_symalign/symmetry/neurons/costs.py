@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry import quantized
+from mergekit_symalign.symmetry.assignment.shortlist import Scores
 from mergekit_symalign.symmetry.distance import squared_distance
-from mergekit_symalign.symmetry.groups import compute_dtype
+from mergekit_symalign.symmetry.neurons import quantized
 from mergekit_symalign.symmetry.options import NeuronScale, Pair
+from mergekit_symalign.symmetry.rows import compute_dtype
 from mergekit_symalign.symmetry.scale import joint_log_scale, newton_step, quartic_scale
-from mergekit_symalign.symmetry.shortlist import Scores
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _ROWS = 256  # of a product or a sum of squares that are taken at once

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry.rows import two_lowest
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _LARGEST = 63  # processors without VNNI add pairs of products in 16 bits, which larger numbers would overflow
 _RANGE = 4.5  # standard deviations that the whole numbers span to either side
 _PIECE = 1024  # rows for one thread
 _BLOCK = 1 << 19  # distances that are held at once: small enough to stay in the cache
-_CHUNK = 128  # columns of which the nearest is found first
 
 
 @dataclass(frozen=True)
@@ -82,30 +82,6 @@ def usable(device: torch.device, columns: int) -> bool:
     """Whether products of 8-bit numbers are fast here, and cannot overflow."""
     capable = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     return capable and torch.backends.mkldnn.is_available() and 4 * columns * _LARGEST**2 < 2**31
-
-
-def two_lowest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Place of the lowest number of each row [rows, n], and the second lowest number; ``x`` stays as it is.
-
-    In two steps, first over chunks: a minimum is several times cheaper than its place.
-    """
-    chunks = in_chunks(x, _CHUNK)
-    size = chunks.shape[2]
-    lowest = chunks.amin(2)
-    chunk = lowest.argmin(1)
-    at = chunk.reshape(-1, 1, 1).expand(-1, 1, size)
-    inside = chunks.gather(1, at).squeeze(1)
-    place = inside.argmin(1, keepdim=True)
-    ceiling = torch.iinfo(x.dtype).max if not x.is_floating_point() else torch.inf
-    rest = inside.scatter(1, place, ceiling).amin(1)
-    others = lowest.scatter(1, chunk.unsqueeze(1), ceiling).amin(1)
-    return chunk * size + place.squeeze(1), torch.minimum(rest, others)
-
-
-def in_chunks(x: Tensor, most: int) -> Tensor:
-    """Equal chunks of at most so many columns [rows, chunks, columns of a chunk]."""
-    n = x.shape[1]
-    return x.unflatten(1, (-1, next(d for d in range(min(most, n), 0, -1) if n % d == 0)))
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:

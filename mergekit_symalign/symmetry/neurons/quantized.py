@@ -5,7 +5,7 @@ worst case all rounding errors of a pair point the same way, and add up to more 
 rounded with a subtractive dither (Roberts 1962): random numbers are taken off before rounding and added again after.
 What rounding does to a number is then uniform over one step and independent of all others, whatever the weights are,
 and errors add up to no more than Hoeffding's bound, except with a chance that is chosen: `_CHANCE`
-(docs/symmetries.md). The few pairs that matter are then taken exactly (symmetry/shortlist.py). The random numbers come
+(docs/symmetries.md). The few pairs that matter are then taken exactly (symmetry/assignment/shortlist.py). The random numbers come
 from a fixed seed, so that results are the same in every run.
 """
 
@@ -19,9 +19,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.groups import SLACK
+from mergekit_symalign.symmetry.assignment.shortlist import Scores
 from mergekit_symalign.symmetry.options import Pair
-from mergekit_symalign.symmetry.shortlist import Scores
+from mergekit_symalign.symmetry.rows import SLACK
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _CHANCE = 1e-30  # that any score is farther from the truth than its error says

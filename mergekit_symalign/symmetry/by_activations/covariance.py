@@ -14,8 +14,15 @@ from operator import add
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment import best_assignment, identity_is_optimal, lazy_assignment
-from mergekit_symalign.symmetry.attention import (
+from mergekit_symalign.symmetry.assignment.linear import best_assignment, identity_is_optimal, lazy_assignment
+from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling
+from mergekit_symalign.symmetry.heads.match import HeadProblem, match_heads
+from mergekit_symalign.symmetry.heads.moments import Moments
+from mergekit_symalign.symmetry.heads.order import after, reordered_gains
+from mergekit_symalign.symmetry.heads.pairs import GroupMoments
+from mergekit_symalign.symmetry.heads.procrustes import align_heads
+from mergekit_symalign.symmetry.heads.solve import (
     GAIN_AXES,
     HEAD_AXES,
     AttentionMoments,
@@ -24,15 +31,9 @@ from mergekit_symalign.symmetry.attention import (
     solve_gains,
     solve_query,
 )
-from mergekit_symalign.symmetry.blocks import after, reordered_gains
-from mergekit_symalign.symmetry.element import BlockElement
-from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling, compute_dtype
-from mergekit_symalign.symmetry.head_pairs import GroupMoments
-from mergekit_symalign.symmetry.heads import HeadProblem, match_heads
-from mergekit_symalign.symmetry.moments import Moments
-from mergekit_symalign.symmetry.neuron_costs import NeuronCosts, NeuronPairs
+from mergekit_symalign.symmetry.neurons.costs import NeuronCosts, NeuronPairs
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Pair, Rotation, Sides, Symmetries
-from mergekit_symalign.symmetry.procrustes import align_heads
+from mergekit_symalign.symmetry.rows import compute_dtype
 
 PRIOR = 1e-5  # weight of the weights beside the activations, both in units of their own norm
 _SILENT = 1e-5  # largest score of neurons that no prompt wakes, in units of the others' mean

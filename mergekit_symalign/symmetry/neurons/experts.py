@@ -3,7 +3,7 @@
 The cost of a pair is the squared distance of the two router rows plus what remains between the experts after the best
 order of their neurons. Solving every pair would cost as many assignment problems as there are pairs, and siblings do
 not need it: the router rows and nearest neighbours on a prefix of the coordinates bound a pair from below, and a pair
-is solved only when the assignment of experts wants it (symmetry/assignment.py, `lazy_assignment`).
+is solved only when the assignment of experts wants it (symmetry/assignment/linear.py, `lazy_assignment`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment import NeuronPairs, align_neurons, identity_is_optimal, lazy_assignment
-from mergekit_symalign.symmetry.certificate import prefixes
-from mergekit_symalign.symmetry.groups import SLACK, AxisAction, Chain, Permutation, Scaling
+from mergekit_symalign.symmetry.assignment.linear import identity_is_optimal, lazy_assignment
+from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
+from mergekit_symalign.symmetry.neurons.certificate import prefixes
+from mergekit_symalign.symmetry.neurons.costs import NeuronPairs
+from mergekit_symalign.symmetry.neurons.match import align_neurons
 from mergekit_symalign.symmetry.options import NeuronScale, Pair, Sides
+from mergekit_symalign.symmetry.rows import SLACK
 
 _PREFIX = 0.02  # share of the coordinates that the bounds look at
 _ROWS = 256  # neurons whose prefix distances to all of the model's are held at once

@@ -1,0 +1,1 @@
+"""Linear assignment: exact, from short lists of good pairs, with prices of an auction."""

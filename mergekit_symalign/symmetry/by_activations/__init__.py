@@ -1,0 +1,1 @@
+"""The same problems from what models compute on prompts, as covariances."""

@@ -1,0 +1,58 @@
+"""An order of the heads of a block, and which axes it moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES
+from mergekit_symalign.symmetry.options import HeadShape, Pair, Sides
+
+
+@dataclass(frozen=True)
+class HeadOrder:
+    """Slot ``i`` of the anchor takes the model's head ``kv[i]`` (``query[i]``).
+
+    Attributes:
+        kv: int64 [KV heads].
+        query: int64 [query heads].
+    """
+
+    kv: Tensor
+    query: Tensor
+
+    def of(self, axis: str) -> Tensor:
+        """Of the heads that an axis has."""
+        return self.query if axis in ("query", "attended", "query_gain") else self.kv
+
+    def permutation(self, axis: str, head_dim: int) -> Permutation:
+        """The same as a permutation of the coordinates of an axis."""
+        order = self.of(axis)
+        within = torch.arange(head_dim, device=order.device)
+        return Permutation((order.unsqueeze(1) * head_dim + within).flatten())
+
+
+def moved_axes(shape: HeadShape) -> tuple[str, ...]:
+    """The axes that a permutation of heads moves."""
+    return HEAD_AXES + (GAIN_AXES if shape.norm.per_head else ())
+
+
+def reordered_gains(sides: Sides, order: HeadOrder, shape: HeadShape) -> dict[str, list[Pair]]:
+    """The gains of a QK-norm; those that every head has for itself move with the heads."""
+
+    def moved(axis: str, x: Tensor) -> Tensor:
+        return order.permutation(axis, shape.head_dim).transform(x) if axis in moved_axes(shape) else x
+
+    return {axis: [(a, moved(axis, b)) for a, b in sides[axis]] for axis in GAIN_AXES if axis in sides}
+
+
+def after(order: HeadOrder, actions: dict[str, AxisAction], shape: HeadShape) -> dict[str, AxisAction]:
+    """The actions behind the permutation of heads."""
+    result = dict(actions)
+    for axis in moved_axes(shape):
+        permutation = order.permutation(axis, shape.head_dim)
+        result[axis] = Chain((permutation, actions[axis])) if axis in actions else permutation
+    return result

@@ -1,0 +1,1 @@
+"""Which neuron, and which expert, of the model belongs to which of the anchor."""
