@@ -5,8 +5,8 @@ worst case all rounding errors of a pair point the same way, and add up to more 
 rounded with a subtractive dither (Roberts 1962): random numbers are taken off before rounding and added again after.
 What rounding does to a number is then uniform over one step and independent of all others, whatever the weights are,
 and errors add up to no more than Hoeffding's bound, except with a chance that is chosen: `_CHANCE`
-(docs/symmetries.md). The few pairs that matter are then taken exactly (symmetry/assignment/shortlist.py). The random numbers come
-from a fixed seed, so that results are the same in every run.
+(docs/symmetries.md). The few pairs that matter are then taken exactly (assignment/shortlist.py). The random numbers
+come from a fixed seed, so that results are the same in every run.
 """
 
 from __future__ import annotations
