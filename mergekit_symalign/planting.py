@@ -15,12 +15,10 @@ from mergekit_symalign.symmetry.groups import (
     AxisAction,
     Chain,
     HeadRotation,
-    InterleavedPartialRotation,
-    InterleavedPlaneRotation,
-    PartialRotation,
     Permutation,
     PlaneRotation,
     Scaling,
+    rotary_action,
 )
 from mergekit_symalign.symmetry.heads.order import HeadOrder, moved_axes
 from mergekit_symalign.symmetry.heads.solve import per_query_head
@@ -102,12 +100,9 @@ class _Draw:
             return self._heads(shape.kv_heads, shape.head_dim)
         angle = self._normal(shape.kv_heads, shape.rotary // 2) * torch.pi * self.what.rotation
         planes = PlaneRotation(angle, self._scale(*angle.shape))
-        if shape.interleaved:
-            planes = InterleavedPlaneRotation(*planes.tensors())
-        if shape.rotary == shape.head_dim:
-            return planes
-        partial = InterleavedPartialRotation if shape.interleaved else PartialRotation
-        return partial.of(planes, self._heads(shape.kv_heads, shape.head_dim - shape.rotary))
+        free = shape.head_dim - shape.rotary
+        rest = self._heads(shape.kv_heads, free) if free else None
+        return rotary_action(planes, rest, interleaved=shape.interleaved)
 
     def _gains(self, shape: HeadShape) -> dict[str, AxisAction]:
         heads, group = (shape.kv_heads, shape.queries_per_kv) if shape.norm.per_head else (1, 1)

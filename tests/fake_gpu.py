@@ -31,8 +31,10 @@ from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph import activations, streaming
 from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, SolveActivations
 from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.symmetry import solve as kernel
 from mergekit_symalign.symmetry.by_activations import covariance
 from mergekit_symalign.symmetry.by_activations import experts as expert_covariance
+from mergekit_symalign.symmetry.heads.match import MatchedHeads
 
 # Not CUDA: transformers indexes with None, which fake CUDA cannot in a CPU build of torch.
 _setup_privateuseone_for_python_backend("fakegpu")
@@ -70,12 +72,11 @@ def test_the_run_on_prompts_stays_on_a_fake_gpu(family: str, tmp_path: Path, mon
     # The assignment runs on the CPU, and some questions are asked of the device: not here.
     flipped = lambda score: torch.arange(score.shape[0], device=score.device).flip(0)  # noqa: E731
     monkeypatch.setattr(covariance, "best_assignment", flipped)
-    monkeypatch.setattr(covariance, "match_heads", lambda problem: None)
+    monkeypatch.setattr(covariance, "match_heads", lambda problem: MatchedHeads(None, None))
     monkeypatch.setattr(covariance, "_silent", lambda squares: None)
     monkeypatch.setattr(expert_covariance, "_match_experts", lambda routing, weights: [3, 2, 1, 0])
     monkeypatch.setattr(expert_covariance, "_tokens_of", lambda routing, i, j: torch.arange(20, device=GPU))
-    monkeypatch.setattr(activations, "without_identities", lambda element: element)
-    monkeypatch.setattr(activations, "describe_block", lambda *_: {})  # plain numbers: asked of the device
+    monkeypatch.setattr(kernel, "finished", lambda solved, *_: solved)  # identities and plain numbers are asked for
     layout = resolve(make_model(family, 0).config, model="m")
     monkeypatch.setattr(activations, "runner_of", cache(_fake_runner))
     done: dict[Any, Any] = {}

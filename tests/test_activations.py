@@ -296,7 +296,7 @@ def test_silent_neurons_are_matched_by_their_weights() -> None:
     sides = {axis: [(x, x[order])] for axis, x in rows.items()}
     seen = Covariance.of_rows([(hidden, hidden[order])])
     for scale in (False, True):
-        element = covariance.align_mlp_by(seen, sides, MlpShape(12), Symmetries(neuron_scaling=scale))
+        element = covariance.align_mlp_by(seen, sides, MlpShape(12), Symmetries(neuron_scaling=scale)).element
         for axis, x in rows.items():
             torch.testing.assert_close(element.actions[axis](x[order], 0), x, rtol=1e-9, atol=0)
 

@@ -31,7 +31,8 @@ def test_planted_permutation_is_recovered(noise: float) -> None:
     anchor = _mlp(0)
     order = torch.randperm(NEURONS, generator=torch.Generator().manual_seed(1))
     model = [(a + noise * b)[order] for a, b in zip(anchor, _mlp(2), strict=True)]
-    gate, up = align_neurons(_pairs(anchor, model), permute=True, scale=NeuronScale.none)
+    found = align_neurons(_pairs(anchor, model), permute=True, scale=NeuronScale.none)
+    gate, up = found.gate, found.up
     assert isinstance(gate, Permutation)
     assert gate is up
     assert torch.equal(order[gate.index], torch.arange(NEURONS))
@@ -50,7 +51,8 @@ def test_equal_and_dead_neurons_stay_where_they_are() -> None:
     for x in anchor:
         x[5:9] = 0
         x[20] = x[21]
-    gate, _ = align_neurons(_pairs(anchor, [x.clone() for x in anchor]), permute=True, scale=NeuronScale.none)
+    found = align_neurons(_pairs(anchor, [x.clone() for x in anchor]), permute=True, scale=NeuronScale.none)
+    gate = found.gate
     assert gate.is_identity()
 
 
@@ -61,7 +63,8 @@ def test_planted_signed_scales_are_recovered_with_the_permutation() -> None:
     factor = (torch.rand(NEURONS, generator=g) * 3 + 0.3) * torch.where(torch.rand(NEURONS, generator=g) < 0.5, -1, 1)
     planted = Chain((Permutation(order), Scaling(factor.double())))
     model = [Permutation(order)(anchor[0], 0), planted(anchor[1], 0), planted.dual()(anchor[2], 0)]
-    gate, up = align_neurons(_pairs(anchor, model), permute=True, scale=NeuronScale.signed)
+    found = align_neurons(_pairs(anchor, model), permute=True, scale=NeuronScale.signed)
+    gate, up = found.gate, found.up
     assert isinstance(gate, Permutation)
     assert torch.equal(order[gate.index], torch.arange(NEURONS))
     for x, y, action in zip(anchor, model, (gate, up, up.dual()), strict=True):
@@ -71,7 +74,8 @@ def test_planted_signed_scales_are_recovered_with_the_permutation() -> None:
 def test_scale_without_permutation_keeps_the_order() -> None:
     anchor = _mlp(0)
     model = [anchor[0], -2 * anchor[1], anchor[2] / -2]
-    gate, up = align_neurons(_pairs(anchor, model), permute=False, scale=NeuronScale.signed)
+    found = align_neurons(_pairs(anchor, model), permute=False, scale=NeuronScale.signed)
+    gate, up = found.gate, found.up
     assert gate.is_identity()
     torch.testing.assert_close(up(model[1], 0), anchor[1])
 
@@ -80,7 +84,8 @@ def test_pairs_are_scored_at_their_own_best_factor() -> None:
     """The score of the assignment is that of the best factor of each pair: checked against a grid of factors."""
     anchor, model = _mlp(0), _mlp(1)
     model[1] = model[1] * 3
-    gate, up = align_neurons(_pairs(anchor, model), permute=True, scale=NeuronScale.signed)
+    found = align_neurons(_pairs(anchor, model), permute=True, scale=NeuronScale.signed)
+    gate, up = found.gate, found.up
 
     def cost(index: Tensor) -> float:
         total = (anchor[0] - model[0][index]).square().sum(-1)

@@ -214,7 +214,7 @@ def test_coarse_bound_holds(spread: float) -> None:
         x[:, 0] *= spread
         x[:40] *= 0.02
         x[40:50] *= spread
-    found = CoarseRows.of(anchor, model).nearest(torch.arange(200))
+    found = CoarseRows.rounded(anchor, model).nearest(torch.arange(200))
     distance = torch.cdist(anchor.double(), model.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
     others = distance.scatter(1, found.columns.unsqueeze(1), torch.inf).amin(1)
     assert (found.bound <= others * (1 + 1e-5)).all()
@@ -236,10 +236,10 @@ def test_two_lowest(n: int, dtype: torch.dtype) -> None:
 def test_a_few_open_rows_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more of them than the sample that is looked at first: nothing is quantized for them."""
 
-    def of(anchor: Tensor, model: Tensor) -> CoarseRows:
+    def rounded(anchor: Tensor, model: Tensor) -> CoarseRows:
         raise AssertionError("quantized")
 
-    monkeypatch.setattr(CoarseRows, "of", of)
+    monkeypatch.setattr(CoarseRows, "rounded", rounded)
     costs = NeuronCosts(_pairs(*_sibling(0.1)), NeuronScale.none)
     found = certificate.Nearest.nothing(N, torch.device("cpu"))
     left = certificate._settle(costs, torch.arange(N - 20, N), 2, 0.0, found)
@@ -252,7 +252,7 @@ def test_a_few_open_rows_are_compared_in_full(monkeypatch: pytest.MonkeyPatch) -
     """With what their prefix does not rule out: nearest neighbours without a longer prefix, and a bound that holds."""
     costs = NeuronCosts(_pairs(*_sibling(0.3)), NeuronScale.none)
     true = _all_costs(costs.pairs, costs.scale)
-    prefix = certificate._Prefix.of(costs.bounding, 0.07)
+    prefix = certificate._Prefix.taken_from(costs.bounding, 0.07)
     candidates = prefix.candidates(costs, torch.arange(N))
     rows, most = candidates.open_rows[:12], candidates.open_costs[:12]
     assert len(rows) == 12
@@ -267,7 +267,7 @@ def test_a_few_open_rows_are_compared_in_full(monkeypatch: pytest.MonkeyPatch) -
 
 def test_copies_of_a_neuron_prove_nothing_in_full() -> None:
     costs = NeuronCosts(_pairs(*_duplicated()), NeuronScale.none)
-    prefix = certificate._Prefix.of(costs.bounding, 0.16)
+    prefix = certificate._Prefix.taken_from(costs.bounding, 0.16)
     rows = torch.arange(20)
     found = prefix.compared_in_full(costs, rows, prefix.candidates(costs, rows).cost)
     assert found is not None

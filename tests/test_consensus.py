@@ -13,11 +13,11 @@ from models import make_model, perturbed, relative_deviation, rounding, save, wi
 
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.graph.solve import align
 from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry.consensus import Rows, find_consensus
 from mergekit_symalign.symmetry.element import rows_by_axis
 from mergekit_symalign.symmetry.options import Sides, Symmetries
+from mergekit_symalign.symmetry.solve import align_block
 
 NAMES = ("a", "b", "c")
 
@@ -51,7 +51,8 @@ def test_never_worse_than_any_single_anchor(family: str, kind: BlockKind, noise:
     models = [_rows(twin.state_dict(), layout, kind) for twin in twins]
 
     def best(sides: Sides) -> object:
-        return align(kind, sides, layout.head_shape(0), layout.mlp_shape(), Symmetries())
+        shape = layout.mlp_shape() if kind is BlockKind.mlp else layout.head_shape(0)
+        return align_block(sides, shape, Symmetries()).element
 
     found = find_consensus(models, best)
     assert all(after <= before for before, after in itertools.pairwise(found.spread))

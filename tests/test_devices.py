@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from torch.utils._pytree import tree_leaves
 
 import mergekit_symalign
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.graph import solve
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import OneOf, SolveTogether
 from mergekit_symalign.symmetry import blocks
+from mergekit_symalign.symmetry import solve as kernel
+from mergekit_symalign.symmetry.heads.match import MatchedHeads
 from mergekit_symalign.symmetry.heads.order import HeadOrder
 from mergekit_symalign.symmetry.neurons import experts
 from mergekit_symalign.symmetry.neurons import match as assignment
@@ -101,14 +103,13 @@ def test_solve_and_apply_stay_on_fake_cuda(
     tasks = list(_tasks(_plan(config, str(tmp_path))))
     # The assignment runs on the CPU, and whether an element is the identity is asked of the device: not here.
     monkeypatch.setattr(assignment, "best_permutation", _reversed_neurons)
-    order = lambda problem, facts: _reversed_heads(problem.shape) if found else None  # noqa: E731
+    order = lambda problem: MatchedHeads(_reversed_heads(problem.source.shape) if found else None, None)  # noqa: E731
     monkeypatch.setattr(blocks, "match_heads", order)
     monkeypatch.setattr(experts, "match_experts", lambda problem: list(range(problem.experts))[::-1])
     identities = (lambda element: element) if found else (lambda element: type(element)({}))
-    monkeypatch.setattr(solve, "without_identities", identities)
-    for name in ("head_distance", "distance_before"):
+    for name in ("heads_distance", "neurons_distance"):
         monkeypatch.setattr(blocks, name, lambda *_: 0.0)  # plain numbers: asked of the device
-    monkeypatch.setattr(solve, "describe_block", lambda *_: {})
+    monkeypatch.setattr(kernel, "finished", lambda solved, *_: replace(solved, element=identities(solved.element)))
     with FakeTensorMode():
         values: dict[Task, Any] = {
             t: torch.empty(_shape(t), device=CUDA, dtype=torch.bfloat16) for t in tasks if isinstance(t, LoadFinite)

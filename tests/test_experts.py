@@ -54,7 +54,7 @@ def test_planted_order_of_experts_and_neurons_is_recovered(scale: bool, noise: f
     anchor = _rows(0)
     sibling = {axis: x + noise * _rows(1)[axis] for axis, x in anchor.items()}
     planted = _planted(2, scale=scale)
-    found = align_mlp(_sides(anchor, _moved(sibling, planted)), SHAPE, Symmetries(neuron_scaling=scale))
+    found = align_mlp(_sides(anchor, _moved(sibling, planted)), SHAPE, Symmetries(neuron_scaling=scale)).element
     assert torch.equal(found.actions["expert"].index, planted.actions["expert"].inverse().index)
     assert torch.equal(found.actions["gate"].index, planted.actions["gate"].inverse().index)
     back = _moved(_moved(sibling, planted), found)
@@ -64,7 +64,7 @@ def test_planted_order_of_experts_and_neurons_is_recovered(scale: bool, noise: f
 @pytest.mark.parametrize("seed", range(3))
 def test_optimum_over_all_orders_of_unrelated_experts(seed: int) -> None:
     anchor, model = _rows(10 + seed), _rows(20 + seed)
-    found = _moved(model, align_mlp(_sides(anchor, model), SHAPE, Symmetries()))
+    found = _moved(model, align_mlp(_sides(anchor, model), SHAPE, Symmetries()).element)
     best = min(_distance(anchor, _ordered(anchor, model, order)) for order in itertools.permutations(range(E)))
     assert _distance(anchor, found) == pytest.approx(best, rel=1e-9)
 
@@ -97,9 +97,9 @@ def test_lower_bounds_hold(scale: NeuronScale) -> None:
 def test_experts_keep_their_order_without_permutation() -> None:
     anchor = _rows(0)
     twin = _moved(anchor, _planted(2, scale=False))
-    found = align_mlp(_sides(anchor, twin), SHAPE, Symmetries(permutation=False, neuron_scaling=True))
+    found = align_mlp(_sides(anchor, twin), SHAPE, Symmetries(permutation=False, neuron_scaling=True)).element
     assert bool(found.actions["expert"].is_identity() & found.actions["gate"].is_identity())
-    assert align_mlp(_sides(anchor, twin), SHAPE, Symmetries(permutation=False)).actions == {}
+    assert align_mlp(_sides(anchor, twin), SHAPE, Symmetries(permutation=False)).element.actions == {}
 
 
 def _routing(rows: Rows, x: torch.Tensor, unused: int | None = None) -> Routing:
@@ -124,12 +124,12 @@ def test_planted_order_is_recovered_from_what_experts_do(scale: bool) -> None:
     assert not routing[0].reached[:, 1].any()
     act = torch.nn.functional.silu
     use = Symmetries(neuron_scaling=scale)
-    found = align_experts_by(routing, _sides(anchor, model), SHAPE, use, act)
+    found = align_experts_by(routing, _sides(anchor, model), SHAPE, use, act).element
     assert torch.equal(found.actions["expert"].index, planted.actions["expert"].inverse().index)
     assert torch.equal(found.actions["gate"].index, planted.actions["gate"].inverse().index)
     if scale:
         twin = _moved(anchor, planted)
-        found = align_experts_by((routing[0], _routing(twin, x)), _sides(anchor, twin), SHAPE, use, act)
+        found = align_experts_by((routing[0], _routing(twin, x)), _sides(anchor, twin), SHAPE, use, act).element
         back = _moved(twin, found)
         assert all(torch.allclose(back[axis], y, rtol=1e-5, atol=1e-6) for axis, y in anchor.items())
 
@@ -139,6 +139,6 @@ def test_experts_that_may_not_move_keep_their_places() -> None:
     twin = _moved(anchor, _planted(2, scale=False))
     given = (_routing(anchor, x), _routing(twin, x)), _sides(anchor, twin), SHAPE
     act = torch.nn.functional.silu
-    assert align_experts_by(*given, Symmetries(permutation=False), act).actions == {}
-    found = align_experts_by(*given, Symmetries(permutation=False, neuron_scaling=True), act)
+    assert align_experts_by(*given, Symmetries(permutation=False), act).element.actions == {}
+    found = align_experts_by(*given, Symmetries(permutation=False, neuron_scaling=True), act).element
     assert bool(found.actions["expert"].is_identity() & found.actions["gate"].is_identity())

@@ -19,10 +19,11 @@ from mergekit_symalign.symmetry.blocks import align_attention
 from mergekit_symalign.symmetry.element import rows_by_axis
 from mergekit_symalign.symmetry.groups import Chain, Permutation
 from mergekit_symalign.symmetry.heads import match as heads_module
+from mergekit_symalign.symmetry.heads.from_rows import HeadRows
 from mergekit_symalign.symmetry.heads.match import HeadProblem, match_heads
-from mergekit_symalign.symmetry.heads.moments import plane_correlation
+from mergekit_symalign.symmetry.heads.moments import of_planes, plane_correlation
 from mergekit_symalign.symmetry.heads.solve import head_moments
-from mergekit_symalign.symmetry.options import Facts, GainScope, HeadShape, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.options import GainScope, HeadShape, Rotation, Sides, Symmetries
 
 State = dict[str, torch.Tensor]
 Products = tuple[np.ndarray, np.ndarray]
@@ -61,7 +62,7 @@ def test_planted_order_is_recovered(case: str, noise: float) -> None:
     layout = resolve(anchor.config, model="m")
     elements = random_elements(layout, 5)
     twin = transform(sibling.state_dict(), layout, elements)
-    found = align_attention(_sides(anchor.state_dict(), twin, layout), _shape(layout), Symmetries())
+    found = align_attention(_sides(anchor.state_dict(), twin, layout), _shape(layout), Symmetries()).element
     for axis in ("query", "key", "value", "attended"):
         planted = elements[1, BlockKind.attention].actions[axis]
         assert isinstance(planted, Chain)
@@ -86,14 +87,15 @@ def test_optimum_over_all_orders_of_unrelated_heads(case: str, rotation: Rotatio
     layout = resolve(a.config, model="m")
     sides, shape = _sides(a.state_dict(), b.state_dict(), layout), _shape(layout)
     use = Symmetries(rotation=rotation, scaling=scaling)
-    problem, k = HeadProblem(sides, *head_moments(sides, shape, use.rotation), shape, use), shape.kv_heads
+    source = HeadRows(sides, *head_moments(sides, shape, use.rotation), shape, use)
+    problem, k = HeadProblem(source), shape.kv_heads
     i, j = torch.meshgrid(torch.arange(k), torch.arange(k), indexing="ij")
     costs = problem.cost(i.flatten(), j.flatten()).reshape(k, k)
-    assert (problem.lower_bounds <= costs).all()
-    assert (problem.plane_bounds <= costs).all()
-    if problem.turning:
-        assert (problem.prefix_bounds <= problem.plane_bounds + 1e-9).all()
-    order = match_heads(problem)
+    assert (source.lower_bounds <= costs).all()
+    assert (source.plane_bounds <= costs).all()
+    if source.turning:
+        assert (source.prefix_bounds <= source.plane_bounds + 1e-9).all()
+    order = match_heads(problem).order
     kv = torch.arange(k) if order is None else order.kv
     reference = _Reference(sides, shape, use)
     expected = [[reference.cost(r, c, problem.inner[r, c].tolist()) for c in range(k)] for r in range(k)]
@@ -181,13 +183,13 @@ def test_pairs_know_of_planes_what_whole_products_would_tell() -> None:
     a, b = (make_model(family, seed, **overrides) for seed in (0, 1))
     layout = resolve(a.config, model="m")
     sides, shape = _sides(a.state_dict(), b.state_dict(), layout), _shape(layout)
-    problem = HeadProblem(sides, *head_moments(sides, shape, Rotation.exact), shape, Symmetries())
-    whole = HeadProblem(sides, *head_moments(sides, shape, Rotation.full), shape, Symmetries(rotation=Rotation.full))
+    problem = HeadRows(sides, *head_moments(sides, shape, Rotation.exact), shape, Symmetries())
+    whole = HeadRows(sides, *head_moments(sides, shape, Rotation.full), shape, Symmetries(rotation=Rotation.full))
     i, j = torch.tensor([0, 2, 3]), torch.tensor([1, 0, 3])
     for axis in ("query", "key"):
         planes, products = (p.group_moments(axis, i, j) for p in (problem, whole))
         order = torch.arange(planes.model.shape[1]).flip(0).expand(3, -1)
-        turn = heads_module.of_planes(plane_correlation(products.summed().cross), shape.planes())
+        turn = of_planes(plane_correlation(products.summed().cross), shape.planes())
         torch.testing.assert_close(planes.along(turn), products.along(turn), rtol=1e-5, atol=1e-4)
         for few, all_of_it in ((planes.summed(), products.summed()), (planes.matched(order), products.matched(order))):
             kept = (plane_correlation(x.cross) for x in (few, all_of_it))
@@ -209,12 +211,12 @@ def test_siblings_are_settled_by_their_bounds(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(heads_module.HeadProblem, "cost", cost)
     shape = _shape(layout)
-    facts: Facts = {}
-    problem = HeadProblem(sides, *head_moments(sides, shape, Rotation.exact), shape, Symmetries())
-    assert match_heads(problem, facts) is None
+    source = HeadRows(sides, *head_moments(sides, shape, Rotation.exact), shape, Symmetries())
+    found = match_heads(HeadProblem(source))
+    assert found.order is None
     assert asked == []
-    assert not {"plane_bounds", "lower_bounds"} & problem.__dict__.keys()  # a few columns were enough
-    assert facts == {"heads_route": "identity"}
+    assert not {"plane_bounds", "lower_bounds"} & source.__dict__.keys()  # a few columns were enough
+    assert found.facts == {"heads_route": "identity"}
 
 
 def test_heads_false_keeps_the_order() -> None:
@@ -222,7 +224,9 @@ def test_heads_false_keeps_the_order() -> None:
     layout = resolve(anchor.config, model="m")
     twin = transform(anchor.state_dict(), layout, random_elements(layout, 5, Planted(rotation=False, scaling=False)))
     sides = _sides(anchor.state_dict(), twin, layout)
-    kept = align_attention(sides, _shape(layout), Symmetries(heads=False, rotation=Rotation.none, scaling=False))
-    moved = align_attention(sides, _shape(layout), Symmetries(rotation=Rotation.none, scaling=False))
+    kept = align_attention(
+        sides, _shape(layout), Symmetries(heads=False, rotation=Rotation.none, scaling=False)
+    ).element
+    moved = align_attention(sides, _shape(layout), Symmetries(rotation=Rotation.none, scaling=False)).element
     assert kept.actions == {}
     assert set(moved.actions) == {"query", "key", "value", "attended"}

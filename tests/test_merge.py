@@ -380,7 +380,7 @@ def test_errors_of_a_solve_beside_another_are_readable(llama: Trio, monkeypatch:
     def fail(*_: Any) -> None:
         raise GeometryError("tensor w", "it does not fit", "Use another")
 
-    monkeypatch.setattr(solve, "align", fail)
+    monkeypatch.setattr(solve, "solve_block", fail)
     models = [{"model": llama.path(m), "parameters": {"weight": 1.0}} for m in ("twin", "skill")]
     plan = _planned_in_memory(merge_config("aligned_task_arithmetic", llama.path("anchor"), models), llama)
     with click.Context(click.Command("merge")), pytest.raises(click.ClickException, match=r"tensor w: .* Use another"):

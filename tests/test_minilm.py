@@ -62,6 +62,6 @@ def test_permutations_are_recovered_exactly(minilm: PreTrainedModel) -> None:
             a, b = (rows_by_axis(state[name], layout.axes(spec)) for state in (minilm.state_dict(), twin))
             for axis in a.keys() & BlockKind.mlp.axes:
                 sides.setdefault(axis, []).append((a[axis], b[axis]))
-        found = align_mlp(sides, layout.mlp_shape(), Symmetries()).actions["up"]
+        found = align_mlp(sides, layout.mlp_shape(), Symmetries()).element.actions["up"]
         planted = elements[layer, BlockKind.mlp].actions["up"]
         assert torch.equal(found.index, planted.inverse().index)

@@ -10,10 +10,10 @@ from conftest import State, merge_config, merged
 from models import make_model, perturbed, save, with_weights
 
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.graph.solve import without_identities
 from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry.element import BlockElement, Fused, TensorAxes
 from mergekit_symalign.symmetry.groups import Chain, HeadRotation, Permutation, Scaling
+from mergekit_symalign.symmetry.solve import without_identities
 
 ONLY_PLACES = {"rotation": "none", "scaling": False}
 # Fused neurons; fused heads; both; packed experts; gains with heads of their own; each alone.

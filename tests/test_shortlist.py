@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment import shortlist
 from mergekit_symalign.symmetry.assignment.auction import auction_prices
-from mergekit_symalign.symmetry.assignment.linear import sparse_matching, best_assignment
+from mergekit_symalign.symmetry.assignment.linear import best_assignment, sparse_matching
 from mergekit_symalign.symmetry.assignment.shortlist import Scores, shortlist_assignment
 from mergekit_symalign.symmetry.neurons import quantized
 from mergekit_symalign.symmetry.neurons.costs import NeuronPairs

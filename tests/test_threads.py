@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from mergekit_symalign.symmetry.threads import in_parallel, one_thread, side_by_side
+from mergekit_symalign.symmetry.threads import in_parallel, one_thread, two_at_a_time
 
-either = pytest.mark.parametrize("way", [in_parallel, side_by_side])
+either = pytest.mark.parametrize("way", [in_parallel, two_at_a_time])
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +51,10 @@ def test_two_solves_side_by_side_share_all_threads(inside: bool) -> None:
 
     if inside:
         with one_thread():
-            found = side_by_side(solve, range(4))
+            found = two_at_a_time(solve, range(4))
             assert torch.get_num_threads() == 1
     else:
-        found = side_by_side(solve, range(4))
+        found = two_at_a_time(solve, range(4))
     assert len({name for name, _ in found}) == 2
     assert {threads for _, work in found for _, threads in work} == {1}
     assert len({name for _, work in found for name, _ in work}) == 3

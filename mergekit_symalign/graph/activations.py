@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -16,14 +16,14 @@ from mergekit_symalign.errors import ArchitectureError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
-from mergekit_symalign.graph.report import readable_errors
-from mergekit_symalign.graph.solve import SolveBlock, describe_block, without_identities
+from mergekit_symalign.graph.solve import SolveBlock, packed
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by, align_mlp_by
 from mergekit_symalign.symmetry.by_activations.experts import Routing, align_experts_by
-from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.heads.solve import HEAD_AXES
 from mergekit_symalign.symmetry.options import Sides
 from mergekit_symalign.symmetry.rows import compute_dtype
+from mergekit_symalign.symmetry.solve import solve_block
+from mergekit_symalign.symmetry.solved import Solved
 
 HEADS = frozenset(HEAD_AXES)
 Loads = Tuple[Tuple[str, LoadFinite], ...]  # name inside the layer (or the model) and load of each tensor
@@ -204,13 +204,9 @@ class SolveActivations(SolveBlock):
         return {"statistics": self.statistics, **super().arguments()}
 
     def execute(self, statistics: Any, **tensors: torch.Tensor) -> Dict[str, Any]:  # type: ignore[override]
-        sides = self._sides(tensors)
-        with readable_errors():
-            element = without_identities(self._element(statistics, sides))
-        facts = {"objective": "activations", **describe_block(self.kind, element, sides, self.heads, self.mlp)}
-        return {"actions": element.pack(), "facts": facts}
+        return packed(solve_block(self._sides(tensors), self.shape, self.use, partial(self._align, statistics)))
 
-    def _element(self, statistics: Any, sides: Sides) -> BlockElement:
+    def _align(self, statistics: Any, sides: Sides) -> Solved:
         if EXPERTS in statistics:
             anchor, model = (Routing(*tensors) for tensors in statistics[EXPERTS])
             act = runner_of(self.anchor[0].model, self.trust_remote_code).gate_activation()

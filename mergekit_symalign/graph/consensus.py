@@ -9,11 +9,11 @@ from mergekit.graph import Task
 
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
-from mergekit_symalign.graph.report import readable_errors
-from mergekit_symalign.graph.solve import align, block_rows, describe_block, without_identities
-from mergekit_symalign.symmetry.consensus import Rows, find_consensus
+from mergekit_symalign.graph.solve import block_rows, packed
+from mergekit_symalign.symmetry.consensus import Rows
 from mergekit_symalign.symmetry.element import TensorAxes
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Symmetries
+from mergekit_symalign.symmetry.solve import solve_consensus
 
 
 class SolveConsensus(Task[Dict[str, Any]]):
@@ -46,16 +46,8 @@ class SolveConsensus(Task[Dict[str, Any]]):
 
     def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
         models = [self._rows(tensors, m) for m in range(len(self.models))]
-        with readable_errors():
-            found = find_consensus(models, lambda sides: align(self.kind, sides, self.heads, self.mlp, self.use))
-        results = {}
-        for m, element in enumerate(found.elements):
-            kept = without_identities(element)
-            sides = {axis: list(zip(rows, models[m][axis], strict=True)) for axis, rows in models[0].items()}
-            facts = {"consensus_rounds": len(found.spread) - 1}
-            facts |= describe_block(self.kind, kept, sides, self.heads, self.mlp)
-            results[str(m)] = {"actions": kept.pack(), "facts": facts}
-        return results
+        shape = self.mlp if self.kind is BlockKind.mlp else self.heads
+        return {str(m): packed(solved) for m, solved in enumerate(solve_consensus(models, shape, self.use))}
 
     def _rows(self, tensors: Dict[str, torch.Tensor], model: int) -> Rows:
         return block_rows(self.kind, self.axes, [tensors[f"model{model}_{i}"] for i in range(len(self.axes))])

@@ -12,12 +12,11 @@ from pydantic import model_validator
 
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
-from mergekit_symalign.graph.report import readable_errors
-from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
-from mergekit_symalign.symmetry.describe import describe, describe_heads, describe_neurons
-from mergekit_symalign.symmetry.element import BlockElement, TensorAxes, rows_by_axis
-from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, Sides, Symmetries
-from mergekit_symalign.symmetry.threads import one_thread, side_by_side
+from mergekit_symalign.symmetry.element import TensorAxes, rows_by_axis
+from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Sides, Symmetries
+from mergekit_symalign.symmetry.solve import Shape, solve_block
+from mergekit_symalign.symmetry.solved import Solved
+from mergekit_symalign.symmetry.threads import one_thread, two_at_a_time
 
 LOG = logging.getLogger(__name__)
 
@@ -63,16 +62,15 @@ class SolveBlock(Task[Dict[str, Any]]):
     def uses_accelerator(self) -> bool:
         return True
 
+    @property
+    def shape(self) -> Shape:
+        return self.mlp if self.kind is BlockKind.mlp else self.heads
+
     def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
-        sides = self._sides(tensors)
-        facts: Dict[str, Any] = {}
         with one_thread():
-            with readable_errors():
-                element = align(self.kind, sides, self.heads, self.mlp, self.use, facts)
-            element = without_identities(element)
-            facts |= describe_block(self.kind, element, sides, self.heads, self.mlp, facts)
-        LOG.info("solved %s of %s: %s", self.model[0].tensor, self.model[0].model, json.dumps(facts))
-        return {"actions": element.pack(), "facts": facts}
+            solved = solve_block(self._sides(tensors), self.shape, self.use)
+        LOG.info("solved %s of %s: %s", self.model[0].tensor, self.model[0].model, json.dumps(solved.facts))
+        return packed(solved)
 
     def _sides(self, tensors: Dict[str, torch.Tensor]) -> Sides:
         """For each axis the tensors that have it, as rows [axis, columns], anchor and model."""
@@ -105,8 +103,7 @@ class SolveTogether(Task[Dict[str, Any]]):
             return solver.execute(**{name: tensors[f"solver{i}_{name}"] for name in solver.arguments()})
 
         numbers = range(len(self.solvers))
-        with readable_errors():
-            solved = side_by_side(solve, numbers, next(iter(tensors.values())).device)
+        solved = two_at_a_time(solve, numbers, next(iter(tensors.values())).device)
         return {str(i): solved[i] for i in numbers}
 
 
@@ -132,6 +129,11 @@ class OneOf(Task[Dict[str, Any]]):
         return result
 
 
+def packed(solved: Solved) -> Dict[str, Any]:
+    """The result of a task that solves: tensors in dicts and tuples, and plain numbers and strings."""
+    return {"actions": solved.element.pack(), "facts": dict(solved.facts)}
+
+
 def block_rows(kind: BlockKind, axes: Tuple[TensorAxes, ...], stored: list[torch.Tensor]) -> Dict[str, Any]:
     """For each axis of a block the tensors that have it, as rows [axis, columns]."""
     rows: Dict[str, Any] = {}
@@ -140,34 +142,3 @@ def block_rows(kind: BlockKind, axes: Tuple[TensorAxes, ...], stored: list[torch
             if axis in kind.axes:
                 rows.setdefault(axis, []).append(part)
     return rows
-
-
-def align(
-    kind: BlockKind, sides: Sides, heads: HeadShape, mlp: MlpShape, use: Symmetries, facts: Facts | None = None
-) -> BlockElement:
-    """The best element for one block of one model; ``facts`` takes what is known of the solve."""
-    if kind is BlockKind.mlp:
-        return align_mlp(sides, mlp, use, facts)
-    return align_attention(sides, heads, use, facts)
-
-
-def describe_block(
-    kind: BlockKind, element: BlockElement, sides: Sides, heads: HeadShape, mlp: MlpShape, known: Facts | None = None
-) -> Facts:
-    """What an element does to a block, in plain numbers (asks the device for values).
-
-    The distances are taken again only if the solver left none in ``known``.
-    """
-    own = describe_neurons(element, mlp) if kind is BlockKind.mlp else describe_heads(element, heads)
-    if known is not None and {"distance_before", "distance_after"} <= known.keys():
-        return own
-    return {**describe(element, sides), **own}
-
-
-def without_identities(element: BlockElement) -> BlockElement:
-    """Leave out actions, and steps of them, that change nothing: what they leave alone passes through bit for bit.
-
-    Asks the device for values, as the assignment and the facts do.
-    """
-    moving = {axis: g for axis, g in element.actions.items() if not bool(g.is_identity())}
-    return BlockElement({axis: g.simplified() for axis, g in moving.items()})

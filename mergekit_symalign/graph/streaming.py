@@ -92,14 +92,14 @@ def plan_streaming(
     calibration = _calibration(planned, models, options, checkpoints)
     key = _key(planned, models, calibration)
     shared: dict[str, Any] = {"key": key, "models": models, "trust_remote_code": options.trust_remote_code}
-    embed = EmbedPrompts(layer=_OUTSIDE, loads=loads.of(models, _OUTSIDE), calibration=calibration, **shared)
+    embed = EmbedPrompts(layer=_OUTSIDE, loads=loads.at(models, _OUTSIDE), calibration=calibration, **shared)
     hidden, recorded = Part(of=embed, keys=("hidden",)), Part(of=embed, keys=("arguments",))
     statistics: dict[Wanted, Task] = {}
     for layer in range(last + 1):
         here = [w for w in wanted if w.layer == layer]
         seen = tuple(_seen((w.kind for w in here if w.model == m), checkpoints[m].layout) for m in models[1:])
         step = RunLayer(
-            layer=layer, loads=loads.of(models, layer), hidden=hidden, recorded=recorded, wanted=seen, **shared
+            layer=layer, loads=loads.at(models, layer), hidden=hidden, recorded=recorded, wanted=seen, **shared
         )
         hidden = Part(of=step, keys=("hidden",))
         for w in here:
@@ -131,7 +131,7 @@ class _Loads:
                 if at is not None and at.layer is not None:
                     self._depth[model, layer].add(at.layer)
 
-    def of(self, models: tuple[ModelReference, ...], layer: int) -> tuple[tuple[tuple[str, LoadFinite], ...], ...]:
+    def at(self, models: tuple[ModelReference, ...], layer: int) -> tuple[tuple[tuple[str, LoadFinite], ...], ...]:
         return tuple(tuple(self._found[model, layer].items()) for model in models)
 
     def require(self, models: tuple[ModelReference, ...], last: int) -> None:

@@ -13,7 +13,8 @@ import torch
 from mergekit_symalign.symmetry.distance import total_distance
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction
-from mergekit_symalign.symmetry.heads.match import HeadProblem, match_heads
+from mergekit_symalign.symmetry.heads.from_rows import HeadRows
+from mergekit_symalign.symmetry.heads.match import HeadProblem, MatchedHeads, match_heads
 from mergekit_symalign.symmetry.heads.order import after, reordered_gains
 from mergekit_symalign.symmetry.heads.solve import (
     GAIN_AXES,
@@ -21,38 +22,42 @@ from mergekit_symalign.symmetry.heads.solve import (
     AttentionMoments,
     HeadActions,
     HeadNorms,
-    distance,
     head_moments,
+    moved_distance,
     per_query_head,
     solve_gains,
+    solve_heads,
 )
 from mergekit_symalign.symmetry.neurons.costs import NeuronPairs
 from mergekit_symalign.symmetry.neurons.experts import align_experts
 from mergekit_symalign.symmetry.neurons.match import align_neurons
 from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, NeuronScale, Pair, Sides, Symmetries
+from mergekit_symalign.symmetry.solved import Solved
 
 
-def align_attention(sides: Sides, shape: HeadShape, use: Symmetries, facts: Facts | None = None) -> BlockElement:
+def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> Solved:
     """Match heads, value/output and query/key by the symmetries that ``use`` admits.
 
     Args:
         sides: axes query, key, value, attended; with QK-norm query_gain and key_gain too.
         shape: heads of the block.
         use: what is admitted.
-        facts: takes the route by which the order of the heads was proven, and the squared distances before and after.
+
+    Returns:
+        The element; the route by which the order of the heads was proven, and the squared distances before and after.
     """
     own, norms = head_moments(sides, shape, use.rotation)
-    problem = HeadProblem(sides, own, norms, shape, use)
+    problem = HeadProblem(HeadRows(sides, own, norms, shape, use))
     m = problem.standing
-    if facts is not None:
-        facts["distance_before"] = head_distance(m, norms, HeadActions(None, None), sides, {})
-    order = match_heads(problem, facts) if use.heads else None
+    before = heads_distance(m, norms, HeadActions(None, None), sides, {})
+    matched = match_heads(problem) if use.heads else MatchedHeads(None, None)
+    order = matched.order
     if order is None:
         found = problem.standing_actions
     else:
-        own, _ = head_moments(sides, shape, use.rotation, {axis: order.of(axis) for axis in HEAD_AXES})
+        own, _ = head_moments(sides, shape, use.rotation, {axis: order.of_axis(axis) for axis in HEAD_AXES})
         m = own.per_kv_head(shape.kv_heads)
-        found = problem.solve(m)
+        found = solve_heads(m, shape, use)
         sides = {**sides, **reordered_gains(sides, order, shape)}
     actions: dict[str, AxisAction] = {}
     if found.value is not None:
@@ -62,44 +67,51 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries, facts: Fact
     actions |= solve_gains(sides, shape, use)
     tolerance = _tolerance(sides["query"])
     actions = {axis: action.snapped(tolerance) for axis, action in actions.items()}
-    if facts is not None:
-        facts["distance_after"] = head_distance(m, norms, found, sides, actions)
-    return BlockElement(actions if order is None else after(order, actions, shape))
+    distances = {"distance_before": before, "distance_after": heads_distance(m, norms, found, sides, actions)}
+    element = BlockElement(actions if order is None else after(order, actions, shape))
+    return Solved(element, matched.facts | distances)
 
 
-def align_mlp(sides: Sides, shape: MlpShape, use: Symmetries, facts: Facts | None = None) -> BlockElement:
+def align_mlp(sides: Sides, shape: MlpShape, use: Symmetries) -> Solved:
     """Match the neurons of an MLP, and its experts if it has several.
 
     Args:
         sides: axes gate, up, down (a plain MLP has no gate), [experts × neurons, …]; with experts also expert (router).
         shape: neurons and experts, and which factors the neurons have.
         use: what is admitted.
-        facts: takes how many neurons each route settled (of a dense MLP).
+
+    Returns:
+        The element; of a dense MLP how many neurons each route settled, and without factors the squared distances.
     """
     scale = shape.scale if use.neuron_scaling else NeuronScale.none
     if not use.permutation and scale is NeuronScale.none:
-        return BlockElement({})
-    actions: dict[str, AxisAction] = {}
+        return Solved(BlockElement({}))
     if shape.experts > 1:
-        actions["expert"], gate, up = align_experts(sides, shape.experts, permute=use.permutation, scale=scale)
-    else:
-        pairs = NeuronPairs(sides.get("gate", ()), sides["up"], sides["down"])
-        gate, up = align_neurons(pairs, permute=use.permutation, scale=scale, facts=facts)
-        if facts is not None and "distance_after" in facts:
-            facts["distance_before"] = distance_before(pairs, up, facts["distance_after"])
+        experts, gate, up = align_experts(sides, shape.experts, permute=use.permutation, scale=scale)
+        return Solved(_neurons({"expert": experts}, gate, up, sides))
+    pairs = NeuronPairs(sides.get("gate", ()), sides["up"], sides["down"])
+    found = align_neurons(pairs, permute=use.permutation, scale=scale)
+    facts: Facts = dict(found.routes)
+    if found.distance is not None:
+        facts["distance_before"] = neurons_distance(pairs, found.up, found.distance)
+        facts["distance_after"] = found.distance
+    return Solved(_neurons({}, found.gate, found.up, sides), facts)
+
+
+def _neurons(actions: dict[str, AxisAction], gate: AxisAction, up: AxisAction, sides: Sides) -> BlockElement:
     up = up.snapped(_tolerance(sides["up"]))
     return BlockElement(actions | {"gate": gate, "up": up, "down": up.dual()})
 
 
-def head_distance(
+def heads_distance(
     m: AttentionMoments, norms: HeadNorms, found: HeadActions, sides: Sides, actions: Mapping[str, AxisAction]
 ) -> float:
     """Squared distance of an attention block: from the moments, and of the gains of a QK-norm, if there are any."""
     gains = (total_distance(pair, actions.get(axis)) for axis in GAIN_AXES for pair in sides.get(axis, ()))
-    return distance(m, norms, found) + sum(gains)
+    return moved_distance(m, norms, found) + sum(gains)
 
 
-def distance_before(pairs: NeuronPairs, moved_by: AxisAction, after: float) -> float:
+def neurons_distance(pairs: NeuronPairs, moved_by: AxisAction, after: float) -> float:
     """Squared distance of an MLP as it stands, if it is ``after`` under an action of its neurons."""
     return after if bool(moved_by.is_identity()) else sum(map(total_distance, pairs.all))
 

@@ -70,29 +70,32 @@ class _State:
     spread: float
 
     @staticmethod
-    def of(models: Sequence[Rows], elements: Sequence[BlockElement]) -> _State:
+    def moved_by(models: Sequence[Rows], elements: Sequence[BlockElement]) -> _State:
         moved = tuple(_moved(rows, element) for rows, element in zip(models, elements, strict=True))
         mean = {axis: [_mean(same) for same in zip(*(m[axis] for m in moved), strict=True)] for axis in moved[0]}
-        return _State(tuple(elements), moved, mean, sum(_distance(m, mean) for m in moved))
+        return _State(tuple(elements), moved, mean, sum(_spread_around(m, mean) for m in moved))
 
     @staticmethod
     def at_anchor(models: Sequence[Rows], anchor: int, align: Callable[[Sides], BlockElement]) -> _State:
         """All aligned to one of them, then turned so that the first stays where it is."""
-        found = [BlockElement({}) if i == anchor else align(_sides(models[anchor], m)) for i, m in enumerate(models)]
+        found = [
+            BlockElement({}) if i == anchor else align(rows_of_both(models[anchor], m)) for i, m in enumerate(models)
+        ]
         back = found[0].inverse()
-        return _State.of(models, [BlockElement({}), *(_composed(element, back) for element in found[1:])])
+        return _State.moved_by(models, [BlockElement({}), *(_composed(element, back) for element in found[1:])])
 
     def improved(self, models: Sequence[Rows], align: Callable[[Sides], BlockElement]) -> _State:
         """Every model but the first aligned to the mean again, where that brings it closer."""
         elements = [self.elements[0]]
         for rows, old, moved in zip(models[1:], self.elements[1:], self.moved[1:], strict=True):
-            new = align(_sides(self.mean, rows))
-            closer = _distance(_moved(rows, new), self.mean) <= _distance(moved, self.mean)
+            new = align(rows_of_both(self.mean, rows))
+            closer = _spread_around(_moved(rows, new), self.mean) <= _spread_around(moved, self.mean)
             elements.append(new if closer else old)
-        return _State.of(models, elements)
+        return _State.moved_by(models, elements)
 
 
-def _sides(anchor: Rows, model: Rows) -> Sides:
+def rows_of_both(anchor: Rows, model: Rows) -> Sides:
+    """The rows of two models, pair by pair."""
     return {axis: list(zip(rows, model[axis], strict=True)) for axis, rows in anchor.items()}
 
 
@@ -114,7 +117,7 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([x.to(compute_dtype(x.dtype)) for x in tensors]).mean(0)
 
 
-def _distance(a: Rows, b: Rows) -> float:
+def _spread_around(a: Rows, b: Rows) -> float:
     """Sum of squares of the difference, in float64."""
     pairs = (pair for axis, rows in a.items() for pair in zip(rows, b[axis], strict=True))
     return sum(float((x.double() - y.double()).square().sum()) for x, y in pairs)

@@ -22,7 +22,7 @@ from mergekit_symalign.symmetry.groups import (
 from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, Sides
 
 
-def describe(element: BlockElement, sides: Sides) -> Facts:
+def describe_distances(element: BlockElement, sides: Sides) -> Facts:
     """Squared distances of one block to the anchor, before and after.
 
     Returns:

@@ -277,7 +277,7 @@ class PartialRotation(PerHead):
     scale: Tensor
 
     @classmethod
-    def of(cls, planes: PlaneRotation, rest: HeadRotation) -> PartialRotation:
+    def joining(cls, planes: PlaneRotation, rest: HeadRotation) -> PartialRotation:
         return cls(*planes.tensors(), *rest.tensors())
 
     @property
@@ -300,16 +300,16 @@ class PartialRotation(PerHead):
         return torch.cat([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 1)
 
     def inverse(self) -> PartialRotation:
-        return self.of(self.planes.inverse(), self.rest.inverse())
+        return self.joining(self.planes.inverse(), self.rest.inverse())
 
     def dual(self) -> PartialRotation:
-        return self.of(self.planes.dual(), self.rest.dual())
+        return self.joining(self.planes.dual(), self.rest.dual())
 
     def is_identity(self) -> Tensor:
         return self.planes.is_identity() & self.rest.is_identity()
 
     def snapped(self, tolerance: float) -> PartialRotation:
-        return self.of(self.planes.snapped(tolerance), self.rest.snapped(tolerance))
+        return self.joining(self.planes.snapped(tolerance), self.rest.snapped(tolerance))
 
 
 class InterleavedPartialRotation(PartialRotation):
@@ -317,6 +317,19 @@ class InterleavedPartialRotation(PartialRotation):
 
     kind: ClassVar[str] = "interleaved_partial_rotation"
     plane_type: ClassVar[type[PlaneRotation]] = InterleavedPlaneRotation
+
+
+def rotary_action(planes: PlaneRotation, rest: HeadRotation | None, *, interleaved: bool) -> PerHead:
+    """What queries may carry under RoPE.
+
+    Args:
+        planes: angle and scale of each rotary plane.
+        rest: of the coordinates of a head that do not turn with the position; None where all do.
+        interleaved: planes are ``(2i, 2i + 1)``, not ``(i, i + r/2)``.
+    """
+    if rest is None:
+        return InterleavedPlaneRotation(*planes.tensors()) if interleaved else planes
+    return (InterleavedPartialRotation if interleaved else PartialRotation).joining(planes, rest)
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,7 +59,7 @@ def in_parallel(
         return list(_pool(threads).map(_as_here(work), pieces))
 
 
-def side_by_side(
+def two_at_a_time(
     work: Callable[[Piece], Result], pieces: Sequence[Piece], device: torch.device | None = None
 ) -> list[Result]:
     """``[work(piece) for piece in pieces]`` for work that is itself divided by `in_parallel`, two pieces at a time.

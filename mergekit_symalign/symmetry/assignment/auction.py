@@ -48,11 +48,11 @@ def auction_prices(score: Tensor) -> Tensor:
 def _bids(score: Tensor, price: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The best column of some rows, and the price at which it would only be as good as the second."""
 
-    def of(some: Tensor) -> tuple[Tensor, Tensor]:
+    def bid(some: Tensor) -> tuple[Tensor, Tensor]:
         cost = score.index_select(0, some).to(price.dtype).neg_().add_(price)
         column, second = two_lowest(cost)
         return column, second - cost.gather(1, column.unsqueeze(1)).squeeze(1)
 
-    parts = in_parallel(of, rows.split(max(1, _BLOCK // len(score))), rows.device)
+    parts = in_parallel(bid, rows.split(max(1, _BLOCK // len(score))), rows.device)
     column, surplus = (torch.cat(x) for x in zip(*parts, strict=True))
     return column, price[column] + surplus

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment.linear import best_assignment, identity_is_optimal, lazy_assignment
+from mergekit_symalign.symmetry.assignment.linear import best_assignment, identity_is_optimal
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling
+from mergekit_symalign.symmetry.heads.bounds import whole_bounds
 from mergekit_symalign.symmetry.heads.match import HeadProblem, match_heads
 from mergekit_symalign.symmetry.heads.moments import Moments
 from mergekit_symalign.symmetry.heads.order import after, reordered_gains
@@ -34,7 +35,9 @@ from mergekit_symalign.symmetry.heads.solve import (
 from mergekit_symalign.symmetry.neurons.costs import NeuronCosts, NeuronPairs
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Pair, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.rows import compute_dtype
+from mergekit_symalign.symmetry.solved import Solved
 
+BY_ACTIVATIONS = {"objective": "activations"}  # what is known of such a solve
 PRIOR = 1e-5  # weight of the weights beside the activations, both in units of their own norm
 _SILENT = 1e-5  # largest score of neurons that no prompt wakes, in units of the others' mean
 _TOLERANCE = 1e-6  # below this an angle or a factor's distance from 1 is rounding of sums in float32
@@ -58,11 +61,11 @@ class Covariance:
     def of_rows(side: Sequence[Pair]) -> Covariance:
         """Of matrices with this axis first, anchor's and model's [n, columns] each."""
 
-        def of(anchor: Tensor, model: Tensor) -> Covariance:
+        def of_pair(anchor: Tensor, model: Tensor) -> Covariance:
             a, b = (x.to(compute_dtype(x.dtype)) for x in (anchor, model))
             return Covariance((a @ b.mT).double(), a.double().square().sum(-1), b.double().square().sum(-1))
 
-        return reduce(add, (of(*pair) for pair in side))
+        return reduce(add, (of_pair(*pair) for pair in side))
 
     def __add__(self, other: Covariance) -> Covariance:
         return Covariance(self.cross + other.cross, self.anchor + other.anchor, self.model + other.model)
@@ -89,7 +92,7 @@ class Covariance:
 Covariances = Mapping[str, Covariance]
 
 
-def align_attention_by(seen: Covariances, weights: Sides, shape: HeadShape, use: Symmetries) -> BlockElement:
+def align_attention_by(seen: Covariances, weights: Sides, shape: HeadShape, use: Symmetries) -> Solved:
     """Match heads, value/output and query/key by their activations.
 
     Queries and keys (in front of RoPE and of QK-norm) are matched as rows of weights are. Values and attended values
@@ -104,12 +107,13 @@ def align_attention_by(seen: Covariances, weights: Sides, shape: HeadShape, use:
         use: what is admitted.
     """
     blended = _blended(seen, weights, shape)
-    problem = CovarianceProblem(blended, shape, use)
-    order = match_heads(problem) if use.heads else None
+    problem = HeadProblem(HeadCovariances(blended, shape, use))
+    order = match_heads(problem).order if use.heads else None
     gains: Sides = {axis: weights[axis] for axis in GAIN_AXES if axis in weights}
     if order is not None:
         moved = {axis: order.permutation(axis, shape.head_dim) for axis in (*HEAD_AXES, *gains)}
-        problem = CovarianceProblem({axis: c.reordered(moved[axis]) for axis, c in blended.items()}, shape, use)
+        reordered = {axis: c.reordered(moved[axis]) for axis, c in blended.items()}
+        problem = HeadProblem(HeadCovariances(reordered, shape, use))
         seen = {axis: c.reordered(moved[axis]) for axis, c in seen.items()}
         gains = reordered_gains(gains, order, shape)
     found = problem.standing_actions
@@ -121,10 +125,10 @@ def align_attention_by(seen: Covariances, weights: Sides, shape: HeadShape, use:
         actions |= {"query": per_query_head(found.query, shape), "key": found.query.dual()}
     actions |= solve_gains(gains, shape, use)
     actions = {axis: action.snapped(_TOLERANCE) for axis, action in actions.items()}
-    return BlockElement(actions if order is None else after(order, actions, shape))
+    return Solved(BlockElement(actions if order is None else after(order, actions, shape)), BY_ACTIVATIONS)
 
 
-def align_mlp_by(seen: Covariance, weights: Sides, shape: MlpShape, use: Symmetries) -> BlockElement:
+def align_mlp_by(seen: Covariance, weights: Sides, shape: MlpShape, use: Symmetries) -> Solved:
     """Match the neurons of an MLP by what they hand to the down projection.
 
     Maximises ``Σ_i C[i, π(i)]`` of the cross-covariance ``C``. With ``neuron_scaling`` each pair has the factor that
@@ -139,9 +143,9 @@ def align_mlp_by(seen: Covariance, weights: Sides, shape: MlpShape, use: Symmetr
     """
     scale = shape.scale if use.neuron_scaling else NeuronScale.none
     if not use.permutation and scale is NeuronScale.none:
-        return BlockElement({})
+        return Solved(BlockElement({}), BY_ACTIVATIONS)
     gate, up = match_neurons_by(seen, weights, scale, permute=use.permutation)
-    return BlockElement({"gate": gate, "up": up, "down": up.dual()})
+    return Solved(BlockElement({"gate": gate, "up": up, "down": up.dual()}), BY_ACTIVATIONS)
 
 
 def match_neurons_by(
@@ -160,34 +164,49 @@ def match_neurons_by(
     return gate, Chain((gate, Scaling(factor).snapped(_TOLERANCE)))
 
 
-class CovarianceProblem(HeadProblem):
-    """Matching heads from covariances instead of rows."""
+@dataclass(frozen=True)
+class HeadCovariances:
+    """Covariances of a block's axes, as a `HeadSource`. Values come in units of their own norm.
 
-    def __init__(self, covariances: Covariances, shape: HeadShape, use: Symmetries) -> None:
-        heads = {axis: shape.heads(axis) for axis in HEAD_AXES}
-        own = AttentionMoments(**{axis: covariances[axis].moments(count, count) for axis, count in heads.items()})
-        anchor = {axis: c.anchor.unflatten(0, (-1, shape.head_dim)) for axis, c in covariances.items()}
-        super().__init__({}, own, anchor, shape, use)
-        self.covariances = covariances
-        self.value_scaling = False  # values come in units of their own norm
+    Attributes:
+        covariances: axes query, key, value, attended.
+        shape, use: as for the block.
+    """
+
+    covariances: Covariances
+    shape: HeadShape
+    use: Symmetries
+
+    @cached_property
+    def own(self) -> AttentionMoments:
+        heads = {axis: self.shape.heads(axis) for axis in HEAD_AXES}
+        return AttentionMoments(**{axis: self.covariances[axis].moments(n, n) for axis, n in heads.items()})
 
     def solve(self, m: AttentionMoments) -> HeadActions:
         rotate = self.use.rotation is not Rotation.none
         value = align_heads(m.value, m.attended, rotate=rotate, scale=False) if rotate or self.use.scaling else None
         return HeadActions(value, solve_query(m, self.shape, self.use))
 
-    def identity_route(self) -> str | None:
-        return "bounds" if identity_is_optimal(self.standing_costs(), self.lower_bounds) else None
+    def identity_route(self, costs: Tensor) -> str | None:
+        return "bounds" if identity_is_optimal(costs, self.lower_bounds) else None
 
-    def assignment(self) -> Tensor:
-        return lazy_assignment(self.lower_bounds, self.cost)
+    def bounds(self) -> tuple[Tensor, None]:
+        return self.lower_bounds, None
 
-    def query_heads_stay(self) -> bool:
+    def query_heads_stay(self, found: HeadActions) -> bool:
         return self.shape.queries_per_kv == 1
 
-    def all_pairs(self, axis: str) -> Moments:
-        k, c = self.shape.kv_heads, self.covariances[axis]
-        return Moments(c.by_head(k), c.model.unflatten(0, (k, -1)).expand(k, k, -1))
+    @cached_property
+    def lower_bounds(self) -> Tensor:
+        """Lower bounds of the pairs' costs [KV heads, KV heads]."""
+        k, scale = self.shape.kv_heads, self.use.scaling and not self.shape.qk_norm
+        norms = {axis: (self._of_groups(c.anchor), self._of_groups(c.model)) for axis, c in self.covariances.items()}
+        value, key = (
+            Moments(c.by_head(k), c.model.unflatten(0, (k, -1)).expand(k, k, -1))
+            for c in (self.covariances["value"], self.covariances["key"])
+        )
+        turning = self.shape.turning(self.use.rotation)
+        return whole_bounds(norms, value, key, turning, scale_values=False, scale_queries=scale)
 
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments:
         k, c = self.shape.kv_heads, self.covariances[axis]
@@ -197,6 +216,10 @@ class CovarianceProblem(HeadProblem):
         return GroupMoments(
             pairs.flatten(0, 1).index_select(0, at), c.model.unflatten(0, (k, group, -1)).index_select(0, j)
         )
+
+    def _of_groups(self, squares: Tensor) -> Tensor:
+        """Sums over the query heads of each group [KV heads, d]."""
+        return squares.unflatten(0, (self.shape.kv_heads, -1, self.shape.head_dim)).sum(1)
 
 
 def _blended(seen: Covariances, weights: Sides, shape: HeadShape) -> dict[str, Covariance]:

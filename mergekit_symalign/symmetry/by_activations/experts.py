@@ -13,12 +13,18 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment.linear import best_assignment
-from mergekit_symalign.symmetry.by_activations.covariance import Covariance, match_neurons_by, with_grain
+from mergekit_symalign.symmetry.by_activations.covariance import (
+    BY_ACTIVATIONS,
+    Covariance,
+    match_neurons_by,
+    with_grain,
+)
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import Permutation
-from mergekit_symalign.symmetry.neurons.experts import side_by_side
+from mergekit_symalign.symmetry.neurons.experts import joined_experts
 from mergekit_symalign.symmetry.options import MlpShape, NeuronScale, Sides, Symmetries
 from mergekit_symalign.symmetry.rows import compute_dtype
+from mergekit_symalign.symmetry.solved import Solved
 
 _NEURON_AXES = ("gate", "up", "down")
 _TOKENS = 4096  # that run through an expert at once
@@ -51,7 +57,7 @@ class Routing:
 
 def align_experts_by(
     routing: tuple[Routing, Routing], weights: Sides, shape: MlpShape, use: Symmetries, act: Callable[[Tensor], Tensor]
-) -> BlockElement:
+) -> Solved:
     """Match the experts of a layer, and the neurons in each pair of them.
 
     Experts: maximises the sum of the covariances of the pairs' router logits over all tokens; router rows count with
@@ -67,7 +73,7 @@ def align_experts_by(
     """
     scale = shape.scale if use.neuron_scaling else NeuronScale.none
     if not use.permutation and scale is NeuronScale.none:
-        return BlockElement({})
+        return Solved(BlockElement({}), BY_ACTIVATIONS)
     order = _match_experts(routing, weights) if use.permutation else list(range(shape.experts))
     pairs = []
     for i, j in enumerate(order):
@@ -75,9 +81,10 @@ def align_experts_by(
         own = {axis: [(_of(a, i, shape), _of(b, j, shape)) for a, b in weights[axis]] for axis in _NEURON_AXES}
         seen = _neurons_seen(own, (routing[0].entered, routing[1].entered), at, act)
         pairs.append(match_neurons_by(seen, own, scale, permute=use.permutation))
-    gate, up = (side_by_side([pair[k] for pair in pairs], order) for k in range(2))
+    gate, up = (joined_experts([pair[k] for pair in pairs], order) for k in range(2))
     index = torch.tensor(order, device=routing[0].logits.device)
-    return BlockElement({"expert": Permutation(index), "gate": gate, "up": up, "down": up.dual()})
+    element = BlockElement({"expert": Permutation(index), "gate": gate, "up": up, "down": up.dual()})
+    return Solved(element, BY_ACTIVATIONS)
 
 
 def _match_experts(routing: tuple[Routing, Routing], weights: Sides) -> list[int]:

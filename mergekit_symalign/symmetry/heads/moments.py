@@ -30,7 +30,7 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.cross + other.cross, self.model + other.model)
 
-    def of(self, heads: Tensor) -> Moments:
+    def some(self, heads: Tensor) -> Moments:
         """The same for some of the heads."""
         return Moments(self.cross.index_select(0, heads), self.model.index_select(0, heads))
 
@@ -63,14 +63,14 @@ def moments(
     a, b = (x.unflatten(0, (heads, -1)) for x in (anchor, model))
     number = torch.arange(heads, device=anchor.device)
 
-    def of(some: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    def of_heads(some: Pair) -> tuple[Tensor, Tensor, Tensor]:
         x, y = (_selected(side, at).double() for side, at in zip((a, b), some, strict=True))
         seen = _plane_products(x, y, planes) if planes else _products(x, y)
         return seen, torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y)
 
     few = 1 if anchor.device.type == "cpu" else heads
     beside = number if order is None else order
-    parts = in_parallel(of, list(zip(number.split(few), beside.split(few), strict=True)), anchor.device)
+    parts = in_parallel(of_heads, list(zip(number.split(few), beside.split(few), strict=True)), anchor.device)
     seen, own, norms = (torch.cat(x) for x in zip(*parts, strict=True))
     return Moments(of_planes(seen, planes) if planes else seen, norms), own
 

@@ -24,13 +24,13 @@ class HeadOrder:
     kv: Tensor
     query: Tensor
 
-    def of(self, axis: str) -> Tensor:
+    def of_axis(self, axis: str) -> Tensor:
         """Of the heads that an axis has."""
         return self.query if axis in ("query", "attended", "query_gain") else self.kv
 
     def permutation(self, axis: str, head_dim: int) -> Permutation:
         """The same as a permutation of the coordinates of an axis."""
-        order = self.of(axis)
+        order = self.of_axis(axis)
         within = torch.arange(head_dim, device=order.device)
         return Permutation((order.unsqueeze(1) * head_dim + within).flatten())
 

@@ -128,7 +128,7 @@ def _jointly(first: Moments, second: Moments) -> HeadRotation:
     matrix, s, proven = (torch.cat(x) for x in zip(*((x.matrix, x.scale, x.proven) for x in parts), strict=True))
     left = (~proven).nonzero().flatten()
     if len(left):
-        swept = _swept(first.of(left), second.of(left))
+        swept = _swept(first.some(left), second.some(left))
         matrix, s = matrix.index_copy(0, left, swept.matrix), s.index_copy(0, left, swept.scale)
     return HeadRotation(matrix, s)
 

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
-    InterleavedPartialRotation,
-    InterleavedPlaneRotation,
-    PartialRotation,
     PerHead,
     Scaling,
+    rotary_action,
 )
 from mergekit_symalign.symmetry.heads.moments import Moments, moments
 from mergekit_symalign.symmetry.heads.procrustes import (
@@ -75,14 +73,14 @@ def head_moments(
         The moments, and the squared norms of the anchor's coordinates.
     """
 
-    def of(axis: str) -> tuple[Moments, Tensor]:
+    def of_axis(axis: str) -> tuple[Moments, Tensor]:
         planes = shape.planes() if shape.only_turns(axis, rotation) else ()
         beside = order[axis] if order else None
         found = (moments(*pair, shape.heads(axis), beside, planes) for pair in sides[axis])
         of_models, of_anchors = zip(*found, strict=True)
         return reduce(add, of_models), reduce(add, of_anchors)
 
-    found = {axis: of(axis) for axis in HEAD_AXES}
+    found = {axis: of_axis(axis) for axis in HEAD_AXES}
     return AttentionMoments(**{axis: m for axis, (m, _) in found.items()}), {axis: a for axis, (_, a) in found.items()}
 
 
@@ -130,14 +128,11 @@ def solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisA
         return align_heads(m.query, m.key, rotate=rotate, scale=use.scaling)
     query, key = (side.at(shape.planes()) for side in (m.query, m.key))
     planes = align_planes(query, key, rotate=rotate, scale=use.scaling)
-    if shape.interleaved:
-        planes = InterleavedPlaneRotation(*planes.tensors())
     if shape.rotary == shape.head_dim:
-        return planes
+        return rotary_action(planes, None, interleaved=shape.interleaved)
     query, key = (side.at(shape.rest()) for side in (m.query, m.key))
     rest = align_heads(query, key, rotate=rotate, scale=use.scaling)
-    partial = InterleavedPartialRotation if shape.interleaved else PartialRotation
-    return partial.of(planes, rest)
+    return rotary_action(planes, rest, interleaved=shape.interleaved)
 
 
 def dense(g: AxisAction | None, like: Moments) -> Tensor:
@@ -147,7 +142,7 @@ def dense(g: AxisAction | None, like: Moments) -> Tensor:
     return (eye if g is None else g(eye, 0)).unflatten(0, (n, d))
 
 
-def distance(m: AttentionMoments, norms: HeadNorms, found: HeadActions) -> float:
+def moved_distance(m: AttentionMoments, norms: HeadNorms, found: HeadActions) -> float:
     """Squared distance of query, key, value and attended to the anchor's under ``found``, to the rounding of float64.
 
     Args:

@@ -120,7 +120,7 @@ def _settle(costs: NeuronCosts, rows: Tensor, number: int, growth: float, found:
     Where none of a sample of rows settles, the others are not tried, and if a longer prefix would not do better
     (unrelated models), none is returned. A sample of all the rows there are is not compared again.
     """
-    prefix = _Prefix.of(costs.bounding, PREFIXES[number])
+    prefix = _Prefix.taken_from(costs.bounding, PREFIXES[number])
     few = torch.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE), device=rows.device).round().long()
     sample = prefix.candidates(costs, rows[few])
     if len(few) == len(rows):
@@ -168,7 +168,7 @@ class _Prefix:
     norms: Tensor
 
     @staticmethod
-    def of(pairs: Sequence[Pair], share: float) -> _Prefix:
+    def taken_from(pairs: Sequence[Pair], share: float) -> _Prefix:
         anchor, model = prefixes(pairs, share)
         return _Prefix(anchor, model, model.square().sum(1))
 
@@ -180,7 +180,7 @@ class _Prefix:
     def candidates(self, costs: NeuronCosts, rows: Tensor) -> _Candidates:
         parts = in_parallel(self._nearest, rows.split(self.height), rows.device)
         columns, bound = (torch.cat(x) for x in zip(*parts, strict=True))
-        return _Candidates(rows, columns, costs.of(rows, columns), bound)
+        return _Candidates(rows, columns, costs.of_pairs(rows, columns), bound)
 
     def compared_in_full(self, costs: NeuronCosts, rows: Tensor, most: Tensor) -> _Candidates | None:
         """For rows that cost at most so much: the nearest of all columns whose prefix distance does not rule them out.
@@ -194,16 +194,16 @@ class _Prefix:
         if len(at) > _RIVALS:
             return None
         cost = torch.full(floor.shape, torch.inf, dtype=most.dtype, device=most.device)
-        cost[at, columns] = costs.of(rows[at], columns)
+        cost[at, columns] = costs.of_pairs(rows[at], columns)
         best, second = two_lowest(cost)
         bound = torch.minimum((1 - SLACK) * second, floor.masked_fill(possible, torch.inf).amin(1).to(second.dtype))
         return _Candidates(rows, best, cost.gather(1, best.unsqueeze(1)).squeeze(1), bound)
 
     def coarse_candidates(self, costs: NeuronCosts, rows: Tensor) -> _Candidates:
         """The same from 8-bit numbers: cheaper, and fewer rows settle."""
-        found = CoarseRows.of(self.anchor, self.model).nearest(rows)
+        found = CoarseRows.rounded(self.anchor, self.model).nearest(rows)
         bound = (1 - SLACK) * found.bound
-        return _Candidates(rows, found.columns, costs.of(rows, found.columns), bound)
+        return _Candidates(rows, found.columns, costs.of_pairs(rows, found.columns), bound)
 
     def _nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Column that looks nearest on the prefix, and the least that the prefix distance of any other can be."""

@@ -48,7 +48,7 @@ class CoarseRows:
     error: Tensor
 
     @staticmethod
-    def of(anchor: Tensor, model: Tensor) -> CoarseRows:
+    def rounded(anchor: Tensor, model: Tensor) -> CoarseRows:
         """From float32 [neurons, k] each."""
         tiny = torch.finfo(anchor.dtype).tiny
         rms = torch.stack([x.square().mean() for x in (anchor, model)]).mean().sqrt().clamp_min(tiny)

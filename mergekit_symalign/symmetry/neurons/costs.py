@@ -64,7 +64,7 @@ class NeuronCosts:
         """The rows whose distance over any columns is a lower bound of the cost."""
         return self.pairs.all if self.scale is NeuronScale.none else self.pairs.fixed
 
-    def of(self, rows: Tensor, columns: Tensor) -> Tensor:
+    def of_pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Cost of anchor's ``rows[i]`` with model's ``columns[i]``."""
         total = sum(squared_distance(pair, rows, columns) for pair in self.bounding)
         if self.scale is not NeuronScale.none:
@@ -93,7 +93,7 @@ class NeuronCosts:
         own, norms = _squares([(b, a) for a, b in pairs]), self.norms()
 
         def exact(rows: Tensor, columns: Tensor) -> Tensor:
-            return (own[rows] + norms[columns] - self.of(rows, columns)) / 2
+            return (own[rows] + norms[columns] - self.of_pairs(rows, columns)) / 2
 
         return quantized.quantized_scores(pairs, own.sqrt(), norms.sqrt(), exact)
 
@@ -191,11 +191,11 @@ def _products(side: Sequence[Pair], rows: Tensor | None) -> Tensor:
 def _squares(side: Sequence[Pair]) -> Tensor:
     """Squared norm of each of the model's rows [neurons]."""
 
-    def of(model: Tensor) -> Tensor:
+    def of_model(model: Tensor) -> Tensor:
         dtype = compute_dtype(model.dtype)
         return torch.cat(in_parallel(lambda x: x.to(dtype).square().sum(-1), model.split(_ROWS), model.device)).double()
 
-    return torch.stack([of(model) for _, model in side]).sum(0)
+    return torch.stack([of_model(model) for _, model in side]).sum(0)
 
 
 def _paired(side: Sequence[Pair], rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

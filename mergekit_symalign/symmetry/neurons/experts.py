@@ -44,8 +44,8 @@ def align_experts(
     problem = ExpertProblem(sides, experts, permute, scale)
     order = match_experts(problem) if permute else list(range(experts))
     pairs = [problem.solved(i, j) for i, j in enumerate(order)]
-    gate = side_by_side([pair.gate for pair in pairs], order)
-    up = gate if scale is NeuronScale.none else side_by_side([pair.up for pair in pairs], order)
+    gate = joined_experts([pair.gate for pair in pairs], order)
+    up = gate if scale is NeuronScale.none else joined_experts([pair.up for pair in pairs], order)
     return Permutation(torch.tensor(order, device=sides["up"][0][0].device)), gate, up
 
 
@@ -58,12 +58,12 @@ def match_experts(problem: ExpertProblem) -> list[int]:
     return order
 
 
-def side_by_side(actions: Sequence[AxisAction], order: Sequence[int]) -> AxisAction:
+def joined_experts(actions: Sequence[AxisAction], order: Sequence[int]) -> AxisAction:
     """The actions of single experts as one, behind the permutation of experts."""
     if isinstance(actions[0], Chain):
         permutation, factors = zip(*(a.steps for a in actions if isinstance(a, Chain)), strict=True)
         factor = torch.cat([f.factor for f in factors if isinstance(f, Scaling)])
-        return Chain((side_by_side(permutation, order), Scaling(factor)))
+        return Chain((joined_experts(permutation, order), Scaling(factor)))
     indices = [a.index for a in actions if isinstance(a, Permutation)]
     return Permutation(torch.cat([x + j * len(x) for x, j in zip(indices, order, strict=True)]))
 
@@ -95,10 +95,10 @@ class ExpertProblem:
         """Anchor's expert ``i`` and model's ``j``."""
         if (i, j) not in self._known:
             pairs = NeuronPairs(*(self._of_pair(axis, i, j) for axis in ("gate", "up", "down")))
-            gate, up = align_neurons(pairs, permute=self.permute, scale=self.scale)
-            down = up.dual()
+            found = align_neurons(pairs, permute=self.permute, scale=self.scale)
+            gate, up, down = found.gate, found.up, found.up.dual()
             actions = ((gate, pairs.fixed), (up, pairs.scaled), (down, pairs.divided))
-            cost = torch.stack([_distance(a, g(b, 0)) for g, side in actions for a, b in side]).sum()
+            cost = torch.stack([_left_between(a, g(b, 0)) for g, side in actions for a, b in side]).sum()
             self._known[i, j] = _SolvedPair(gate, up, cost)
         return self._known[i, j]
 
@@ -147,5 +147,5 @@ class ExpertProblem:
         ]
 
 
-def _distance(a: Tensor, b: Tensor) -> Tensor:
+def _left_between(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() - b.double()).square().sum()

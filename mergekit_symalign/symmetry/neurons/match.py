@@ -5,6 +5,7 @@ The mathematics: docs/symmetries.md. Most neurons are settled by a certificate, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from mergekit_symalign.symmetry.assignment.shortlist import shortlist_assignment
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
 from mergekit_symalign.symmetry.neurons.certificate import PREFIXES, Nearest, nearest_neighbours
 from mergekit_symalign.symmetry.neurons.costs import NeuronCosts, NeuronPairs, factors
-from mergekit_symalign.symmetry.options import Facts, NeuronScale
+from mergekit_symalign.symmetry.options import NeuronScale
 from mergekit_symalign.symmetry.rows import SLACK
 
 ROUTES = (*(f"neurons_prefix_{i + 1}" for i in range(len(PREFIXES))), "neurons_rows", "neurons_full")
@@ -37,9 +38,24 @@ class Assignment:
     cost: float
 
 
-def align_neurons(
-    pairs: NeuronPairs, *, permute: bool, scale: NeuronScale, facts: Facts | None = None
-) -> tuple[AxisAction, AxisAction]:
+@dataclass(frozen=True)
+class MatchedNeurons:
+    """Where the model's neurons go, and by which factors.
+
+    Attributes:
+        gate: the action that gate rows carry.
+        up: that of up rows; down columns carry its dual.
+        routes: how many neurons were settled by each route.
+        distance: squared, that is left; None if neurons were not matched, or have factors.
+    """
+
+    gate: AxisAction
+    up: AxisAction
+    routes: Mapping[str, int]
+    distance: float | None
+
+
+def align_neurons(pairs: NeuronPairs, *, permute: bool, scale: NeuronScale) -> MatchedNeurons:
     """The permutation of neurons, and with ``scale`` their signed scales, that come closest to the anchor.
 
     Maximises ``Σ_i S[i, π(i)]``, ``S = G_A G_Bᵀ + U_A U_Bᵀ + D_Aᵀ D_B``. With a scale the score of a pair is that of
@@ -48,24 +64,14 @@ def align_neurons(
     Args:
         pairs: rows of anchor and model.
         permute, scale: what is admitted.
-        facts: takes the number of neurons that were settled by each route, and without scales the squared distance
-            that is left (``distance_after``).
-
-    Returns:
-        The actions that gate rows and up rows carry; down columns carry the dual of the latter.
     """
-    index = torch.arange(pairs.neurons, device=pairs.device)
-    if permute:
-        found = best_permutation(pairs, scale=scale)
-        index = found.index
-        if facts is not None:
-            facts.update(found.routes)
-            if scale is NeuronScale.none:
-                facts["distance_after"] = found.cost
-    permutation = Permutation(index)
+    found = best_permutation(pairs, scale=scale) if permute else None
+    index = torch.arange(pairs.neurons, device=pairs.device) if found is None else found.index
+    routes, permutation = {} if found is None else found.routes, Permutation(index)
     if scale is NeuronScale.none:
-        return permutation, permutation
-    return permutation, Chain((permutation, Scaling(factors(pairs, index, signed=scale is NeuronScale.signed))))
+        return MatchedNeurons(permutation, permutation, routes, None if found is None else found.cost)
+    factor = Scaling(factors(pairs, index, signed=scale is NeuronScale.signed))
+    return MatchedNeurons(permutation, Chain((permutation, factor)), routes, None)
 
 
 def best_permutation(pairs: NeuronPairs, *, scale: NeuronScale) -> Assignment:
@@ -88,9 +94,9 @@ def _full(costs: NeuronCosts) -> Assignment:
         index, may_stay = best_assignment(costs.scores()), False  # which has compared it with the identity
     else:
         may_stay = not scores.identity_is_worse(index)
-    cost = float(costs.of(rows, index).double().sum())
+    cost = float(costs.of_pairs(rows, index).double().sum())
     if may_stay:
-        unmoved = float(costs.of(rows, rows).double().sum())
+        unmoved = float(costs.of_pairs(rows, rows).double().sum())
         index, cost = (rows, unmoved) if unmoved <= cost else (index, cost)
     return Assignment(index, {ROUTES[-1]: len(index)}, cost)
 
@@ -127,7 +133,7 @@ def _total(found: Nearest, costs: NeuronCosts) -> float:
     """The cost of all rows; most of them were asked for theirs already."""
     rows = found.cost.isnan().nonzero().flatten()
     if len(rows):
-        found.cost[rows] = costs.of(rows, found.index[rows]).double()
+        found.cost[rows] = costs.of_pairs(rows, found.index[rows]).double()
     return float(found.cost.sum())
 
 

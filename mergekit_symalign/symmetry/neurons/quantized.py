@@ -46,14 +46,14 @@ def quantized_scores(
     """
     device, neurons, columns = anchor.device, len(anchor), sum(a.shape[1] for a, _ in pairs)
     ours, theirs = (_dither(columns, seed, device) for seed in _SEEDS)
-    other = _Quantized.of([b for _, b in pairs], theirs)
+    other = _Quantized.rounded([b for _, b in pairs], theirs)
     along = other.times(ours) + ours @ theirs
     values = torch.empty(neurons, neurons, dtype=torch.bfloat16, device=device)
 
     def steps(work: tuple[Tensor, Sequence[Tensor]]) -> Tensor:
         """Of some rows, whose scores are written to their block of ``values``."""
         block, rows = work
-        own = _Quantized.of(rows, ours)
+        own = _Quantized.rounded(rows, ours)
         products = torch._int_mm(own.numbers, other.numbers.mT)
         across = own.times(theirs)
         for at in _blocks(len(block), neurons):
@@ -90,7 +90,7 @@ class _Quantized:
     step: Tensor
 
     @staticmethod
-    def of(rows: Sequence[Tensor], dither: Tensor) -> _Quantized:
+    def rounded(rows: Sequence[Tensor], dither: Tensor) -> _Quantized:
         """Of several matrices [neurons, …] side by side."""
         numbers = torch.empty(len(rows[0]), len(dither), dtype=torch.int8, device=dither.device)
         widths, dtype = [x.shape[1] for x in rows], reduce(torch.promote_types, (x.dtype for x in rows))
