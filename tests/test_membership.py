@@ -132,7 +132,7 @@ def test_heads_that_leave_their_group() -> None:
 def test_experts_move_as_wholes() -> None:
     shape = MlpShape(2, 2)
     order = Permutation(torch.tensor([2, 1, 0, 3]))
-    mixed: dict[str, AxisAction] = {axis: order for axis in ("gate", "up", "down")}
+    mixed: dict[str, AxisAction] = dict.fromkeys(("gate", "up", "down"), order)
     _refused(dict(mixed), shape, "leaves its expert")
     _refused({"expert": Permutation(torch.tensor([1, 0]))}, shape, "leaves its expert")
 

@@ -17,7 +17,7 @@ from mergekit_symalign.commands.common import bars, readable, require_one_family
 from mergekit_symalign.commands.plots import plot_layers
 from mergekit_symalign.errors import ConfigError
 from mergekit_symalign.graph.merge_report import WriteReport, by_model
-from mergekit_symalign.whole_file import written_whole
+from mergekit_symalign.whole_file import require_writable, written_whole
 
 Block = Mapping[str, Any]
 
@@ -59,8 +59,10 @@ def inspect(
     with readable():
         if plot is not None:
             require_plot(plot)
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise ConfigError(f"--json {json_file}", "its directory does not exist", "Make the directory first")
+        if json_file is not None:
+            if not json_file.absolute().parent.is_dir():
+                raise ConfigError(f"--json {json_file}", "its directory does not exist", "Make the directory first")
+            require_writable(json_file, "--json")
         merge_options.apply_global_options()
         report = measured(anchor, model, merge_options, parameters, layers)
         for name, entry in report["models"].items():

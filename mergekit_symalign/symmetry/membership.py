@@ -60,7 +60,7 @@ def admitted(axis: str, shape: HeadShape | MlpShape, *, full: bool = False) -> A
     if axis in ("value", "attended"):
         return {Permutation.kind: (size,), HeadRotation.kind: _rotation(shape.heads(axis), shape.head_dim)}
     if axis in ("query", "key"):
-        return {Permutation.kind: (size,)} | _admitted_turns(shape.heads(axis), shape, full=full)
+        return {Permutation.kind: (size,), **_admitted_turns(shape.heads(axis), shape, full=full)}
     return {}
 
 
@@ -114,7 +114,8 @@ def _admitted_gains(axis: str, shape: HeadShape) -> Admitted:
     if not shape.qk_norm:
         return {}
     size = (_gain_heads(axis, shape) * shape.head_dim,)
-    return {Scaling.kind: (size,)} | ({Permutation.kind: (size,)} if shape.norm.per_head else {})
+    permutation: Admitted = {Permutation.kind: (size,)} if shape.norm.per_head else {}
+    return {Scaling.kind: (size,), **permutation}
 
 
 def _admitted_turns(heads: int, shape: HeadShape, *, full: bool) -> Admitted:
@@ -299,7 +300,8 @@ def _check_gains(
 def _check_mlp(actions: Mapping[str, AxisAction], shape: MlpShape, largest: Mapping[str, float]) -> None:
     size = shape.experts * shape.neurons
     up, down = (_Rows.of(actions.get(axis), axis, size, largest[axis]) for axis in ("up", "down"))
-    gate, expert = (_Rows.of(actions.get(axis), axis, n, 1.0) for axis, n in (("gate", size), ("expert", shape.experts)))
+    gate = _Rows.of(actions.get("gate"), "gate", size, LARGEST)
+    expert = _Rows.of(actions.get("expert"), "expert", shape.experts, LARGEST)
     _require(bool((down.index == up.index).all()), "down", "its neurons are not in the order of the up rows")
     _require(bool(((up.factor * down.factor - 1).abs() <= TOLERANCE).all()), "down", "it is not the inverse of up")
     if shape.gated or "gate" in actions:
