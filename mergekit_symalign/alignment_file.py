@@ -227,6 +227,6 @@ def _opened(path: Path) -> Iterator[Any]:
     except NewerFormatError as error:
         raise AlignmentFileError(f"alignment {path}", str(error), "Install a newer mergekit-symalign") from error
     except (OSError, SafetensorError) as error:
-        raise AlignmentFileError(f"alignment {path}", f"it cannot be read ({error})", _REMEDY) from error
+        raise AlignmentFileError(f"alignment {path}", f"it cannot be read ({shown(error, 200)})", _REMEDY) from error
     except ValueError as error:
-        raise AlignmentFileError(f"alignment {path}", str(error), _REMEDY) from error
+        raise AlignmentFileError(f"alignment {path}", shown(error, 300), _REMEDY) from error

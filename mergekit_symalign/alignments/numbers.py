@@ -81,14 +81,18 @@ def write(path: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor])
         content: its text, without the format and what tells damage.
         tensors: its numbers.
     """
-    table = {name: [*_described(x), _bytes_digest(x)] for name, x in tensors.items()}
-    whole: dict[str, Any] = {**content, "format": FORMAT, "tensors": table}
-    whole = json.loads(json.dumps(whole, allow_nan=False))
-    text = json.dumps(whole | {"sha256": digest(whole)}, allow_nan=False)
+    text = json.dumps(sealed(content, tensors), allow_nan=False)
     assert len(text) <= MOST_TEXT
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as scratch:
         safetensors_torch.save_file(dict(tensors), scratch, metadata={ENTRY: text})
+
+
+def sealed(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The text of a file of this format, as JSON holds it, with the digests that tell damage."""
+    table = {name: [*_described(x), _bytes_digest(x)] for name, x in tensors.items()}
+    whole: dict[str, Any] = json.loads(json.dumps({**content, "format": FORMAT, "tensors": table}))
+    return whole | {"sha256": digest(whole)}
 
 
 def headers(file: Any) -> dict[str, Stored]:

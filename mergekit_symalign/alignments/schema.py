@@ -41,9 +41,9 @@ def _plain_facts(facts: Mapping[str, Any]) -> Mapping[str, Any]:
         if name in _OWN:
             raise ValueError(f"{name} is no fact of a solve")
         if isinstance(value, str) != name.endswith("_route"):
-            raise ValueError(f"{name} cannot be {value!r}")
+            raise ValueError(f"{name} cannot be {shown(repr(value))}")
         if not isinstance(value, str) and not 0 <= value <= (_EXACT if isinstance(value, int) else _HUGE):
-            raise ValueError(f"{name} cannot be {value!r}")
+            raise ValueError(f"{name} cannot be {shown(repr(value))}")
     return facts
 
 
@@ -130,10 +130,10 @@ def finite_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def shown(name: object) -> str:
-    """A name from a file, fit for a message."""
-    text = str(name)
-    return text if len(text) <= 60 and text.isprintable() else ascii(text)[:60] + "…"
+def shown(text: object, most: int = 60) -> str:
+    """What a file says, or a parser says of it, fit for a message: not longer, and without control characters."""
+    plain = "".join(c if c.isprintable() else "?" for c in str(text)[: most + 1])
+    return plain if len(plain) <= most else plain[:most] + "…"
 
 
 def _loaded(text: str) -> dict[str, Any]:
@@ -170,4 +170,4 @@ def _no_number(name: str) -> NoReturn:
 
 def _first_of(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
-    return f"{shown('.'.join(map(str, first['loc'])))}: {shown(first['msg'])}"
+    return f"{shown('.'.join(map(str, first['loc'])))}: {shown(first['msg'], 200)}"
