@@ -22,12 +22,13 @@ def written_whole(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def require_writable(path: Path, what: str = "output") -> None:
+def require_writable(path: Path, what: str = "output", *, folder_is_made: bool = True) -> None:
     """Try whether a file can be written under a name. Nothing is left behind.
 
     Args:
-        path: of the file. Folders above it may be missing: they will be made.
+        path: of the file.
         what: how to call it in an error.
+        folder_is_made: whether the folders above it may be missing.
 
     Raises:
         ConfigError: naming the file and what the operating system says.
@@ -37,6 +38,8 @@ def require_writable(path: Path, what: str = "output") -> None:
             raise ConfigError(f"{what} {path}", "it is a directory", "Name a file")
         if path.exists() and not path.is_file():
             raise ConfigError(f"{what} {path}", "it is no regular file", "Name another file")
+        if not folder_is_made and not path.absolute().parent.exists():
+            raise ConfigError(f"{what} {path}", "its directory does not exist", "Make the directory first")
         with _made(path.parent):
             if not path.exists():
                 _touch(path)

@@ -303,3 +303,40 @@ def test_axes_that_stay_may_be_left_out(tmp_path: Path) -> None:
     with pytest.raises(AlignmentFileError, match="axis attended: it is not the inverse transpose of value"):
         require_fits(AlignmentFile.open(tmp_path / "half"), layout)
     assert isinstance(value["value"], HeadRotation)
+
+
+def _scaled_neurons(factor: float) -> Callable[[Content, Tensors], None]:
+    """All neurons scaled by one factor, consistently."""
+
+    def change(content: Content, tensors: Tensors) -> None:
+        up, down = (_step(content, _MLP, axis, "scaling")[0][0] for axis in ("up", "down"))
+        tensors[up] = torch.full_like(tensors[up], factor)
+        tensors[down] = torch.full_like(tensors[down], 1 / factor)
+
+    return change
+
+
+@pytest.mark.parametrize("factor", [1e-17, 1e17, -1e17])
+def test_large_factors_are_exact_as_stored(factor: float, solved: Solved, tmp_path: Path) -> None:
+    file = solved.changed(tmp_path / "a", _scaled_neurons(factor))
+    done = _run("apply", file, solved.twin, "-o", tmp_path / "out", "--quiet")
+    assert done.exit_code == 0, done.output
+    done = _run("verify", solved.twin, tmp_path / "out", "--random", "--quiet")
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_factors_that_no_weight_survives_are_refused(factor: float, solved: Solved, tmp_path: Path) -> None:
+    file = solved.changed(tmp_path / "a", _scaled_neurons(factor))
+    done = _run("apply", file, solved.twin, "-o", tmp_path / "out", "--quiet")
+    assert done.exit_code == 1
+    assert "a factor beyond" in done.output
+
+
+def test_float16_leaves_less_room(solved: Solved, tmp_path: Path) -> None:
+    file = solved.changed(tmp_path / "a", _scaled_neurons(1e6))
+    done = _run("apply", file, solved.twin, "-o", tmp_path / "out", "--quiet", "--dtype", "float16")
+    assert done.exit_code == 1
+    assert "a factor beyond 2.6e+02" in done.output
+    done = _run("apply", file, solved.twin, "-o", tmp_path / "out", "--quiet", "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from mergekit_symalign.alignments.numbers import ENTRY
+from mergekit_symalign.alignments.schema import shown
 from mergekit_symalign.errors import ConfigError
 
 _SUFFIX = ".safetensors"
@@ -36,6 +37,20 @@ def file_names(models: Sequence[tuple[Path, str]]) -> list[Path]:
         stem = next(stem for stem in _numbered(plain[i]) if taken.setdefault(_key(folder, stem), i) == i)
         paths.append(folder / f"{stem}{_SUFFIX}")
     return paths
+
+
+def resolved_folder(folder: str, what: str) -> Path:
+    """The same path for every spelling of a folder.
+
+    Raises:
+        ConfigError: if no folder can have that name.
+    """
+    try:
+        return Path(folder).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a null character, a loop of links
+        raise ConfigError(
+            f"{what} {shown(folder)}", f"it cannot be written ({error})", "Name another folder"
+        ) from error
 
 
 def stem_of(model: str) -> str:

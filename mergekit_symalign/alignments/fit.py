@@ -20,10 +20,16 @@ from mergekit_symalign.symmetry.options import HeadShape, MlpShape
 
 _REMEDY = "Solve it again for the whole model: mergekit-symalign solve"
 _OF_STORED_OFFSETS = 2.0**10  # gains stored as γ − 1 lose what their factor takes from them
+_OF_HALVES = 2.0**8  # float16 has few exponents: weights must neither overflow nor vanish
 
 
-def require_fits(file: AlignmentFile, layout: ModelLayout) -> bool:
+def require_fits(file: AlignmentFile, layout: ModelLayout, *, halves: bool = False) -> bool:
     """Check every block of a file, and that it has all blocks of a model.
+
+    Args:
+        file: what to check.
+        layout: of the model.
+        halves: whether weights are stored in float16, which leaves factors less room.
 
     Returns:
         Whether the aligned model computes what the original computes; false only where the file says so itself
@@ -36,7 +42,7 @@ def require_fits(file: AlignmentFile, layout: ModelLayout) -> bool:
     blocks = [(layer, kind) for layer in range(layout.layers) for kind in BlockKind]
     for layer, kind in blocks:
         require_block(file, layer, kind)
-    exact = [require_fitting_block(file, layout, layer, kind) for layer, kind in blocks]
+    exact = [require_fitting_block(file, layout, layer, kind, halves=halves) for layer, kind in blocks]
     return all(exact)
 
 
@@ -64,12 +70,14 @@ def require_block(file: AlignmentFile, layer: int, kind: BlockKind) -> BlockName
     return name
 
 
-def require_fitting_block(file: AlignmentFile, layout: ModelLayout, layer: int, kind: BlockKind) -> bool:
-    """Check one block of a file that has it. Returns and raises as `require_fits` does."""
+def require_fitting_block(
+    file: AlignmentFile, layout: ModelLayout, layer: int, kind: BlockKind, *, halves: bool = False
+) -> bool:
+    """Check one block of a file that has it. Takes, returns and raises what `require_fits` does."""
     name = block_name(layer, kind.value)
     shape = layout.head_shape(layer) if kind is BlockKind.attention else layout.mlp_shape()
     full = file.settings_of(name).get("rotation") == "full"
-    largest = _largest(layout, kind)
+    largest = _largest(layout, kind, halves=halves)
     try:
         for axis, steps in file.blocks[name].items():
             _check_sizes(file, axis, steps, admitted(axis, shape, full=full))
@@ -106,7 +114,9 @@ def _check_sizes(file: AlignmentFile, axis: str, steps: Steps, kinds: Admitted) 
             raise SymmetryError(where, f"its {kind} has numbers of a wrong type", _REMEDY)
 
 
-def _largest(layout: ModelLayout, kind: BlockKind) -> dict[str, float]:
-    """What the factors of axes are limited to whose tensors are stored with an offset."""
+def _largest(layout: ModelLayout, kind: BlockKind, *, halves: bool) -> dict[str, float]:
+    """What the factors of each axis are limited to, where numbers are stored in a way that leaves them less room."""
+    result = dict.fromkeys(kind.axes, _OF_HALVES) if halves else {}
     offset = [spec for spec in layout.block(kind).values() if spec.offset]
-    return {axis: _OF_STORED_OFFSETS for spec in offset for axis in layout.axes(spec).all_names()}
+    limit = min(_OF_STORED_OFFSETS, _OF_HALVES) if halves else _OF_STORED_OFFSETS
+    return result | {axis: limit for spec in offset for axis in layout.axes(spec).all_names()}

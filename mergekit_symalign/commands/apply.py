@@ -19,7 +19,7 @@ from mergekit_symalign.commands.common import readable, require_one_family
 from mergekit_symalign.errors import CheckpointError, ConfigError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.fingerprint import fingerprint
-from mergekit_symalign.graph.alignments import ReadBlock, sizes_of
+from mergekit_symalign.graph.alignments import ReadBlock, has_halves, sizes_of
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.headers import Header
@@ -67,6 +67,9 @@ def run_apply(
     file = AlignmentFile.open(alignment)
     LoaderCache().setup(options)
     checkpoint = _checked(file, model, options, invert=invert)
+    halves = has_halves(checkpoint) if dtype is None else dtype == "float16"
+    if not require_fits(file, checkpoint.layout, halves=halves):
+        click.echo(f"{file.label}: rotation: full, so the function of the model changes", err=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".symalign-", dir=out.parent) as scratch:
         folder = Path(scratch) / "model"
@@ -86,8 +89,6 @@ def _checked(file: AlignmentFile, model: ModelReference, options: MergeOptions, 
     file.require_family(checkpoint.layout.family.name, sizes_of(checkpoint), str(model))
     if not invert:
         file.require_model(str(model), fingerprint(LoaderCache().get(model).index))
-    if not require_fits(file, checkpoint.layout):
-        click.echo(f"{file.label}: rotation: full, so the function of the model changes", err=True)
     for layer in range(checkpoint.layout.layers):
         for part, spec in checkpoint.layout.inside.items():
             name = checkpoint.layout.name(layer, part)

@@ -218,9 +218,7 @@ def require_plot(path: Path) -> None:
         raise ConfigError(where, "matplotlib is not installed", "pip install 'mergekit-symalign[plots]'")
     if path.suffix not in _FORMATS:
         raise ConfigError(where, f"it must end in one of {', '.join(_FORMATS)}", "Give it another name")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(where, "its directory does not exist", "Make the directory first")
-    require_writable(path, "--plot")
+    require_writable(path, "--plot", folder_is_made=False)
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:

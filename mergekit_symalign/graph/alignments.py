@@ -9,13 +9,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
+import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
 
 from mergekit_symalign import __version__
 from mergekit_symalign.alignment_file import AlignmentFile, Origin, block_name, save_alignment
-from mergekit_symalign.alignments.destinations import file_names, require_alignment_or_nothing
+from mergekit_symalign.alignments.destinations import file_names, require_alignment_or_nothing, resolved_folder
 from mergekit_symalign.alignments.fit import require_block, require_fitting_block, require_known_blocks
 from mergekit_symalign.errors import AlignmentFileError, ConfigError
 from mergekit_symalign.families.schema import BlockKind
@@ -121,7 +122,8 @@ class Alignments:
             self._files[key] = self._checked(Path(path), anchor, model)
         file = self._files[key]
         name = require_block(file, *block)
-        self.exact &= require_fitting_block(file, self.checkpoints[model].layout, *block)
+        checkpoint = self.checkpoints[model]
+        self.exact &= require_fitting_block(file, checkpoint.layout, *block, halves=has_halves(checkpoint))
         return file.sha256, name
 
     def record(
@@ -137,7 +139,7 @@ class Alignments:
         name = block_name(block[0], block[1].value)
         if isinstance(solution, ReadBlock):
             settings = self._files[solution.path, anchor, model].settings_of(name)
-        blocks = self._solved.setdefault((Path(folder).resolve(), anchor, model), {})
+        blocks = self._solved.setdefault((resolved_folder(folder, "save_alignment"), anchor, model), {})
         blocks.setdefault(name, _Solved(solution, settings))
 
     def save_tasks(self) -> list[Task]:
@@ -205,6 +207,11 @@ def agreed_settings(by_block: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str
 def sizes_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What two models must share, by name."""
     return {"layers": checkpoint.layout.layers, **asdict(checkpoint.layout.geometry)}
+
+
+def has_halves(checkpoint: Checkpoint) -> bool:
+    """Whether any tensor is stored in float16."""
+    return any(header.dtype is torch.float16 for header in checkpoint.headers.values())
 
 
 def require_same_layers(what: str, tensor: str, anchor_layer: int, model_layer: int) -> None:
