@@ -164,6 +164,8 @@ CASES: dict[str, tuple[Callable[[Content, Tensors], None], str]] = {
     "deep nesting": (_nested, "nested more than 16 deep"),
     "facts that are no numbers": (_facts(neurons="many"), "metadata are damaged: facts"),
     "facts below zero": (_facts(distance_before=-1.0), "metadata are damaged: facts"),
+    "facts without their companions": (_facts(experts=4), "experts and experts_moved do not belong together"),
+    "facts beyond all sums": (_facts(distance_after=1e300), "metadata are damaged: facts"),
     "facts that rename the block": (_facts(layer=5), "metadata are damaged: facts"),
 }
 

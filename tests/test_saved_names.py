@@ -50,6 +50,17 @@ def test_names_are_possible_everywhere(model: str) -> None:
     assert stem.split(".")[0].casefold() not in ("nul", "com1")
 
 
+def test_the_merge_keeps_its_own_weights(tmp_path: Path) -> None:
+    """A model of the name that MergeKit's output has, saved into the output's folder."""
+    out, model = tmp_path / "out", make_model("llama", 0)
+    anchor, twin = save(model, tmp_path / "anchor"), save(perturbed(model, 0.1, 1), tmp_path / "model")
+    saving = {"save_alignment": str(out)}
+    kept = merged(merge_config("rotation_match", anchor, [twin], parameters=saving), out)
+    assert sorted(p.name for p in out.glob("*.safetensors")) == ["model-2.safetensors", "model.safetensors"]
+    plain = merged(merge_config("rotation_match", anchor, [twin]), tmp_path / "plain")
+    assert all(torch.equal(kept[name], x) for name, x in plain.items())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, model = tmp_path_factory.mktemp("models"), make_model("llama", 0)

@@ -20,16 +20,17 @@ _FORBIDDEN = re.compile(r'[<>:"|?*+\x00-\x1f\x7f-\x9f]')
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
-def file_names(models: Sequence[tuple[Path, str]]) -> list[Path]:
+def file_names(models: Sequence[tuple[Path, str]], output: Path | None = None) -> list[Path]:
     """A file for each model, in its folder, all different also where letters of both cases are the same.
 
     The first model with a name gets that name; the others get it with the first number that nobody has.
 
     Args:
         models: folder and name of each.
+        output: of the merge, which has weights of its own: ``model.safetensors``.
     """
     plain = [stem_of(model) for _, model in models]
-    taken: dict[tuple[str, str], int] = {}
+    taken: dict[tuple[str, str], int] = {} if output is None else {_key(output.resolve(), "model"): -1}
     for i, (folder, _) in enumerate(models):
         taken.setdefault(_key(folder, plain[i]), i)
     paths = []

@@ -21,6 +21,7 @@ _DEPTH = 16  # of brackets; a file has 7
 _REPEATS = 1024  # of a matrix along the heads of an axis
 _EXACT = 2**53  # whole numbers that every reader of JSON keeps
 _HUGE = 1e30  # of facts, whose sums must stay finite
+_COUNTED = ("neurons", "experts", "kv_heads", "query_heads")
 _OWN = frozenset(("layer", "block"))  # what a report says itself of each block
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
@@ -44,13 +45,18 @@ def _plain_facts(facts: Mapping[str, Any]) -> Mapping[str, Any]:
             raise ValueError(f"{name} cannot be {shown(repr(value))}")
         if not isinstance(value, str) and not 0 <= value <= (_EXACT if isinstance(value, int) else _HUGE):
             raise ValueError(f"{name} cannot be {shown(repr(value))}")
+    for name in _COUNTED:
+        moved = facts.get(f"{name}_moved", _HUGE if name in facts else 0)
+        if moved > facts.get(name, 0):
+            raise ValueError(f"{name} and {name}_moved do not belong together")
     return facts
 
 
 _Text = Annotated[str, Field(max_length=4096), AfterValidator(_without_controls)]
 _Word = Annotated[str, Field(max_length=128), AfterValidator(_without_controls)]
 _Float = Annotated[float, Field(allow_inf_nan=False)]
-_Setting = bool | int | _Float | _Text | None
+_Int = Annotated[int, Field(ge=-_EXACT, le=_EXACT)]
+_Setting = bool | _Int | _Float | _Text | None
 _Facts = Annotated[dict[_Word, int | _Float | _Word], Field(max_length=64), AfterValidator(_plain_facts)]
 Reference = tuple[_Word, Annotated[int, Field(ge=1, le=_REPEATS)]]  # a tensor's name, and how often its rows repeat
 Step = tuple[_Word, Annotated[list[Reference], Field(max_length=8)]]
@@ -69,7 +75,7 @@ class OriginData(_Data):
     anchor_fingerprint: _Word
     model_fingerprint: _Word
     family: _Word
-    sizes: dict[_Word, int]
+    sizes: dict[_Word, _Int]
     settings: dict[_Word, _Setting] = Field(default_factory=dict)
     versions: dict[_Word, _Word] = Field(default_factory=dict)
     settings_by_block: dict[_Word, dict[_Word, _Setting]] = Field(default_factory=dict)

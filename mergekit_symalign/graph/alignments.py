@@ -142,13 +142,16 @@ class Alignments:
         blocks = self._solved.setdefault((resolved_folder(folder, "save_alignment"), anchor, model), {})
         blocks.setdefault(name, _Solved(solution, settings))
 
-    def save_tasks(self) -> list[Task]:
+    def save_tasks(self, out_path: Path | None = None) -> list[Task]:
         """One file for each model that was aligned.
+
+        Args:
+            out_path: where the merge writes its own files.
 
         Raises:
             ConfigError: if one of them cannot be written.
         """
-        names = file_names([(folder, str(model)) for folder, _, model in self._solved])
+        names = file_names([(folder, str(model)) for folder, _, model in self._solved], out_path)
         tasks: list[Task] = []
         for path, ((_, anchor, model), blocks) in zip(names, self._solved.items(), strict=True):
             require_writable(path, "save_alignment")

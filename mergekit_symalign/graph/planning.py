@@ -75,7 +75,7 @@ class AlignedPlan:
         end = next((task for task in targets if isinstance(task, FinalizeModel)), None)
         with readable_errors():
             require_writable_folder(Path(out_path))
-            return [*self._alignments.save_tasks(), self.reports.task(out_path, self._head, end)]
+            return [*self._alignments.save_tasks(Path(out_path)), self.reports.task(out_path, self._head, end)]
 
     def require_nothing_to_save(self) -> None:
         """

@@ -1,4 +1,4 @@
-"""``PYTHONPATH=tests python -m fuzz --count 4000 --seed 0``: every sweep of this package, and its figures."""
+"""In ``tests``, ``python -m fuzz --count 4000 --seed 0``: every sweep of this package, and its figures."""
 
 from __future__ import annotations
 

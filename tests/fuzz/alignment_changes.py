@@ -152,9 +152,6 @@ _VALUES: tuple[Any, ...] = (
 )
 
 
-_KINDS = ("permutation", "scaling", "head_rotation", "plane_rotation", "interleaved_plane_rotation", "chain")
-
-
 def _places(node: Any, path: _Place = ()) -> list[_Place]:
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     return [place for key, value in items for place in ((*path, key), *_places(value, (*path, key)))]
@@ -229,6 +226,9 @@ def _other_block(rng: random.Random, content: Content, tensors: Tensors) -> None
             blocks[block] = new
 
 
+_KINDS = ("permutation", "scaling", "head_rotation", "plane_rotation", "interleaved_plane_rotation", "chain")
+
+
 def _other_steps(rng: random.Random, content: Content, tensors: Tensors) -> None:
     """The steps of an axis in another order, twice, or of another kind."""
     axes = _axes(content)
@@ -236,10 +236,8 @@ def _other_steps(rng: random.Random, content: Content, tensors: Tensors) -> None
         block, axis = rng.choice(axes)
         steps = content["blocks"][block][axis]
         if isinstance(steps, list) and steps:
-            kinds = ("permutation", "scaling", "head_rotation", "plane_rotation", "interleaved_plane_rotation", "chain")
-            new = rng.choice(
-                (steps[::-1], steps * 2, steps * 50, [[rng.choice(kinds), step[-1]] for step in steps if step])
-            )
+            other = [[rng.choice(_KINDS), step[-1]] for step in steps if isinstance(step, list) and step]
+            new = rng.choice((steps[::-1], steps * 2, steps * 50, other))
             content["blocks"][block][axis] = copy.deepcopy(new)
 
 

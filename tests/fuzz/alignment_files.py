@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import mergekit.merge  # noqa: F401  # before our modules, as the autoload expects
 from models import logits, make_model, relative_deviation, with_weights
 from safetensors import safe_open
 from safetensors import torch as safetensors_torch
@@ -26,10 +27,12 @@ from fuzz.memory import guarded
 from mergekit_symalign.alignment_file import AlignmentFile, Origin, block_name, save_alignment
 from mergekit_symalign.alignments.fit import require_fits
 from mergekit_symalign.alignments.numbers import ENTRY
+from mergekit_symalign.card import section
 from mergekit_symalign.commands.verify import TOLERANCE
 from mergekit_symalign.errors import AlignmentFileError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.graph.merge_report import by_model
 from mergekit_symalign.graph.solve import without_identities
 from mergekit_symalign.planting import Planted, random_elements, transform
 
@@ -59,7 +62,9 @@ def case(family: str, which: int) -> Case:
     layout = resolve(model.config, model=family)
     elements = {at: without_identities(g) for at, g in random_elements(layout, which, WHAT[which]).items()}
     named = {block_name(layer, kind.value): element for (layer, kind), element in elements.items()}
-    facts = {block: {"distance_before": 2.0, "distance_after": 1.0, "neurons": 80} for block in named}
+    facts = {
+        block: {"distance_before": 2.0, "distance_after": 1.0, "neurons": 80, "neurons_moved": 9} for block in named
+    }
     origin = Origin(
         "anchor", "model", "a" * 64, "b" * 64, layout.family.name, {"layers": layout.layers}, {"heads": True}
     )
@@ -101,12 +106,14 @@ def judged(of: Case, path: Path) -> str:
     """``refused``, ``exact``, or what else happened."""
     try:
         file = AlignmentFile.open(path)
+        file.require_family(of.layout.family.name, {"layers": of.layout.layers}, "model")
         require_fits(file, of.layout)
         elements = {
             (layer, kind): file.element(block_name(layer, kind.value))
             for layer in range(of.layout.layers)
             for kind in BlockKind
         }
+        section(_report(file, of))
         moved = with_weights(of.model, transform(of.model.state_dict(), of.layout, elements))
     except AlignmentFileError as error:
         return "refused" if str(path) in str(error) and len(str(error)) < 1000 else f"unclear: {error}"
@@ -114,3 +121,12 @@ def judged(of: Case, path: Path) -> str:
         return f"{type(error).__name__}: {error}"
     deviation = relative_deviation(of.outputs, logits(moved))
     return "exact" if deviation <= TOLERANCE else f"another function, off by {deviation:.1e} standard deviations"
+
+
+def _report(file: AlignmentFile, of: Case) -> dict[str, Any]:
+    """What a merge from the file reports of it, as JSON reads it again."""
+    blocks = [(layer, kind) for layer in range(of.layout.layers) for kind in BlockKind]
+    found = [("model", layer, kind, file.facts.get(block_name(layer, kind.value), {})) for layer, kind in blocks]
+    head = {"exact": True, "anchor": [file.origin.anchor], "versions": {"mergekit_symalign": "0"}}
+    report: dict[str, Any] = json.loads(json.dumps(head | {"models": by_model(found)}, allow_nan=False))
+    return report
