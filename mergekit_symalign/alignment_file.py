@@ -220,7 +220,7 @@ def _matched(found: Mapping[str, Stored], content: FirstContent) -> dict[str, St
 def _opened(path: Path) -> Iterator[Any]:
     """The file, with whatever goes wrong while it is read as one error that names it."""
     try:
-        if not path.exists():
+        if not path.is_file():
             raise OtherModelsError(f"alignment {path}", "it cannot be read (there is no such file)", _REMEDY)
         with safe_open(path, framework="pt") as file:
             yield file

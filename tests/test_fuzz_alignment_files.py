@@ -9,7 +9,7 @@ from fuzz.memory import guarded
 
 from mergekit_symalign.alignments import fit, schema
 
-COUNT = 300
+COUNT = 240
 MEMORY_KIB = 32 * 1024  # of one file: the largest changed text has 2 MB, a parsed one takes a few times that
 
 

@@ -14,8 +14,9 @@ from mergekit_symalign.alignments.schema import shown
 from mergekit_symalign.errors import AlignmentFileError, SymmetryError
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.symmetry.admitted import Admitted, admitted
 from mergekit_symalign.symmetry.groups import Permutation
-from mergekit_symalign.symmetry.membership import STEPS, Admitted, admitted, require_symmetry
+from mergekit_symalign.symmetry.membership import STEPS, require_symmetry
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape
 
 _REMEDY = "Solve it again for the whole model: mergekit-symalign solve"
