@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
-.PHONY: demo test lint architectures methods bench study study-again study-small clean
+.PHONY: demo test lint fuzz architectures methods bench study study-again study-small clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -18,6 +18,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# docs/security.md, measured: files changed at random, a few minutes. FUZZ passes options, e.g. FUZZ="--count 100 --seed 7".
+fuzz: $(VENV)/installed
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz --count 4000 --seed 0 $(FUZZ)
 
 # docs/performance.md, measured: about an hour and 45 GB of disk. BENCH passes options, e.g. BENCH="--only siblings --runs 1".
 bench: $(VENV)/installed

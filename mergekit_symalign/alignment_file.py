@@ -3,34 +3,33 @@
 A safetensors file. Its tensors are the elements' own numbers (permutations as int32; angles, scales and orthogonal
 matrices as they were solved, so that a merge from the file is the merge that saved it, bit for bit). Numbers that
 repeat, along the query heads of a group or between axes, are stored once. One metadata entry, a JSON text, holds
-the rest.
+the rest (alignments/schema.py), with a digest of all that the file says.
+
+A file may come from a stranger. `AlignmentFile.open` believes nothing that is not well formed, and
+`alignments.fit.require_fits` nothing that is no symmetry of the model.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from math import gcd
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors import torch as safetensors_torch
-from torch import Tensor
 
-from mergekit_symalign.errors import AlignmentFileError
-from mergekit_symalign.symmetry.element import BlockElement, unpack
-from mergekit_symalign.symmetry.groups import AxisAction
-from mergekit_symalign.whole_file import written_whole
+from mergekit_symalign.alignments import numbers
+from mergekit_symalign.alignments.numbers import ENTRY, Steps, Stored
+from mergekit_symalign.alignments.schema import Content, FirstContent, NewerFormatError, finite_facts, parsed, shown
+from mergekit_symalign.errors import AlignmentFileError, OtherModelsError
+from mergekit_symalign.symmetry.element import BlockElement
 
-FORMAT = 1
-_ENTRY = "mergekit_symalign"
 BlockName = str  # "layer 3 mlp": how a block is called in a file
-Steps = list[list[Any]]  # [[kind, [reference, …]], …]; a reference is [tensor's name, repeats]
+
+_REMEDY = "Give a file that mergekit-symalign solve or save_alignment wrote"
+_OTHER = "Use an alignment that was solved for this model"
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,9 @@ class Origin:
         anchor_fingerprint, model_fingerprint: of their checkpoints (fingerprint.py).
         family: the family file.
         sizes: geometry that both share, by name.
-        settings: parameters of the solve.
+        settings: parameters of the solve; `DIFFERS` where blocks differ.
         versions: of the packages that solved it.
+        settings_by_block: the parameters in which blocks differ, by name of block.
     """
 
     anchor: str
@@ -54,6 +54,7 @@ class Origin:
     sizes: Mapping[str, Any]
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    settings_by_block: Mapping[BlockName, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def block_name(layer: int, kind: str) -> BlockName:
@@ -74,28 +75,26 @@ def save_alignment(
         elements: of each block.
         facts: what is known of each block's solve, for the reports of merges that use the file.
     """
-    store = _Store()
+    store = numbers.Store()
     blocks = {
         block: {axis: store.steps(f"{block} {axis}", action) for axis, action in element.actions.items()}
         for block, element in elements.items()
     }
-    content = {"format": FORMAT, "origin": asdict(origin), "blocks": blocks, "facts": dict(facts or {})}
-    content["sha256"] = _digest(store.tensors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as scratch:
-        safetensors_torch.save_file(store.tensors, scratch, metadata={_ENTRY: json.dumps(content)})
+    known = {block: finite_facts(of_block) for block, of_block in (facts or {}).items()}
+    numbers.write(path, {"origin": asdict(origin), "blocks": blocks, "facts": known}, store.tensors)
 
 
 @dataclass(frozen=True)
 class AlignmentFile:
-    """A file that was opened and found sound.
+    """A file that was opened and found well formed.
 
     Attributes:
         path: where it is.
         origin: what it belongs to.
         blocks: by name of block and axis, the steps of the element.
-        sha256: of its numbers.
+        sha256: of all that it says (of its numbers, in format 1).
         facts: what was known of each block when it was solved; empty for files that do not say.
+        stored: its tensors.
     """
 
     path: Path
@@ -103,46 +102,61 @@ class AlignmentFile:
     blocks: Mapping[BlockName, Mapping[str, Steps]]
     sha256: str
     facts: Mapping[BlockName, Mapping[str, Any]] = field(default_factory=dict)
+    stored: Mapping[str, Stored] = field(default_factory=dict)
 
     @staticmethod
     def open(path: Path) -> AlignmentFile:
-        """Read the metadata and check every number.
+        """Read the text and check every number against its digest.
 
         Raises:
             AlignmentFileError: if the file is absent, of another kind, of a newer format, or damaged.
         """
         found = AlignmentFile.described(path)
-        if _digest(safetensors_torch.load_file(path)) != found.sha256:
-            raise _unusable(path, "its numbers are damaged: they are not those that were saved")
+        with _opened(path) as file:
+            if all(stored.sha256 is not None for stored in found.stored.values()):
+                for name, stored in found.stored.items():
+                    numbers.tensor(file, name, stored)
+            elif numbers.first_digest(file) != found.sha256:
+                raise ValueError("its numbers are damaged: they are not those that were saved")
         return found
 
     @staticmethod
     def described(path: Path) -> AlignmentFile:
-        """Read the metadata alone. Raises as `open` does, but for the numbers."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(_ENTRY)
-        except (OSError, SafetensorError) as error:
-            raise _unusable(path, f"it cannot be read ({error})") from error
-        if text is None:
-            raise _unusable(path, "it is a safetensors file, but not an alignment")
-        try:
-            content = json.loads(text)
-            if content["format"] > FORMAT:
-                raise AlignmentFileError(
-                    f"alignment {path}",
-                    f"its format is {content['format']}, newer than the {FORMAT} that this version reads",
-                    "Install a newer mergekit-symalign",
-                )
-            origin, facts = Origin(**content["origin"]), content.get("facts", {})
-            return AlignmentFile(path, origin, content["blocks"], content["sha256"], facts)
-        except (ValueError, KeyError, TypeError) as error:
-            raise _unusable(path, f"its metadata are damaged ({error})") from error
+        """Read the text alone. Raises as `open` does, except for the numbers."""
+        with _opened(path) as file:
+            text = (file.metadata() or {}).get(ENTRY)
+            if text is None:
+                raise ValueError("it is a safetensors file, but not an alignment")
+            try:
+                content = parsed(text)
+                stored = _matched(numbers.headers(file), content)
+            except NewerFormatError:
+                raise
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"its metadata are damaged: {error}") from error
+        return AlignmentFile(
+            path=path,
+            origin=Origin(**content.origin.model_dump()),
+            blocks=content.blocks,
+            sha256=content.sha256,
+            facts=content.facts,
+            stored=stored,
+        )
 
     def element(self, block: BlockName) -> BlockElement:
-        """The element of one block; only its own tensors are read."""
-        with safe_open(self.path, framework="pt") as file:
-            return BlockElement({axis: _action(file, steps) for axis, steps in self.blocks[block].items()})
+        """The element of one block; only its own tensors are read. Their sizes are those that `require_fits` checks.
+
+        Raises:
+            AlignmentFileError: if they are not those that were saved.
+        """
+        with _opened(self.path) as file:
+            return BlockElement(
+                {axis: numbers.read_action(file, steps, self.stored) for axis, steps in self.blocks[block].items()}
+            )
+
+    def settings_of(self, block: BlockName) -> Mapping[str, Any]:
+        """The parameters that a block was solved with."""
+        return {**self.origin.settings, **self.origin.settings_by_block.get(block, {})}
 
     @cached_property
     def label(self) -> str:
@@ -154,18 +168,12 @@ class AlignmentFile:
             AlignmentFileError: if the model is of another family or size.
         """
         if self.origin.family != family:
-            raise AlignmentFileError(
-                self.label,
-                f"it is for family {self.origin.family}, and model {model} is of family {family}",
-                "Use an alignment that was solved for this model",
-            )
-        differences = [f"{k} {v} != {sizes.get(k)}" for k, v in self.origin.sizes.items() if sizes.get(k) != v]
+            reason = f"it is for family {shown(self.origin.family)}, and model {model} is of family {family}"
+            raise OtherModelsError(self.label, reason, _OTHER)
+        differences = [f"{shown(k)} {v} != {sizes.get(k)}" for k, v in self.origin.sizes.items() if sizes.get(k) != v]
         if differences:
-            raise AlignmentFileError(
-                self.label,
-                f"it is for another size than model {model}: {', '.join(differences)}",
-                "Use an alignment that was solved for this model",
-            )
+            reason = f"it is for another size than model {model}: {', '.join(differences)}"
+            raise OtherModelsError(self.label, reason, _OTHER)
 
     def require_model(self, name: str, fingerprint: str) -> None:
         """
@@ -183,65 +191,42 @@ class AlignmentFile:
 
     def _require(self, role: str, known: str, wanted: str, name: str, fingerprint: str) -> None:
         if fingerprint != wanted:
-            raise AlignmentFileError(
+            raise OtherModelsError(
                 self.label,
                 f"it was solved for {role} {known}, and {name} has other weights (fingerprint {fingerprint[:12]}, not "
-                f"{wanted[:12]})",
+                f"{shown(wanted[:12])})",
                 f"Solve it again: mergekit-symalign solve ANCHOR MODEL -o {self.path}",
             )
 
 
-class _Store:
-    """Tensors by name, equal ones once."""
+def _matched(found: Mapping[str, Stored], content: FirstContent) -> dict[str, Stored]:
+    """The tensors of a file, with their digests, if they are those that its text describes and uses.
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self._names: dict[bytes, str] = {}
-
-    def steps(self, name: str, action: AxisAction) -> Steps:
-        parts = [(kind, numbers) for step in action.pack() for kind, numbers in step.items()]
-        return [
-            [kind, [self._reference(f"{name} {i} {kind} {j}", x) for j, x in enumerate(numbers)]]
-            for i, (kind, numbers) in enumerate(parts)
-        ]
-
-    def _reference(self, name: str, x: Tensor) -> tuple[str, int]:
-        x = x.detach().to(x.dtype if x.is_floating_point() else torch.int32)
-        repeats = _repeats(x)
-        x = x.unflatten(0, (-1, repeats)).select(1, 0).contiguous()
-        content = safetensors_torch.save({"x": x})
-        if content not in self._names:
-            self._names[content] = name
-            self.tensors[name] = x
-        return self._names[content], repeats
+    Raises:
+        ValueError: if they are not.
+    """
+    used = {name for axes in content.blocks.values() for steps in axes.values() for _, of in steps for name, _ in of}
+    if other := used ^ found.keys():
+        raise ValueError(f"tensor {shown(min(other))} is {'missing' if other & used else 'not used by any block'}")
+    if not isinstance(content, Content):
+        return dict(found)
+    told = {name: Stored(dtype, tuple(shape), sha256) for name, (dtype, shape, sha256) in content.tensors.items()}
+    if {name: Stored(x.dtype, x.shape) for name, x in told.items()} != found:
+        raise ValueError("they describe other tensors than the file has")
+    return told
 
 
-def _repeats(x: Tensor) -> int:
-    """How often every matrix along the first axis is repeated (an action of KV heads, for each query head)."""
-    if x.ndim < 2 or len(x) < 2:
-        return 1
-    changes = (x.narrow(0, 1, len(x) - 1) != x.narrow(0, 0, len(x) - 1)).flatten(1).any(1)
-    return gcd(len(x), *(torch.nonzero(changes).flatten() + 1).tolist())
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    return hashlib.sha256(safetensors_torch.save(dict(sorted(tensors.items())))).hexdigest()
-
-
-def _action(file: Any, steps: Steps) -> AxisAction:
-    packed = []
-    for kind, references in steps:
-        numbers = tuple(_number(file.get_tensor(name), repeats) for name, repeats in references)
-        packed.append({kind: numbers})
-    return unpack(packed)
-
-
-def _number(x: Tensor, repeats: int) -> Tensor:
-    x = x.long() if not x.is_floating_point() else x
-    return x.repeat_interleave(repeats, dim=0) if repeats > 1 else x
-
-
-def _unusable(path: Path, reason: str) -> AlignmentFileError:
-    return AlignmentFileError(
-        f"alignment {path}", reason, "Give a file that mergekit-symalign solve or save_alignment wrote"
-    )
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, with whatever goes wrong while it is read as one error that names it."""
+    try:
+        if not path.is_file():
+            raise OtherModelsError(f"alignment {path}", "it cannot be read (there is no such file)", _REMEDY)
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except NewerFormatError as error:
+        raise AlignmentFileError(f"alignment {path}", str(error), "Install a newer mergekit-symalign") from error
+    except (OSError, SafetensorError) as error:
+        raise AlignmentFileError(f"alignment {path}", f"it cannot be read ({shown(error, 200)})", _REMEDY) from error
+    except ValueError as error:
+        raise AlignmentFileError(f"alignment {path}", shown(error, 300), _REMEDY) from error

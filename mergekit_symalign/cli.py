@@ -10,6 +10,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from mergekit_symalign import __version__, hook
 from mergekit_symalign.commands.apply import apply
 from mergekit_symalign.commands.barrier import barrier
+from mergekit_symalign.commands.common import readable
 from mergekit_symalign.commands.inspect import inspect
 from mergekit_symalign.commands.solve import solve
 from mergekit_symalign.commands.verify import verify
@@ -41,7 +42,8 @@ def demo(out: Path) -> None:
     """
     from mergekit_symalign.demo.run import run_demo
 
-    run_demo(out)
+    with readable():
+        run_demo(out)
 
 
 main.add_command(inspect)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from tempfile import gettempdir
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
@@ -44,12 +45,13 @@ def alignment_config(anchor: str, model: str, parameters: Mapping[str, Any], **r
 
 
 def planned_task(config: MergeConfiguration, options: MergeOptions, kind: type[Kind]) -> Kind:
-    """The task of this kind in the plan of a merge."""
+    """The task of this kind in the plan of a merge, which writes nothing by itself."""
     LoaderCache().setup(options=options)
     arch = get_architecture_info(config, options)
     assert config.base_model is not None
     out_config = config.base_model.config(trust_remote_code=options.trust_remote_code)
-    targets = MergePlanner(config, arch, options=options, out_model_config=out_config).plan_to_disk(out_path="unused")
+    planner = MergePlanner(config, arch, options=options, out_model_config=out_config)
+    targets = planner.plan_to_disk(out_path=gettempdir())
     return next(task for task in targets if isinstance(task, kind))
 
 

@@ -14,15 +14,17 @@ from mergekit.io.tasks import FinalizeModel, LoaderCache, LoadTensor, SaveTensor
 from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.alignment_file import AlignmentFile, block_name
+from mergekit_symalign.alignments.fit import require_fits
 from mergekit_symalign.commands.common import readable, require_one_family
 from mergekit_symalign.errors import CheckpointError, ConfigError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.fingerprint import fingerprint
-from mergekit_symalign.graph.alignments import ReadBlock, sizes_of
+from mergekit_symalign.graph.alignments import ReadBlock, has_halves, sizes_of
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.headers import Header
 from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.whole_file import require_writable_folder
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
@@ -57,15 +59,19 @@ def run_apply(
     Raises:
         ConfigError: if ``out`` holds something already.
         AlignmentFileError: if the file does not belong to the model (for ``invert``: to a model of its family and size;
-            the aligned model's weights are not those of the fingerprint).
+            the aligned model's weights are not those of the fingerprint), lacks a block, or has no symmetry there.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    require_writable_folder(out)
+    if out.exists() and any(out.iterdir()):
         raise ConfigError(f"output {out}", "it exists and is not empty", "Name a new directory")
     file = AlignmentFile.open(alignment)
     LoaderCache().setup(options)
     checkpoint = _checked(file, model, options, invert=invert)
+    halves = has_halves(checkpoint) if dtype is None else dtype == "float16"
+    if not require_fits(file, checkpoint.layout, halves=halves):
+        click.echo(f"{file.label}: rotation: full, so the function of the model changes", err=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".symalign-", dir=out.parent) as scratch:
         folder = Path(scratch) / "model"
         device = options.device or "cpu"
         executor = Executor(_tasks(checkpoint, file, folder, options, invert, dtype), math_device=device)
@@ -128,12 +134,10 @@ def _moved(checkpoint: Checkpoint, file: AlignmentFile, invert: bool) -> dict[st
             name = layout.name(layer, part)
             if spec.block is None or checkpoint.stored(_info(name)) is None:
                 continue
-            block = block_name(layer, spec.block.value)
-            if block in file.blocks:
-                load = LoadFinite(model=checkpoint.model, tensor=name, aliases=checkpoint.aliases(name))
-                label = layout.name(layer, "")
-                solution = ReadBlock(path=str(file.path), sha256=file.sha256, block=block, label=label, inverse=invert)
-                tasks[name] = ApplyBlock(load=load, axes=layout.axes(spec), solution=solution)
+            block, label = block_name(layer, spec.block.value), layout.name(layer, "")
+            load = LoadFinite(model=checkpoint.model, tensor=name, aliases=checkpoint.aliases(name))
+            solution = ReadBlock(path=str(file.path), sha256=file.sha256, block=block, label=label, inverse=invert)
+            tasks[name] = ApplyBlock(load=load, axes=layout.axes(spec), solution=solution)
     return tasks
 
 

@@ -27,7 +27,7 @@ from mergekit_symalign.commands.common import bars, progress, readable
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
 from mergekit_symalign.errors import ArchitectureError, ConfigError
 from mergekit_symalign.graph.streaming import require_embedded, tokenizer_of
-from mergekit_symalign.whole_file import written_whole
+from mergekit_symalign.whole_file import require_writable, written_whole
 
 DEFAULT_TOKENS = 8192
 _FORMATS = (".png", ".svg", ".pdf")
@@ -218,8 +218,7 @@ def require_plot(path: Path) -> None:
         raise ConfigError(where, "matplotlib is not installed", "pip install 'mergekit-symalign[plots]'")
     if path.suffix not in _FORMATS:
         raise ConfigError(where, f"it must end in one of {', '.join(_FORMATS)}", "Give it another name")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(where, "its directory does not exist", "Make the directory first")
+    require_writable(path, "--plot", folder_is_made=False)
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:

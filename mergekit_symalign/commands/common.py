@@ -13,7 +13,15 @@ from mergekit.options import MergeOptions
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from mergekit_symalign.errors import CheckpointError, GeometryError, ModelError, SymalignError, ValueInTensorError
+from mergekit_symalign.errors import (
+    AlignmentFileError,
+    CheckpointError,
+    GeometryError,
+    ModelError,
+    OtherModelsError,
+    SymalignError,
+    ValueInTensorError,
+)
 from mergekit_symalign.families.resolve import resolve
 
 Item = TypeVar("Item")
@@ -27,10 +35,12 @@ class BadInput(click.ClickException):
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Errors in one line: exit code 1 for damaged checkpoints and full disks, 2 for what the user can correct."""
+    """Errors in one line: exit code 1 for damaged files and full disks, 2 for what the user can correct."""
     try:
         yield
-    except (CheckpointError, ValueInTensorError) as error:
+    except OtherModelsError as error:
+        raise BadInput(str(error)) from error
+    except (AlignmentFileError, CheckpointError, ValueInTensorError) as error:
         raise click.ClickException(str(error)) from error
     except SymalignError as error:
         raise BadInput(str(error)) from error

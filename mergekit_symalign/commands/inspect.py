@@ -15,9 +15,8 @@ from mergekit_symalign.commands.alignment import alignment_config, alignment_opt
 from mergekit_symalign.commands.barrier import require_plot
 from mergekit_symalign.commands.common import bars, readable, require_one_family
 from mergekit_symalign.commands.plots import plot_layers
-from mergekit_symalign.errors import ConfigError
 from mergekit_symalign.graph.merge_report import WriteReport, by_model
-from mergekit_symalign.whole_file import written_whole
+from mergekit_symalign.whole_file import require_writable, written_whole
 
 Block = Mapping[str, Any]
 
@@ -59,8 +58,8 @@ def inspect(
     with readable():
         if plot is not None:
             require_plot(plot)
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise ConfigError(f"--json {json_file}", "its directory does not exist", "Make the directory first")
+        if json_file is not None:
+            require_writable(json_file, "--json", folder_is_made=False)
         merge_options.apply_global_options()
         report = measured(anchor, model, merge_options, parameters, layers)
         for name, entry in report["models"].items():

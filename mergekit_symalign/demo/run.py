@@ -20,6 +20,7 @@ import yaml
 from mergekit_symalign.demo.data import arithmetic_problems, style_texts
 from mergekit_symalign.demo.evaluate import load, logit_deviation, matching_share, mean_loss
 from mergekit_symalign.demo.source import unpack_smollm2
+from mergekit_symalign.whole_file import require_writable_folder
 
 PROBLEMS, TEXTS, SEED = 300, 40, 1
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -46,6 +47,7 @@ class Row:
 
 def run_demo(out: Path) -> None:
     """Write models, configs, merges and ``results.json`` under ``out``, and print the table."""
+    require_writable_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
     _say("unpacking SmolLM2-135M-Instruct (the anchor)")

@@ -176,7 +176,8 @@ class ModelLayout:
 
     def mlp_shape(self) -> MlpShape:
         """The neurons of a layer, and which factors they have."""
-        return MlpShape(self.geometry.neurons, self.geometry.experts, self.neuron_scale)
+        gated = self.family.mlp is MlpKind.gated
+        return MlpShape(self.geometry.neurons, self.geometry.experts, self.neuron_scale, gated)
 
     def _named(self, axis: str | tuple[str, ...], spec: TensorSpec) -> str | Fused:
         if isinstance(axis, str):

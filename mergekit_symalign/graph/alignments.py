@@ -9,19 +9,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
+import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
 
 from mergekit_symalign import __version__
 from mergekit_symalign.alignment_file import AlignmentFile, Origin, block_name, save_alignment
+from mergekit_symalign.alignments.destinations import file_names, require_alignment_or_nothing, resolved_folder
+from mergekit_symalign.alignments.fit import require_block, require_fitting_block, require_known_blocks
 from mergekit_symalign.errors import AlignmentFileError, ConfigError
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.fingerprint import fingerprint
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.whole_file import require_writable
 
+DIFFERS = "differs between layers"
 SourceBlock = Tuple[int, BlockKind]  # layer of the model, which is also the anchor's
 
 
@@ -30,7 +35,7 @@ class ReadBlock(Task[Dict[str, Any]]):
 
     Attributes:
         path: of the file.
-        sha256: of its numbers when the merge was planned.
+        sha256: of all that it said when the merge was planned.
         block: its name in the file.
         label: when to schedule it.
         inverse: whether to undo the alignment instead.
@@ -53,7 +58,7 @@ class ReadBlock(Task[Dict[str, Any]]):
             file = AlignmentFile.described(Path(self.path))
             if file.sha256 != self.sha256:
                 raise AlignmentFileError(file.label, "it was replaced while it was in use", "Start again")
-        element = file.element(self.block)
+            element = file.element(self.block)
         return {
             "actions": (element.inverse() if self.inverse else element).pack(),
             "facts": dict(file.facts.get(self.block, {})),
@@ -83,36 +88,42 @@ class SaveAlignment(Task[str]):
         return self.path
 
 
+@dataclass(frozen=True)
+class _Solved:
+    """A block that is to be saved: the task that gives its element, and the parameters of its solve."""
+
+    solution: Task
+    settings: Mapping[str, Any]
+
+
 @dataclass
 class Alignments:
     """The alignment files that a merge reads and writes.
 
     Attributes:
         checkpoints: the models of the merge.
+        exact: whether every element that was read keeps the function of its model.
     """
 
     checkpoints: Mapping[ModelReference, Checkpoint]
+    exact: bool = True
     _files: dict[tuple[str, ModelReference, ModelReference], AlignmentFile] = field(default_factory=dict)
     _fingerprints: dict[ModelReference, str] = field(default_factory=dict)
-    _solved: dict[tuple[str, ModelReference, ModelReference], dict[str, Task]] = field(default_factory=dict)
-    _settings: dict[str, Any] = field(default_factory=dict)
+    _solved: dict[tuple[Path, ModelReference, ModelReference], dict[str, _Solved]] = field(default_factory=dict)
 
     def read(self, path: str, anchor: ModelReference, model: ModelReference, block: SourceBlock) -> tuple[str, str]:
         """Digest and block name for a `ReadBlock`, once the file was found to belong to these models.
 
         Raises:
-            AlignmentFileError: if it does not, or does not have this block.
+            AlignmentFileError: if it does not, does not have this block, or has no symmetry of the model there.
         """
         key = (path, anchor, model)
         if key not in self._files:
             self._files[key] = self._checked(Path(path), anchor, model)
-        file, name = self._files[key], block_name(block[0], block[1].value)
-        if name not in file.blocks:
-            raise AlignmentFileError(
-                file.label,
-                f"it has nothing for {name}: the merge that saved it did not align that block",
-                "Solve it for the whole model: mergekit-symalign solve",
-            )
+        file = self._files[key]
+        name = require_block(file, *block)
+        checkpoint = self.checkpoints[model]
+        self.exact &= require_fitting_block(file, checkpoint.layout, *block, halves=has_halves(checkpoint))
         return file.sha256, name
 
     def record(
@@ -124,29 +135,39 @@ class Alignments:
         solution: Task,
         settings: Mapping[str, Any],
     ) -> None:
-        """Remember that the solution of a block is to be saved."""
-        self._settings = dict(settings)
-        self._solved.setdefault((folder, anchor, model), {}).setdefault(block_name(block[0], block[1].value), solution)
+        """Remember that the solution of a block is to be saved, with the parameters that it was solved with."""
+        name = block_name(block[0], block[1].value)
+        if isinstance(solution, ReadBlock):
+            settings = self._files[solution.path, anchor, model].settings_of(name)
+        blocks = self._solved.setdefault((resolved_folder(folder, "save_alignment"), anchor, model), {})
+        blocks.setdefault(name, _Solved(solution, settings))
 
-    def save_tasks(self) -> list[Task]:
-        """One file for each model that was aligned."""
-        names: dict[tuple[str, str], int] = {}
-        tasks = []
-        for (folder, anchor, model), blocks in self._solved.items():
-            name = str(model).rstrip("/").split("/")[-1].replace("+", "-") or "model"
-            count = names[folder, name] = names.get((folder, name), 0) + 1
-            file = f"{name}.safetensors" if count == 1 else f"{name}-{count}.safetensors"
-            origin = self.origin(anchor, model, self._settings)
+    def save_tasks(self, out_path: Path | None = None) -> list[Task]:
+        """One file for each model that was aligned.
+
+        Args:
+            out_path: where the merge writes its own files.
+
+        Raises:
+            ConfigError: if one of them cannot be written.
+        """
+        names = file_names([(folder, str(model)) for folder, _, model in self._solved], out_path)
+        tasks: list[Task] = []
+        for path, ((_, anchor, model), blocks) in zip(names, self._solved.items(), strict=True):
+            require_writable(path, "save_alignment")
+            require_alignment_or_nothing(path, "save_alignment")
+            origin = self.origin(anchor, model, {name: block.settings for name, block in blocks.items()})
+            solutions = tuple((name, block.solution) for name, block in blocks.items())
             tasks.append(
-                SaveAlignment(
-                    path=str(Path(folder) / file),
-                    origin=json.dumps(asdict(origin), sort_keys=True),
-                    solutions=tuple(blocks.items()),
-                )
+                SaveAlignment(path=str(path), origin=json.dumps(asdict(origin), sort_keys=True), solutions=solutions)
             )
         return tasks
 
-    def origin(self, anchor: ModelReference, model: ModelReference, settings: Mapping[str, Any]) -> Origin:
+    def origin(
+        self, anchor: ModelReference, model: ModelReference, settings: Mapping[str, Mapping[str, Any]]
+    ) -> Origin:
+        """What a file belongs to, from the settings of each of its blocks."""
+        agreed, differing = agreed_settings(settings)
         layout = self.checkpoints[model].layout
         versions = {name: metadata.version(name) for name in ("mergekit", "torch", "transformers")}
         return Origin(
@@ -156,8 +177,9 @@ class Alignments:
             model_fingerprint=self._fingerprint(model),
             family=layout.family.name,
             sizes=sizes_of(self.checkpoints[model]),
-            settings=settings,
+            settings=agreed,
             versions={"mergekit_symalign": __version__, **versions},
+            settings_by_block=differing,
         )
 
     def _checked(self, path: Path, anchor: ModelReference, model: ModelReference) -> AlignmentFile:
@@ -166,6 +188,7 @@ class Alignments:
         file.require_family(checkpoint.layout.family.name, sizes_of(checkpoint), str(model))
         file.require_anchor(str(anchor), self._fingerprint(anchor))
         file.require_model(str(model), self._fingerprint(model))
+        require_known_blocks(file, checkpoint.layout)
         return file
 
     def _fingerprint(self, model: ModelReference) -> str:
@@ -174,9 +197,24 @@ class Alignments:
         return self._fingerprints[model]
 
 
+def agreed_settings(by_block: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The settings that all blocks share, `DIFFERS` where they do not, and those of each block that then differ."""
+    names = list(dict.fromkeys(name for settings in by_block.values() for name in settings))
+    values = {name: {json.dumps(settings.get(name)) for settings in by_block.values()} for name in names}
+    agreed = {name: json.loads(next(iter(of))) if len(of) == 1 else DIFFERS for name, of in values.items()}
+    differing = [name for name, of in values.items() if len(of) > 1]
+    own = {block: {name: settings.get(name) for name in differing} for block, settings in by_block.items()}
+    return agreed, own if differing else {}
+
+
 def sizes_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What two models must share, by name."""
     return {"layers": checkpoint.layout.layers, **asdict(checkpoint.layout.geometry)}
+
+
+def has_halves(checkpoint: Checkpoint) -> bool:
+    """Whether any tensor is stored in float16."""
+    return any(header.dtype is torch.float16 for header in checkpoint.headers.values())
 
 
 def require_same_layers(what: str, tensor: str, anchor_layer: int, model_layer: int) -> None:

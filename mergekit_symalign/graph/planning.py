@@ -6,6 +6,7 @@ import json
 import logging
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mergekit.architecture import WeightInfo
@@ -32,9 +33,11 @@ from mergekit_symalign.graph.merge import merge_task
 from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models, check_possible
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
+from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.graph.solve import OneOf, SolveBlock, SolveTogether
 from mergekit_symalign.graph.streaming import SHARED, StreamingPlan, Wanted, in_order, plan_streaming
 from mergekit_symalign.methods import ALIGNMENT_NAMES, AlignedMethod
+from mergekit_symalign.whole_file import require_writable_folder
 
 LOG = logging.getLogger(__name__)
 
@@ -64,9 +67,15 @@ class AlignedPlan:
         self.reports = Reports()
 
     def extra_tasks(self, out_path: str, targets: list[Task]) -> list[Task]:
-        """What the merge does beside ``targets``, which write tensors to ``out_path``."""
+        """What the merge does beside ``targets``, which write tensors to ``out_path``.
+
+        Raises:
+            ConfigError: if an alignment that is to be saved, or the output, cannot be written.
+        """
         end = next((task for task in targets if isinstance(task, FinalizeModel)), None)
-        return [*self._alignments.save_tasks(), self.reports.task(out_path, self._head, end)]
+        with readable_errors():
+            require_writable_folder(Path(out_path))
+            return [*self._alignments.save_tasks(Path(out_path)), self.reports.task(out_path, self._head, end)]
 
     def require_nothing_to_save(self) -> None:
         """
@@ -111,7 +120,7 @@ class AlignedPlan:
         return [Block(layer, kind, tuple(found), checkpoints) for (layer, kind), found in members.items()]
 
     def _warn_if_inexact(self, planned: list[Planned]) -> None:
-        if any(task.parameters["rotation"] == "full" for _, task in planned):
+        if not self._alignments.exact or any(task.parameters["rotation"] == "full" for _, task in planned):
             LOG.warning(
                 "rotation: full turns queries and keys by a matrix that does not commute with RoPE: the aligned models "
                 "no longer compute what the originals computed. rotation: exact keeps their function."
@@ -124,7 +133,7 @@ class AlignedPlan:
             values = {json.dumps(task.parameters[name], default=str) for _, task in planned}
             if name in ALIGNMENT_NAMES:
                 settings[name] = json.loads(values.pop()) if len(values) == 1 else "differs between layers"
-        exact = all(task.parameters["rotation"] != "full" for _, task in planned)
+        exact = self._alignments.exact and all(task.parameters["rotation"] != "full" for _, task in planned)
         anchors = dict.fromkeys(str(anchor_of(task)) for _, task in planned)
         return {"method": self.method.spec.name, "anchor": list(anchors), "exact": exact, "settings": settings}
 

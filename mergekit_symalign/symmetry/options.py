@@ -63,11 +63,13 @@ class MlpShape:
         neurons: of each expert.
         experts: 1 for a dense MLP.
         scale: which factors its neurons have.
+        gated: whether each neuron has a gate row.
     """
 
     neurons: int
     experts: int = 1
     scale: NeuronScale = NeuronScale.signed
+    gated: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What alignment files are made of: their text, their numbers, and whether they fit a model."""

@@ -1,0 +1,88 @@
+"""What steps the axes of a block may have, and in which shapes: what its architecture admits, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mergekit_symalign.symmetry.attention import GAIN_AXES
+from mergekit_symalign.symmetry.groups import (
+    HeadRotation,
+    InterleavedPartialRotation,
+    InterleavedPlaneRotation,
+    PartialRotation,
+    Permutation,
+    PlaneRotation,
+    Scaling,
+)
+from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale
+
+Shape = tuple[int, ...]
+Admitted = Mapping[str, tuple[Shape, ...]]  # kind of step -> shapes of its numbers
+
+
+def admitted(axis: str, shape: HeadShape | MlpShape, *, full: bool = False) -> Admitted:
+    """The kinds of steps that an axis of a block may have, with the shapes of their numbers; none for other axes.
+
+    Args:
+        axis: of an attention block or an MLP.
+        shape: of the block.
+        full: whether queries and keys may have any orthogonal matrix (``rotation: full``: not exact).
+    """
+    if isinstance(shape, MlpShape):
+        return _admitted_in_mlp(axis, shape)
+    size = (shape.heads(axis) * shape.head_dim,)
+    if axis in GAIN_AXES:
+        return _admitted_gains(axis, shape)
+    if axis in ("value", "attended"):
+        return {Permutation.kind: (size,), HeadRotation.kind: _rotation(shape.heads(axis), shape.head_dim)}
+    if axis in ("query", "key"):
+        return {Permutation.kind: (size,), **_admitted_turns(shape.heads(axis), shape, full=full)}
+    return {}
+
+
+def _admitted_in_mlp(axis: str, shape: MlpShape) -> Admitted:
+    size = (shape.experts * shape.neurons,)
+    scaling: Admitted = {} if shape.scale is NeuronScale.none else {Scaling.kind: (size,)}
+    of_axis: dict[str, Admitted] = {
+        "gate": {Permutation.kind: (size,)},
+        "up": {Permutation.kind: (size,), **scaling},
+        "down": {Permutation.kind: (size,), **scaling},
+        "expert": {Permutation.kind: ((shape.experts,),)} if shape.experts > 1 else {},
+    }
+    return of_axis.get(axis, {})
+
+
+def _admitted_gains(axis: str, shape: HeadShape) -> Admitted:
+    if not shape.qk_norm:
+        return {}
+    size = (gain_heads(axis, shape) * shape.head_dim,)
+    permutation: Admitted = {Permutation.kind: (size,)} if shape.norm.per_head else {}
+    return {Scaling.kind: (size,), **permutation}
+
+
+def _admitted_turns(heads: int, shape: HeadShape, *, full: bool) -> Admitted:
+    """What queries and keys may carry: the largest group that positions and norms admit."""
+    d, r = shape.head_dim, shape.rotary
+    if shape.qk_norm:
+        return {Scaling.kind: ((heads * d,),)}
+    planes = ((heads, r // 2), (heads, r // 2))
+    kinds: dict[str, tuple[Shape, ...]] = {}
+    if r == d:
+        kinds[(InterleavedPlaneRotation if shape.interleaved else PlaneRotation).kind] = planes
+    elif r > 0:
+        partial = InterleavedPartialRotation if shape.interleaved else PartialRotation
+        kinds[partial.kind] = (*planes, *_rotation(heads, d - r))
+    if r == 0 or full:
+        kinds[HeadRotation.kind] = _rotation(heads, d)
+    return kinds
+
+
+def _rotation(heads: int, d: int) -> tuple[Shape, ...]:
+    return ((heads, d, d), (heads,))
+
+
+def gain_heads(axis: str, shape: HeadShape) -> int:
+    """How many heads have gains of their own."""
+    if not shape.norm.per_head:
+        return 1
+    return shape.query_heads if axis == "query_gain" else shape.kv_heads

@@ -1,0 +1,132 @@
+"""Alignment files changed at random: bytes, text, references, shapes, dtypes and values, with digests that fit or not.
+
+A file that is not refused has to be a symmetry: it is applied to its model, which must then compute the same.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mergekit.merge  # noqa: F401  # before our modules, as the autoload expects
+from models import logits, make_model, relative_deviation, with_weights
+from safetensors import safe_open
+from safetensors import torch as safetensors_torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fuzz.alignment_changes import changed
+from fuzz.memory import guarded
+from mergekit_symalign.alignment_file import AlignmentFile, Origin, block_name, save_alignment
+from mergekit_symalign.alignments.fit import require_fits
+from mergekit_symalign.alignments.numbers import ENTRY
+from mergekit_symalign.card import section
+from mergekit_symalign.commands.verify import TOLERANCE
+from mergekit_symalign.errors import AlignmentFileError
+from mergekit_symalign.families.resolve import ModelLayout, resolve
+from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.graph.merge_report import by_model
+from mergekit_symalign.graph.solve import without_identities
+from mergekit_symalign.planting import Planted, random_elements, transform
+
+# Grouped heads, each kind of QK-norm, plain MLPs, experts, layers without positions, both layouts of planes
+FAMILIES = ("llama", "qwen3", "olmo2", "cohere-qk-norm", "gpt2", "mixtral", "cohere2", "phi4-mini", "glm4")
+WHAT = (Planted(neuron_scaling=True), Planted(heads=False, neuron_scaling=True), Planted(rotation=False, scaling=False))
+
+Content = dict[str, Any]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A valid file, and the model that it moves."""
+
+    model: PreTrainedModel
+    layout: ModelLayout
+    outputs: Tensor
+    raw: bytes
+    content: Content
+    tensors: Tensors
+
+
+@cache
+def case(family: str, which: int) -> Case:
+    model = make_model(family, 0)
+    layout = resolve(model.config, model=family)
+    elements = {at: without_identities(g) for at, g in random_elements(layout, which, WHAT[which]).items()}
+    named = {block_name(layer, kind.value): element for (layer, kind), element in elements.items()}
+    facts = {
+        block: {"distance_before": 2.0, "distance_after": 1.0, "neurons": 80, "neurons_moved": 9} for block in named
+    }
+    origin = Origin(
+        "anchor", "model", "a" * 64, "b" * 64, layout.family.name, {"layers": layout.layers}, {"heads": True}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        save_alignment(path, origin, named, facts)
+        with safe_open(path, framework="pt") as file:
+            text = file.metadata()[ENTRY]
+        return Case(
+            model, layout, logits(model), path.read_bytes(), json.loads(text), safetensors_torch.load_file(path)
+        )
+
+
+def sweep(count: int, seed: int) -> dict[str, int]:
+    """Change a file in some way, so many times.
+
+    Returns:
+        How many were tried, refused by name, exact, and anything else (which is a fault); and the most memory that one
+        of them took, in KiB (0 where the system does not tell).
+    """
+    result = Counter({"tried": 0, "refused": 0, "exact": 0, "other": 0, "memory_kib": 0})
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(count):
+            rng = random.Random(f"{seed} {i}")
+            of = case(rng.choice(FAMILIES), rng.randrange(len(WHAT)))
+            path = Path(folder) / "changed.safetensors"
+            how = changed(rng, of.raw, of.content, of.tensors, path)
+            with guarded() as peak:
+                verdict = judged(of, path)
+            result["tried"] += 1
+            result[verdict if verdict in result else "other"] += 1
+            result["memory_kib"] = max(result["memory_kib"], (peak.bytes or 0) // 1024)
+            if verdict not in result:
+                print(f"seed {seed}, file {i}, {of.layout.family.name}, {how}: {verdict}", file=sys.stderr, flush=True)
+    return dict(result)
+
+
+def judged(of: Case, path: Path) -> str:
+    """``refused``, ``exact``, or what else happened."""
+    try:
+        file = AlignmentFile.open(path)
+        file.require_family(of.layout.family.name, {"layers": of.layout.layers}, "model")
+        require_fits(file, of.layout)
+        elements = {
+            (layer, kind): file.element(block_name(layer, kind.value))
+            for layer in range(of.layout.layers)
+            for kind in BlockKind
+        }
+        section(_report(file, of))
+        moved = with_weights(of.model, transform(of.model.state_dict(), of.layout, elements))
+    except AlignmentFileError as error:
+        return "refused" if str(path) in str(error) and len(str(error)) < 1000 else f"unclear: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    deviation = relative_deviation(of.outputs, logits(moved))
+    return "exact" if deviation <= TOLERANCE else f"another function, off by {deviation:.1e} standard deviations"
+
+
+def _report(file: AlignmentFile, of: Case) -> dict[str, Any]:
+    """What a merge from the file reports of it, as JSON reads it again."""
+    blocks = [(layer, kind) for layer in range(of.layout.layers) for kind in BlockKind]
+    found = [("model", layer, kind, file.facts.get(block_name(layer, kind.value), {})) for layer, kind in blocks]
+    head = {"exact": True, "anchor": [file.origin.anchor], "versions": {"mergekit_symalign": "0"}}
+    report: dict[str, Any] = json.loads(json.dumps(head | {"models": by_model(found)}, allow_nan=False))
+    return report
