@@ -13,7 +13,7 @@ from models import FAMILIES, make_model, perturbed
 from mergekit_symalign.errors import SymmetryError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.graph.solve import align, block_rows, without_identities
+from mergekit_symalign.graph.solve import block_rows
 from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry.consensus import Rows, find_consensus
 from mergekit_symalign.symmetry.element import BlockElement
@@ -28,6 +28,7 @@ from mergekit_symalign.symmetry.groups import (
 )
 from mergekit_symalign.symmetry.membership import require_symmetry, steps_of
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.solve import align_block, solve_block, without_identities
 
 DISTINCT = [
     *("llama", "qwen3", "olmo2", "cohere-qk-norm", "gpt2", "roberta", "mixtral"),
@@ -200,9 +201,9 @@ def test_everything_solved_is_a_symmetry(family: str) -> None:
         sides = _paired(_rows(family, layer, kind, 0), _rows(family, layer, kind, 1))
         scaled = mlp.scale is not NeuronScale.none
         for use in (Symmetries(neuron_scaling=scaled), Symmetries(rotation=Rotation.none), Symmetries(scaling=False)):
-            require_symmetry(without_identities(align(kind, sides, heads, mlp, use)), shape)
+            require_symmetry(solve_block(sides, mlp if kind is BlockKind.mlp else heads, use).element, shape)
         if kind is BlockKind.attention and not heads.qk_norm:
-            full = align(kind, sides, heads, mlp, Symmetries(rotation=Rotation.full))
+            full = align_block(sides, heads, Symmetries(rotation=Rotation.full)).element
             require_symmetry(full, shape, full=True)
             if heads.rotary:
                 _refused(dict(full.actions), heads, "cannot have a head_rotation")
@@ -215,6 +216,7 @@ def test_a_consensus_is_a_symmetry(family: str) -> None:
         models = [_rows(family, 0, kind, seed) for seed in range(3)]
         use = Symmetries(neuron_scaling=True)
         heads, mlp = layout.head_shape(0), layout.mlp_shape()
-        found = find_consensus(models, lambda sides: align(kind, sides, heads, mlp, use), rounds=2)  # noqa: B023
+        shape = mlp if kind is BlockKind.mlp else heads
+        found = find_consensus(models, lambda sides: align_block(sides, shape, use).element, rounds=2)  # noqa: B023
         for element in found.elements:
             require_symmetry(without_identities(element), shape_of(layout, 0, kind))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mergekit_symalign.symmetry.attention import GAIN_AXES
 from mergekit_symalign.symmetry.groups import (
     HeadRotation,
     InterleavedPartialRotation,
@@ -14,6 +13,7 @@ from mergekit_symalign.symmetry.groups import (
     PlaneRotation,
     Scaling,
 )
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale
 
 Shape = tuple[int, ...]

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mergekit_symalign.errors import SymmetryError
 from mergekit_symalign.symmetry.admitted import Admitted, admitted, gain_heads
-from mergekit_symalign.symmetry.attention import GAIN_AXES, HEAD_AXES
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
 
 TOLERANCE = 2e-6  # relative: the largest tolerance of snapping to the identity is 1e-6, on each of two dual axes
@@ -121,7 +121,7 @@ class _Heads:
     matrix: Tensor
 
     @staticmethod
-    def of(action: AxisAction | None, axis: str, heads: int, d: int, largest: float) -> _Heads:
+    def moved_by(action: AxisAction | None, axis: str, heads: int, d: int, largest: float) -> _Heads:
         order, matrix = torch.arange(heads), torch.eye(d, dtype=torch.float64).repeat(heads, 1, 1)
         for step in steps_of(action):
             if isinstance(step, Permutation):
@@ -141,7 +141,7 @@ class _Rows:
     factor: Tensor
 
     @staticmethod
-    def of(action: AxisAction | None, axis: str, size: int, largest: float) -> _Rows:
+    def moved_by(action: AxisAction | None, axis: str, size: int, largest: float) -> _Rows:
         index, factor = torch.arange(size), torch.ones(size, dtype=torch.float64)
         for step in steps_of(action):
             if isinstance(step, Permutation):
@@ -171,7 +171,7 @@ def _order_of_wholes(index: Tensor, wholes: int, axis: str, what: str) -> Tensor
 def _check_heads(actions: Mapping[str, AxisAction], shape: HeadShape, largest: Mapping[str, float]) -> None:
     d, group = shape.head_dim, shape.queries_per_kv
     query, key, value, attended = (
-        _Heads.of(actions.get(axis), axis, shape.heads(axis), d, largest[axis]) for axis in HEAD_AXES
+        _Heads.moved_by(actions.get(axis), axis, shape.heads(axis), d, largest[axis]) for axis in HEAD_AXES
     )
     _require(bool((key.order == value.order).all()), "key", "its heads are not in the order of the value heads")
     _require(bool((query.order == attended.order).all()), "attended", "its heads are not in the order of the queries")
@@ -206,7 +206,7 @@ def _check_gains(
     factors = []
     for axis, order in zip(GAIN_AXES, (query, key), strict=True):
         heads = gain_heads(axis, shape)
-        rows = _Rows.of(actions.get(axis), axis, heads * shape.head_dim, largest[axis])
+        rows = _Rows.moved_by(actions.get(axis), axis, heads * shape.head_dim, largest[axis])
         moved = _order_of_wholes(rows.index, heads, axis, "heads")
         follows = not shape.norm.per_head or bool((moved == order).all())
         _require(follows, axis, f"its heads are not in the order of the {axis.removesuffix('_gain')} heads")
@@ -219,9 +219,9 @@ def _check_gains(
 
 def _check_mlp(actions: Mapping[str, AxisAction], shape: MlpShape, largest: Mapping[str, float]) -> None:
     size = shape.experts * shape.neurons
-    up, down = (_Rows.of(actions.get(axis), axis, size, largest[axis]) for axis in ("up", "down"))
-    gate = _Rows.of(actions.get("gate"), "gate", size, LARGEST)
-    expert = _Rows.of(actions.get("expert"), "expert", shape.experts, LARGEST)
+    up, down = (_Rows.moved_by(actions.get(axis), axis, size, largest[axis]) for axis in ("up", "down"))
+    gate = _Rows.moved_by(actions.get("gate"), "gate", size, LARGEST)
+    expert = _Rows.moved_by(actions.get("expert"), "expert", shape.experts, LARGEST)
     _require(bool((down.index == up.index).all()), "down", "its neurons are not in the order of the up rows")
     _require(bool(((up.factor * down.factor - 1).abs() <= TOLERANCE).all()), "down", "it is not the inverse of up")
     if shape.gated or "gate" in actions:

@@ -13,8 +13,9 @@ from transformers import LlamaForCausalLM
 
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.graph.solve import align, block_rows
+from mergekit_symalign.graph.solve import block_rows
 from mergekit_symalign.symmetry.options import Sides, Symmetries
+from mergekit_symalign.symmetry.solve import align_block
 from mergekit_symalign.symmetry.threads import one_thread
 
 RUNS = 3
@@ -62,7 +63,8 @@ def layer(shape: Shape, recipe: Recipe) -> dict[BlockKind, float]:
 def _seconds(kind: BlockKind, sides: Sides, layout: ModelLayout) -> float:
     start = time.perf_counter()
     with one_thread():  # as the merge's own task does: the pieces share the threads
-        align(kind, sides, layout.head_shape(0), layout.mlp_shape(), Symmetries(), {})
+        shape = layout.mlp_shape() if kind is BlockKind.mlp else layout.head_shape(0)
+        align_block(sides, shape, Symmetries())
     return time.perf_counter() - start
 
 

@@ -33,8 +33,8 @@ from mergekit_symalign.errors import AlignmentFileError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.merge_report import by_model
-from mergekit_symalign.graph.solve import without_identities
 from mergekit_symalign.planting import Planted, random_elements, transform
+from mergekit_symalign.symmetry.solve import without_identities
 
 # Grouped heads, each kind of QK-norm, plain MLPs, experts, layers without positions, both layouts of planes
 FAMILIES = ("llama", "qwen3", "olmo2", "cohere-qk-norm", "gpt2", "mixtral", "cohere2", "phi4-mini", "glm4")
