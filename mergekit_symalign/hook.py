@@ -205,6 +205,7 @@ def _plan_aligned(planner: Any, original: Any) -> None:
     _know_other_names(planner, plan)
     original(planner)
     planner._tensors = plan.rewrite(planner._tensors)
+    plan.keep_own_config(planner.out_model_config)  # the object that `run_merge` saves when all is written
     setattr(planner, _PLAN, plan)
 
 

@@ -65,6 +65,8 @@ def inspect(
         report = measured(anchor, model, merge_options, parameters, layers)
         for name, entry in report["models"].items():
             click.echo(f"{name}\nagainst {anchor}\n")
+            if differences := report["config_differences"].get(name):
+                click.echo("\n".join([*configs(differences), ""]))
             click.echo("\n".join([*table(entry["blocks"]), "", *summary(entry["totals"])]))
             if plot is not None:
                 plot_layers(entry["blocks"], f"{name} against {anchor}", plot)
@@ -92,6 +94,16 @@ def measured(
     found = [(*facts_of[task], value) for task, value in computed]
     found.sort(key=lambda block: (block[0], block[1], block[2].value))
     return json.loads(task.head) | {"models": by_model(found)}
+
+
+def configs(differences: Mapping[str, Sequence[Any]]) -> list[str]:
+    """What the two configs say otherwise of the same weights, and what follows, at most 80 columns where it fits."""
+    return [
+        "The two compute different functions of the same weights. Their configs differ:",
+        *(f"  {key} is {a!r} in the anchor and {b!r} in the model" for key, (a, b) in differences.items()),
+        "A merge of both runs with the anchor's values. rotation_match of this model",
+        "alone keeps the model's own.",
+    ]
 
 
 def table(blocks: Sequence[Block]) -> list[str]:
