@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -15,6 +16,7 @@ from mergekit_symalign.activations.agreement import Agreement, hidden_deviation
 from mergekit_symalign.activations.runner import Batch, Recorded
 from mergekit_symalign.commands.common import progress, readable
 from mergekit_symalign.commands.inputs import inputs_for
+from mergekit_symalign.commands.model_options import model_options
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
 
 DEFAULT_TOKENS = 2048
@@ -66,8 +68,7 @@ class Verdict:
     help="Of logits, in standard deviations of the original's, and of each token's hidden states, relative. "
     "Default: 0.001; for weights stored in float16 0.02, in bfloat16 0.16.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where to run the models.")
-@click.option("--trust-remote-code", is_flag=True, help="Allow code that comes with a model's config or tokenizer.")
+@model_options
 @click.option("--quiet", is_flag=True, help="Only the verdict, and no progress bars.")
 def verify(
     original: str,
@@ -76,9 +77,8 @@ def verify(
     random: bool,
     tokens: int,
     tolerance: float | None,
-    device: str,
-    trust_remote_code: bool,
     quiet: bool,
+    models: dict[str, Any],
 ) -> None:
     """Check that ALIGNED computes what ORIGINAL computes; exit code 1 if it does not.
 
@@ -89,7 +89,7 @@ def verify(
     """
     if random and prompts is not None:
         raise click.UsageError("--random and --prompts exclude each other")
-    options = MergeOptions(device=device, trust_remote_code=trust_remote_code, quiet=quiet)
+    options = MergeOptions(**models, quiet=quiet)
     with readable():
         verdict = run_verify(original, aligned, options, prompts=prompts, random=random, tokens=tokens, bound=tolerance)
     click.echo(verdict_line(verdict) if quiet else report(verdict))
