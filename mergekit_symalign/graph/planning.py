@@ -229,7 +229,12 @@ class AlignedPlan:
         if self._streaming is None or block.agreed("objective") != "activations":
             return SolveBlock(**fields)
         statistics = self._streaming.statistics[Wanted(block.layer_of(model), block.kind, model)]
-        return SolveActivations(statistics=statistics, trust_remote_code=self.options.trust_remote_code, **fields)
+        return SolveActivations(
+            statistics=statistics,
+            digest=self._streaming.anchor_digest,
+            trust_remote_code=self.options.trust_remote_code,
+            **fields,
+        )
 
     def _saved(self, block: Block, model: ModelReference, load: LoadFinite) -> ReadBlock | None:
         """The task that reads this block's element from the file that the user gave, if any."""
