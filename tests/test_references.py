@@ -63,7 +63,7 @@ def test_verify_and_barrier(models: dict[str, Any]) -> None:
 def test_inspect_solve_and_apply(models: dict[str, Any], tmp_path: Path) -> None:
     anchor, adapted, cache = models["anchor"], models["adapted"], models["cache"]
     shown = command("inspect", anchor, adapted, "--layers", 0, *cache).stdout
-    assert shown.startswith(f"{adapted}\n")
+    assert shown.startswith("base+adapter\nagainst anchor\n")
     file = tmp_path / "alignment.safetensors"
     command("solve", anchor, adapted, "-o", file, *cache)
     for name, model in (("adapted", adapted), ("merged", models["merged"])):

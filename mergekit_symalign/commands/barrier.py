@@ -24,6 +24,7 @@ from mergekit_symalign.commands.alignment import alignment_config, alignment_opt
 from mergekit_symalign.commands.common import bars, progress, readable
 from mergekit_symalign.commands.model_options import model_options
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
+from mergekit_symalign.commands.names import short_names
 from mergekit_symalign.errors import ArchitectureError, CalibrationError, ConfigError
 from mergekit_symalign.families.function import config_differences
 from mergekit_symalign.families.resolve import resolve
@@ -91,7 +92,7 @@ def barrier(
         curves = run_barrier(model_a, model_b, text, options, points=points, tokens=tokens, parameters=parameters)
         click.echo("\n".join([*config_note(model_a, model_b, options), table(curves)]))
         if plot is not None:
-            draw(curves, plot)
+            draw(curves, plot, short_names((model_a, model_b)))
             click.echo(f"wrote {plot}")
 
 
@@ -251,8 +252,8 @@ def require_plot(path: Path) -> None:
         raise ConfigError(where, "its directory does not exist", "Make the directory first")
 
 
-def draw(curves: Sequence[Curve], path: Path) -> None:
-    """One line for each curve, told apart without colours."""
+def draw(curves: Sequence[Curve], path: Path, models: Sequence[str]) -> None:
+    """One line for each curve, told apart without colours; ``models`` are the names of A and B."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 3.8), layout="constrained")
@@ -263,7 +264,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
         axes.plot(curve.at, curve.losses, label=f"B {curve.name}", markersize=4, **style)
     axes.set_xlabel("share of model B")
     axes.set_ylabel("loss, nats per token")
-    axes.set_title("Loss on the line from model A to model B")
+    axes.set_title(f"Loss on the line\nfrom A, {models[0]},\nto B, {models[1]}", fontsize=10, wrap=True)
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     with written_whole(path) as scratch:

@@ -14,6 +14,7 @@ from mergekit_symalign.card import symmetry_share, verdict
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options, planned_task, run_tasks
 from mergekit_symalign.commands.barrier import require_plot
 from mergekit_symalign.commands.common import bars, readable, require_one_family
+from mergekit_symalign.commands.names import in_a_table, short_names
 from mergekit_symalign.commands.plots import plot_layers
 from mergekit_symalign.errors import ConfigError
 from mergekit_symalign.graph.merge_report import WriteReport, by_model
@@ -64,12 +65,12 @@ def inspect(
         merge_options.apply_global_options()
         report = measured(anchor, model, merge_options, parameters, layers)
         for name, entry in report["models"].items():
-            click.echo(f"{name}\nagainst {anchor}\n")
+            click.echo(f"{in_a_table(name)}\nagainst {in_a_table(anchor)}\n")
             if differences := report["config_differences"].get(name):
                 click.echo("\n".join([*configs(differences), ""]))
             click.echo("\n".join([*table(entry["blocks"]), "", *summary(entry["totals"])]))
             if plot is not None:
-                plot_layers(entry["blocks"], f"{name} against {anchor}", plot)
+                plot_layers(entry["blocks"], " against ".join(short_names((name, anchor))), plot)
         if json_file is not None:
             with written_whole(json_file) as scratch:
                 scratch.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
