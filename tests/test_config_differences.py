@@ -16,7 +16,7 @@ from models import FAMILIES, SIZES, logits, make_model, perturbed, relative_devi
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_symalign.cli import main
-from mergekit_symalign.errors import ConfigError, GeometryError
+from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError
 from mergekit_symalign.families.function import config_differences
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.planting import random_elements, transform
@@ -248,6 +248,35 @@ def test_other_positions_are_refused(family: str, own: dict[str, Any], tmp_path:
         with pytest.raises(GeometryError, match="RoPE"):
             merged(merge_config("rotation_match", anchor, [model]), tmp_path / "out")
         assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [("cohere", {"use_qk_norm": True}), ("stablelm", {"use_qkv_bias": False}), ("granite", {"mlp_bias": False})],
+)
+def test_other_norms_and_biases_are_refused(family: str, own: dict[str, Any], tmp_path: Path) -> None:
+    paths = [save(make_model(family, 0, **of), tmp_path / name) for name, of in (("anchor", {}), ("model", own))]
+    for anchor, model in (paths, paths[::-1]):
+        with pytest.raises((GeometryError, CheckpointError), match=r"norm|bias"):
+            merged(merge_config("rotation_match", anchor, [model]), tmp_path / "out")
+        assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_task_vector_of_another_function(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    anchor, twin, _ = pair("llama", tmp_path, rope_theta=100.0)
+    merged(
+        merge_config("aligned_task_arithmetic", anchor, [{"model": twin, "parameters": {"weight": 1.0}}]),
+        tmp_path / "out",
+    )
+    assert "rope_parameters.rope_theta" in caplog.text
+    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text())
+    assert (report["exact"], report["config"]) == (False, str(anchor))
+
+
+def test_the_code_of_every_family_is_found() -> None:
+    """Otherwise every key of a config would count, also those that nothing reads."""
+    for family in FAMILIES:
+        assert differences(family, {}, {"a_note_of_mine": 3}) == set(), family
 
 
 def test_inspect_says_it_before_the_table(tmp_path: Path) -> None:

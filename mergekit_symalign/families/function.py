@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
+from importlib import import_module
 from typing import Any
-
-import transformers
-from transformers import masking_utils, modeling_layers, modeling_rope_utils
 
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import Positions
@@ -44,6 +41,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
 }
 """Keys that do not change what the same weights compute at inference. Every other key does."""
 
+_SHARED = ("transformers.masking_utils", "transformers.modeling_layers", "transformers.modeling_rope_utils")
 _LENGTHS = ("max_position_embeddings", "n_positions")  # a limit, unless something below reads it
 _INTO_ROPE_PARAMETERS = (
     "rope_theta",
@@ -164,7 +162,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _same(one: Any, other: Any) -> bool:
     """Whether two values say the same: a switch that is absent, null or false is off, and models of different depth
     may have one value for all of their layers."""
-    if one in (None, False) and other in (None, False):
+    if all(x is None or x is False for x in (one, other)):
         return True
     lists = isinstance(one, list) and isinstance(other, list) and len(one) != len(other) and one and other
     return bool(one == other or (lists and all(x == one[0] for x in one + other)))
@@ -172,19 +170,16 @@ def _same(one: Any, other: Any) -> bool:
 
 def _read_names(config: Any, keys: Mapping[str, Any]) -> Iterator[str]:
     """The keys that the code of the config's model can read: its own, and for keys of its class that of all models."""
-    own, shared = _own_code(config), _shared_code()
+    own = _own_code(config)
     declared = getattr(type(config), "__dataclass_fields__", keys)
     aliases: dict[str, list[str]] = {}
     for alias, name in getattr(config, "attribute_map", {}).items():
         aliases.setdefault(name, []).append(alias)
     for key in keys:
         first, last = key.partition(".")[0], key.rpartition(".")[2]
-        code = own if own is None or first not in declared else own + shared
-        if (
-            code is None
-            or first == "tie_word_embeddings"
-            or any(_names(n, code) for n in (last, *aliases.get(last, ())))
-        ):
+        codes = [own, *map(_source, _SHARED)] if first in declared else [own]
+        named = any(code is None or _names(name, code) for code in codes for name in (last, *aliases.get(last, ())))
+        if named or first == "tie_word_embeddings":
             yield key
 
 
@@ -193,13 +188,14 @@ def _names(name: str, code: str) -> bool:
 
 
 def _own_code(config: Any) -> str | None:
-    """The source of the config's model; None if it is not one of transformers'."""
-    kind = getattr(transformers, config.architectures[0], None)
-    if kind is None or getattr(kind, "config_class", None) is not type(config):
-        return None
-    return inspect.getsource(sys.modules[kind.__module__])
+    """The source of the config's model; None if it is not one of transformers', or is not there."""
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    return _source(name) if name.startswith("transformers.models.") else None
 
 
 @cache
-def _shared_code() -> str:
-    return "".join(map(inspect.getsource, (masking_utils, modeling_layers, modeling_rope_utils)))
+def _source(module: str) -> str | None:
+    try:
+        return inspect.getsource(import_module(module))
+    except (ImportError, OSError, TypeError):
+        return None
