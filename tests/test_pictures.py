@@ -44,7 +44,7 @@ def test_names_that_are_the_same_get_the_folder_around_them() -> None:
 
 
 def test_pictures_do_not_show_where_models_lie(tmp_path: Path) -> None:
-    paths = [save(make_model("llama", seed), tmp_path / name) for seed, name in enumerate(("first", "second"))]
+    paths = [save(make_model("llama", seed), tmp_path / name) for seed, name in enumerate(("first", "$second$"))]
     for path in paths:
         word_tokenizer(97).save_pretrained(path)
     (tmp_path / "text.txt").write_text("w3 w4 w5\n")
@@ -52,7 +52,7 @@ def test_pictures_do_not_show_where_models_lie(tmp_path: Path) -> None:
         ("inspect", ["--layers", "0"]),
         ("barrier", ["--text", tmp_path / "text.txt", "--points", 2]),
     ):
-        for suffix in ("svg", "png", "pdf"):
+        for suffix in ("svg", "pdf") if command == "inspect" else ("svg",):
             picture = tmp_path / f"{command}.{suffix}"
             args = [command, *paths, *more, "--plot", picture]
             done = CliRunner().invoke(main, [str(arg) for arg in args])

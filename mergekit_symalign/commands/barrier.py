@@ -264,7 +264,8 @@ def draw(curves: Sequence[Curve], path: Path, models: Sequence[str]) -> None:
         axes.plot(curve.at, curve.losses, label=f"B {curve.name}", markersize=4, **style)
     axes.set_xlabel("share of model B")
     axes.set_ylabel("loss, nats per token")
-    axes.set_title(f"Loss on the line\nfrom A, {models[0]},\nto B, {models[1]}", fontsize=10, wrap=True)
+    title = f"Loss on the line from A to B\nA: {models[0]}\nB: {models[1]}"
+    axes.set_title(title, fontsize=10, wrap=True, parse_math=False)
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     with written_whole(path) as scratch:
