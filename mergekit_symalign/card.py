@@ -56,7 +56,7 @@ def section(report: Mapping[str, Any]) -> str:
     exact = (
         "Exact: every aligned model computes what the original computed, up to rounding."
         if report["exact"]
-        else "**Not exact**: `rotation: full` changes what the aligned models compute."
+        else f"**Not exact**: {'; '.join(report['inexact_because'])}."
     )
     lines = [
         "### Parameter alignment",

@@ -42,7 +42,7 @@ def on_import(module: ModuleType) -> None:
     action = {
         "mergekit.merge_methods": _register,
         "mergekit.plan": _hook_planner,
-        "mergekit.merge": _hook_card,
+        "mergekit.merge": _hook_merge,
         "mergekit.scripts.merge_raw_pytorch": _hook_raw_pytorch,
     }[module.__name__]
     problem = _problem(module)
@@ -205,6 +205,7 @@ def _plan_aligned(planner: Any, original: Any) -> None:
     _know_other_names(planner, plan)
     original(planner)
     planner._tensors = plan.rewrite(planner._tensors)
+    plan.keep_own_config(planner.out_model_config)  # the object that `run_merge` saves when all is written
     setattr(planner, _PLAN, plan)
 
 
@@ -233,6 +234,26 @@ class _AddableTuple(tuple[str, ...]):
 
     def __radd__(self, other: list[str]) -> list[str]:
         return [*other, *self]
+
+
+def _hook_merge(merge: Any) -> None:
+    _hook_card(merge)
+    _hook_inference(merge)
+
+
+def _hook_inference(merge: Any) -> None:
+    """MergeKit remembers by name which tensors the models of a merge have; before one of ours it shall look again."""
+    original = merge.run_merge
+
+    @functools.wraps(original)
+    def run_merge(merge_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if merge_config.merge_method == ROTATION_MATCH or merge_config.merge_method.startswith(PREFIX):
+            from mergekit_symalign.graph.fresh import forget_architectures
+
+            forget_architectures()
+        return original(merge_config, *args, **kwargs)
+
+    merge.run_merge = run_merge
 
 
 def _hook_card(merge: Any) -> None:

@@ -98,7 +98,7 @@ def test_the_run_on_prompts_stays_on_a_fake_gpu(family: str, tmp_path: Path, mon
         assert sum(isinstance(task, kind) for task in done) == count
 
 
-def _fake_runner(model: Any, trust_remote_code: bool) -> LayerRunner:
+def _fake_runner(model: Any, digest: str, trust_remote_code: bool) -> LayerRunner:
     """Built where all tensors are fake. Its experts run at once: which of them are reached is asked of the device."""
     runner = LayerRunner(model.config(), resolve(model.config(), model="m"))
     if runner.layout.geometry.experts > 1:

@@ -75,7 +75,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     if path.suffix not in (".jsonl", ".txt"):
         raise CalibrationError(f"calibration {path}", "it is neither .jsonl nor .txt", "Name a file of prompts")
     try:
-        lines = [(i, line) for i, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
+        lines = [(i, line) for i, line in enumerate(_lines(path), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(
             f"calibration {path}", f"it cannot be read ({error})", "Name a file of prompts"
@@ -84,6 +84,12 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise CalibrationError(f"calibration {path}", "it holds no prompt", "Put one prompt on each line")
     return prompts
+
+
+def _lines(path: Path) -> list[str]:
+    r"""The lines of a UTF-8 file with or without byte order mark. Only ``\n`` and ``\r\n`` end a line: texts may hold
+    other separators (U+2028, U+0085, form feeds), which `str.splitlines` would take for ends of lines."""
+    return [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
 
 
 def calibrate(
@@ -125,7 +131,7 @@ def calibrate(
 def _prompt(path: Path, number: int, line: str) -> Prompt:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"calibration {path}, line {number}", f"it is no JSON ({error})", _FORMS) from error
     for key, kind in (("messages", list), ("prompt", str), ("text", str)):
         if isinstance(entry, dict) and isinstance(entry.get(key), kind):

@@ -14,6 +14,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
+from mergekit_symalign.graph.fresh import forget_architectures
 from mergekit_symalign.methods import ALIGNMENT_PARAMETERS
 
 Kind = TypeVar("Kind", bound=Task)
@@ -47,6 +48,7 @@ def alignment_config(anchor: str, model: str, parameters: Mapping[str, Any], **r
 def planned_task(config: MergeConfiguration, options: MergeOptions, kind: type[Kind]) -> Kind:
     """The task of this kind in the plan of a merge, which writes nothing by itself."""
     LoaderCache().setup(options=options)
+    forget_architectures()
     arch = get_architecture_info(config, options)
     assert config.base_model is not None
     out_config = config.base_model.config(trust_remote_code=options.trust_remote_code)

@@ -78,6 +78,8 @@ def run_apply(
         for _ in executor.run(quiet=options.quiet, desc="Applying"):
             pass
         _copy_the_rest(Path(LoaderCache().get(model).index.base_path), folder)
+        if model.lora is not None:  # MergeKit merges the adapter into a model without tokenizer
+            _copy_the_rest(Path(model.local_path(options.transformers_cache, ignore_lora=True)), folder)
         if out.exists():
             out.rmdir()
         folder.rename(out)
@@ -153,7 +155,7 @@ def _dtype(header: Header | None, wanted: str | None) -> str | None:
 
 
 def _copy_the_rest(source: Path, folder: Path) -> None:
-    """Config, tokenizer and whatever else is no weight."""
+    """Config, tokenizer and whatever else is no weight, unless it is there already."""
     for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(_WEIGHTS):
+        if file.is_file() and not file.name.endswith(_WEIGHTS) and not (folder / file.name).exists():
             shutil.copy2(file, folder / file.name)

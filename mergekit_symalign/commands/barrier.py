@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import transformers
 from mergekit.common import ModelReference
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.utils import logging as transformers_logging
 
@@ -24,14 +22,18 @@ from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.runner import Batch
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options
 from mergekit_symalign.commands.common import bars, progress, readable
+from mergekit_symalign.commands.model_options import model_options
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
-from mergekit_symalign.errors import ArchitectureError, ConfigError
+from mergekit_symalign.commands.names import short_names
+from mergekit_symalign.errors import ArchitectureError, CalibrationError, ConfigError
+from mergekit_symalign.families.function import config_differences
+from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.streaming import require_embedded, tokenizer_of
 from mergekit_symalign.whole_file import require_writable, written_whole
 
 DEFAULT_TOKENS = 8192
 _FORMATS = (".png", ".svg", ".pdf")
-State = dict[str, Tensor]
+NAMES = ("as it is", "aligned")  # of the second model
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,7 @@ class Curve:
 @click.option("--tokens", type=click.IntRange(2), default=DEFAULT_TOKENS, show_default=True, help="Of text, at most.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="A .png, .svg or .pdf file to write.")
 @alignment_options
-@click.option("--device", default="cpu", show_default=True, help="Where to run the models.")
-@click.option("--trust-remote-code", is_flag=True, help="Allow code that comes with a model's config or tokenizer.")
+@model_options
 @click.option("--quiet", is_flag=True, help="Only the table, and no progress bars.")
 def barrier(
     model_a: str,
@@ -73,9 +74,8 @@ def barrier(
     points: int,
     tokens: int,
     plot: Path | None,
-    device: str,
-    trust_remote_code: bool,
     quiet: bool,
+    models: dict[str, Any],
     **parameters: Any,
 ) -> None:
     """Measure the loss on the line from MODEL_A to MODEL_B, and to MODEL_B aligned to MODEL_A.
@@ -85,20 +85,14 @@ def barrier(
     \b
     Example: mergekit-symalign barrier ./base ./tuned --text texts.txt --plot barrier.png
     """
-    options = MergeOptions(
-        device=device,
-        trust_remote_code=trust_remote_code,
-        quiet=not bars(quiet),
-        copy_tokenizer=False,
-        write_model_card=False,
-    )
+    options = MergeOptions(**models, quiet=not bars(quiet), copy_tokenizer=False, write_model_card=False)
     with readable():
         if plot is not None:
             require_plot(plot)
         curves = run_barrier(model_a, model_b, text, options, points=points, tokens=tokens, parameters=parameters)
-        click.echo(table(curves))
+        click.echo("\n".join([*config_note(model_a, model_b, options), table(curves)]))
         if plot is not None:
-            draw(curves, plot)
+            draw(curves, plot, short_names((model_a, model_b)))
             click.echo(f"wrote {plot}")
 
 
@@ -126,17 +120,35 @@ def run_barrier(
         _require_next_token(model)
     batches = _batches(a, b, text, tokens, options)
     with tempfile.TemporaryDirectory(prefix="symalign-barrier-") as scratch:
-        aligned = Path(scratch)
-        run_merge(alignment_config(model_a, model_b, parameters or {}, dtype="float32"), str(aligned), options)
-        states = [_state(m.checkpoint.model, options) for m in (a, b)]
-        states.append(_state(ModelReference.parse(str(aligned)), options))
-    work = _loaded(a.checkpoint.model, options)
+        crimes = options.model_copy(update={"allow_crimes": True})  # Llama and Mistral: one family, so none to us
+        run_merge(alignment_config(model_a, model_b, parameters or {}, dtype="float32"), scratch, crimes)
+        aligned = ModelReference.parse(scratch)
+        start, *ends = (
+            _loaded(weights, of.checkpoint.model, options)
+            for weights, of in ((a.checkpoint.model, a), (b.checkpoint.model, b), (aligned, b))
+        )
+    between = _loaded(a.checkpoint.model, a.checkpoint.model, options)
     shares = tuple(i / (points - 1) for i in range(points))
-    names = ("as it is", "aligned")
-    ends = [(name, states[0], other) for name, other in zip(names, states[1:], strict=True)]
-    steps = progress([(end, t) for end in ends for t in shares], "Losses", quiet=options.quiet)
-    losses = [_loss(_set(work, start, end, t), batches) for (_, start, end), t in steps]
-    return Curve(names[0], shares, tuple(losses[:points])), Curve(names[1], shares, tuple(losses[points:]))
+    steps = [(name, end, t) for name, end in zip(NAMES, ends, strict=True) for t in shares]
+    losses: dict[str, list[float]] = {name: [] for name in NAMES}
+    for name, end, t in progress(steps, "Losses", quiet=options.quiet):
+        losses[name].append(_loss(_at(between, start, end, t), batches))
+    first, second = (Curve(name, shares, tuple(found)) for name, found in losses.items())
+    return first, second
+
+
+def config_note(model_a: str, model_b: str, options: MergeOptions) -> list[str]:
+    """Which config every point runs with, where the two are not the same function of the weights."""
+    one, other = (
+        ModelReference.parse(m).config(trust_remote_code=options.trust_remote_code) for m in (model_a, model_b)
+    )
+    found = config_differences(one, other, resolve(one, model=model_a))
+    if not found:
+        return []
+    return [
+        "The configs differ: each end runs with its own, the points between with A's.",
+        *(f"  {key} is {a!r} in A and {b!r} in B" for key, (a, b) in found.items()),
+    ]
 
 
 def _require_next_token(model: StoredModel) -> None:
@@ -152,20 +164,34 @@ def _require_next_token(model: StoredModel) -> None:
 def _batches(a: StoredModel, b: StoredModel, text: Path, tokens: int, options: MergeOptions) -> list[Batch]:
     tokenizers = [tokenizer_of(model.checkpoint.model, options) for model in (a, b)]
     found: Calibration = calibrate(text, tokenizers[0], {b.name: tokenizers[1]}, tokens=tokens)
+    if all(len(sequence) < 2 for sequence in found.sequences):
+        raise CalibrationError(f"--text {text}", "no text has two tokens, so none has a next one", "Give longer texts")
     for model in (a, b):
         require_embedded(found, model.checkpoint)
     return [Batch(x.ids.to(a.device), x.valid.to(a.device)) for x in found.batches()]
 
 
-def _loaded(model: ModelReference, options: MergeOptions) -> Any:
-    config = model.config(trust_remote_code=options.trust_remote_code)
-    source = model.merged(trust_remote_code=options.trust_remote_code).model
+def _loaded(weights: ModelReference, of: ModelReference, options: MergeOptions) -> Any:
+    """A model in float32: the weights of one, with the config of another (or of the same)."""
+    config = of.config(trust_remote_code=options.trust_remote_code)
+    source = weights.merged(
+        cache_dir=options.lora_merge_cache,
+        trust_remote_code=options.trust_remote_code,
+        lora_merge_dtype=options.lora_merge_dtype,
+    ).model
     shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
         kind = getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
-        found = kind.from_pretrained(source.path, revision=source.revision, dtype=torch.float32)
+        found = kind.from_pretrained(
+            source.path,
+            revision=source.revision,
+            config=config,
+            cache_dir=options.transformers_cache,
+            trust_remote_code=options.trust_remote_code,
+            dtype=torch.float32,
+        )
     finally:
         transformers_logging.set_verbosity(verbosity)
         if shown:
@@ -173,16 +199,20 @@ def _loaded(model: ModelReference, options: MergeOptions) -> Any:
     return found.eval().requires_grad_(False).to(options.device)
 
 
-def _state(model: ModelReference, options: MergeOptions) -> State:
-    return dict(_loaded(model, options).state_dict())
-
-
 @torch.inference_mode()
-def _set(work: Any, start: State, end: State, t: float) -> Any:
-    """Put the point at ``t`` between two models into a third."""
-    for name, x in work.state_dict().items():
-        x.copy_(torch.lerp(start[name], end[name], t) if x.is_floating_point() else start[name])
-    return work
+def _at(between: Any, start: Any, end: Any, t: float) -> Any:
+    """The model at ``t`` between two others: each end itself, and else ``between`` with weights of both.
+
+    A tensor that is tied to another one in ``between`` follows that one.
+    """
+    if t in (0, 1):
+        return end if t else start
+    first, last, done = start.state_dict(), end.state_dict(), set()
+    for name, x in between.state_dict().items():
+        if x.is_floating_point() and x.data_ptr() not in done:
+            done.add(x.data_ptr())
+            torch.lerp(first[name], last[name], t, out=x)
+    return between
 
 
 @torch.inference_mode()
@@ -196,7 +226,7 @@ def _loss(model: Any, batches: Sequence[Batch]) -> float:
             following = prompt.squeeze(0)
             total += float(cross_entropy(logits[:-1].float(), following[1:], reduction="sum"))
             count += len(following) - 1
-    return total / count if count else math.nan
+    return total / count
 
 
 def table(curves: Sequence[Curve]) -> str:
@@ -221,8 +251,8 @@ def require_plot(path: Path) -> None:
     require_writable(path, "--plot", folder_is_made=False)
 
 
-def draw(curves: Sequence[Curve], path: Path) -> None:
-    """One line for each curve, told apart without colours."""
+def draw(curves: Sequence[Curve], path: Path, models: Sequence[str]) -> None:
+    """One line for each curve, told apart without colours; ``models`` are the names of A and B."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 3.8), layout="constrained")
@@ -233,7 +263,8 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
         axes.plot(curve.at, curve.losses, label=f"B {curve.name}", markersize=4, **style)
     axes.set_xlabel("share of model B")
     axes.set_ylabel("loss, nats per token")
-    axes.set_title("Loss on the line from model A to model B")
+    title = f"Loss on the line from A to B\nA: {models[0]}\nB: {models[1]}"
+    axes.set_title(title, fontsize=10, wrap=True, parse_math=False)
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     with written_whole(path) as scratch:

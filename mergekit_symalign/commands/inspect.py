@@ -14,6 +14,7 @@ from mergekit_symalign.card import symmetry_share, verdict
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options, planned_task, run_tasks
 from mergekit_symalign.commands.barrier import require_plot
 from mergekit_symalign.commands.common import bars, readable, require_one_family
+from mergekit_symalign.commands.names import in_a_table, short_names
 from mergekit_symalign.commands.plots import plot_layers
 from mergekit_symalign.graph.merge_report import WriteReport, by_model
 from mergekit_symalign.whole_file import require_writable, written_whole
@@ -63,10 +64,12 @@ def inspect(
         merge_options.apply_global_options()
         report = measured(anchor, model, merge_options, parameters, layers)
         for name, entry in report["models"].items():
-            click.echo(f"{name}\nagainst {anchor}\n")
+            click.echo(f"{in_a_table(name)}\nagainst {in_a_table(anchor)}\n")
+            if differences := report["config_differences"].get(name):
+                click.echo("\n".join([*configs(differences), ""]))
             click.echo("\n".join([*table(entry["blocks"]), "", *summary(entry["totals"])]))
             if plot is not None:
-                plot_layers(entry["blocks"], f"{name} against {anchor}", plot)
+                plot_layers(entry["blocks"], " against ".join(short_names((name, anchor))), plot)
         if json_file is not None:
             with written_whole(json_file) as scratch:
                 scratch.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
@@ -91,6 +94,16 @@ def measured(
     found = [(*facts_of[task], value) for task, value in computed]
     found.sort(key=lambda block: (block[0], block[1], block[2].value))
     return json.loads(task.head) | {"models": by_model(found)}
+
+
+def configs(differences: Mapping[str, Sequence[Any]]) -> list[str]:
+    """What the two configs say otherwise of the same weights, and what follows, at most 80 columns where it fits."""
+    return [
+        "The two compute different functions of the same weights. Their configs differ:",
+        *(f"  {key} is {a!r} in the anchor and {b!r} in the model" for key, (a, b) in differences.items()),
+        "A merge of both runs with the anchor's values. rotation_match of this model",
+        "alone keeps the model's own.",
+    ]
 
 
 def table(blocks: Sequence[Block]) -> list[str]:

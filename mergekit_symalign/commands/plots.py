@@ -24,7 +24,7 @@ def plot_layers(blocks: Sequence[Block], title: str, path: Path) -> None:
 
     attention, mlp = ([b for b in blocks if b["block"] == kind] for kind in ("attention", "mlp"))
     figure = Figure(figsize=(7, 7.5), layout="constrained")
-    figure.suptitle(title, fontsize=10, wrap=True)
+    figure.suptitle(title, fontsize=10, wrap=True, parse_math=False)
     distance, moved, angle = figure.subplots(3, 1, sharex=True)
     for kind, of, marker in (("attention", attention, "o"), ("MLP", mlp, "s")):
         layers = [b["layer"] for b in of]

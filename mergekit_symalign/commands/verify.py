@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -15,7 +16,9 @@ from mergekit_symalign.activations.agreement import Agreement, hidden_deviation
 from mergekit_symalign.activations.runner import Batch, Recorded
 from mergekit_symalign.commands.common import progress, readable
 from mergekit_symalign.commands.inputs import inputs_for
+from mergekit_symalign.commands.model_options import model_options
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
+from mergekit_symalign.errors import CalibrationError
 
 DEFAULT_TOKENS = 2048
 TOLERANCE = 1e-3
@@ -44,8 +47,8 @@ class Verdict:
 
     @property
     def deviation(self) -> float:
-        """Largest deviation of the outputs in standard deviations of the original's."""
-        return self.agreement.largest / self.agreement.std
+        """Largest deviation of the outputs in standard deviations of the original's (`Agreement.relative`)."""
+        return self.agreement.relative(self.agreement.largest)
 
     @property
     def same(self) -> bool:
@@ -66,8 +69,7 @@ class Verdict:
     help="Of logits, in standard deviations of the original's, and of each token's hidden states, relative. "
     "Default: 0.001; for weights stored in float16 0.02, in bfloat16 0.16.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where to run the models.")
-@click.option("--trust-remote-code", is_flag=True, help="Allow code that comes with a model's config or tokenizer.")
+@model_options
 @click.option("--quiet", is_flag=True, help="Only the verdict, and no progress bars.")
 def verify(
     original: str,
@@ -76,9 +78,8 @@ def verify(
     random: bool,
     tokens: int,
     tolerance: float | None,
-    device: str,
-    trust_remote_code: bool,
     quiet: bool,
+    models: dict[str, Any],
 ) -> None:
     """Check that ALIGNED computes what ORIGINAL computes; exit code 1 if it does not.
 
@@ -89,7 +90,7 @@ def verify(
     """
     if random and prompts is not None:
         raise click.UsageError("--random and --prompts exclude each other")
-    options = MergeOptions(device=device, trust_remote_code=trust_remote_code, quiet=quiet)
+    options = MergeOptions(**models, quiet=quiet)
     with readable():
         verdict = run_verify(original, aligned, options, prompts=prompts, random=random, tokens=tokens, bound=tolerance)
     click.echo(verdict_line(verdict) if quiet else report(verdict))
@@ -128,6 +129,8 @@ def run_verify(
         if left is None and off > bound:
             left, left_by = layer, off
     agreement = _agreement(models, hidden, batches, quiet=options.quiet)
+    if agreement.tokens == 0:
+        raise CalibrationError("prompts", "they give the models nothing to compare", "Give longer prompts")
     return Verdict(agreement, models[0].layers, left, left_by, bound)
 
 
@@ -166,7 +169,8 @@ def _agreement(
 
 def _by_token(out: Tensor, row: Batch) -> Tensor:
     """[tokens, outputs] without padding; a classifier has one output row for the whole prompt."""
-    return out[row.valid] if out.shape[:2] == row.valid.shape else out.flatten(0, -2)
+    each_token = out.ndim == 3 and out.shape[:2] == row.valid.shape
+    return out[row.valid] if each_token else out.flatten(0, -2)
 
 
 def report(verdict: Verdict) -> str:
@@ -179,7 +183,7 @@ def _lines(verdict: Verdict) -> Iterator[str]:
     what = "logits" if a.distribution else "last hidden states"
     yield f"{what:<22}{'absolute':>12}{'in std':>12}"
     for name, value in (("  largest deviation", a.largest), ("  median deviation", a.median)):
-        yield f"{name:<22}{value:>12.2e}{value / a.std:>12.2e}"
+        yield f"{name:<22}{value:>12.2e}{a.relative(value):>12.2e}"
     if a.distribution:
         yield f"{'KL divergence':<22}{a.divergence / a.tokens:>12.2e} nats per token"
         yield f"{'top-1 agreement':<22}{a.same_first / a.tokens:>12.2%} of {a.tokens} tokens"

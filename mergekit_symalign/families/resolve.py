@@ -82,6 +82,7 @@ class ModelLayout:
         without_rope: layers that have none.
         norm: normalisation of queries and keys.
         neuron_scale: which factors the neurons have.
+        activation: of a plain MLP, as the config names it; None where it decides nothing.
         absent: tensors that the family knows and this config does not have, by the rest of their name.
     """
 
@@ -94,6 +95,7 @@ class ModelLayout:
     without_rope: frozenset[int] = frozenset()
     norm: GainScope = GainScope.none
     neuron_scale: NeuronScale = NeuronScale.signed
+    activation: str | None = None
     absent: frozenset[str] = frozenset()
 
     @cached_property
@@ -275,6 +277,7 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
         without_rope=frozenset(i for i, x in enumerate(values) if exception is not None and x == exception.value),
         norm=attention.norm if normalised else GainScope.none,
         neuron_scale=_neuron_scale(config, family),
+        activation=lookup(config, family.activation) if family.activation is not None else None,
         absent=frozenset(family.layer) - _present(config, family.layer).keys(),
     )
 

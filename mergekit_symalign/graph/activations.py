@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache, partial
 from typing import Any, Dict, Optional, Tuple
 
@@ -12,7 +13,7 @@ from mergekit.graph import Task
 from mergekit_symalign.activations.calibration import Calibration
 from mergekit_symalign.activations.runner import EXPERTS, Batch, LayerRunner, Recorded
 from mergekit_symalign.activations.statistics import Statistics, Stream, run_layer
-from mergekit_symalign.errors import ArchitectureError
+from mergekit_symalign.errors import ArchitectureError, ModelError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
@@ -30,10 +31,21 @@ Loads = Tuple[Tuple[str, LoadFinite], ...]  # name inside the layer (or the mode
 
 
 @lru_cache(maxsize=8)
-def runner_of(model: ModelReference, trust_remote_code: bool) -> LayerRunner:
-    """The model without weights, built once for all its layers."""
+def runner_of(model: ModelReference, digest: str, trust_remote_code: bool) -> LayerRunner:
+    """The model without weights, built once for all its layers, and anew for another config at the same place.
+
+    Raises:
+        ModelError: if its config is not the one of this digest any more.
+    """
     config = model.config(trust_remote_code=trust_remote_code)
+    if config_digest(config) != digest:
+        raise ModelError(f"model {model}", "its config was replaced while it was in use", "Start again")
     return LayerRunner(config, resolve(config, model=str(model)))
+
+
+def config_digest(config: Any) -> str:
+    """SHA-256 of all that a transformers config says."""
+    return hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest()
 
 
 def seen_axes(kind: BlockKind, layout: ModelLayout) -> frozenset[str]:
@@ -63,6 +75,7 @@ class _Streaming(Task[Dict[str, Any]]):
         key: stands for models, prompts and settings of the run.
         layer: the layer that this step runs; -1 in front of the layers.
         models: anchor first.
+        digests: of their configs.
         loads: of each model, the tensors that the step needs.
         trust_remote_code: MergeKit's option.
     """
@@ -70,6 +83,7 @@ class _Streaming(Task[Dict[str, Any]]):
     key: str
     layer: int
     models: Tuple[ModelReference, ...]
+    digests: Tuple[str, ...]
     loads: Tuple[Loads, ...]
     trust_remote_code: bool = False
 
@@ -84,6 +98,10 @@ class _Streaming(Task[Dict[str, Any]]):
 
     def uses_accelerator(self) -> bool:
         return True
+
+    def runner(self, i: int) -> LayerRunner:
+        """One of the models, without weights."""
+        return runner_of(self.models[i], self.digests[i], self.trust_remote_code)
 
     def weight_arguments(self) -> Dict[str, Task]:
         return {f"{i} {name}": load for i, loads in enumerate(self.loads) for name, load in loads}
@@ -108,10 +126,10 @@ class EmbedPrompts(_Streaming):
 
     def execute(self, **tensors: Optional[torch.Tensor]) -> Dict[str, Any]:
         hidden, calls, kept = [], [], []
-        for i, model in enumerate(self.models):
+        for i in range(len(self.models)):
             weights = self.weights_of(i, tensors)
             device = next(iter(weights.values())).device
-            runner = runner_of(model, self.trust_remote_code)
+            runner = self.runner(i)
             batches = [Batch(b.ids.to(device), b.valid.to(device)) for b in self.calibration.batches()]
             recorded = [runner.record(batch, weights) for batch in batches]
             hidden.append([r.hidden for r in recorded])
@@ -139,13 +157,13 @@ class RunLayer(_Streaming):
     def execute(self, hidden: Any, recorded: Any, **tensors: Optional[torch.Tensor]) -> Dict[str, Any]:
         streams = [
             Stream(
-                runner_of(model, self.trust_remote_code),
+                self.runner(i),
                 self.weights_of(i, tensors),
                 hidden[i],
                 [Recorded(x, *call) for x, call in zip(hidden[i], recorded["calls"][i], strict=True)],
                 frozenset(self.wanted[i - 1]) if i else frozenset(),
             )
-            for i, model in enumerate(self.models)
+            for i in range(len(self.models))
         ]
         out, sums = run_layer(self.layer, streams[0], streams[1:], recorded["kept"])
         return {"hidden": out, "statistics": [_by_block(found) for found in sums]}
@@ -194,10 +212,12 @@ class SolveActivations(SolveBlock):
 
     Attributes:
         statistics: covariances of the block's axes, or what its experts are given.
+        digest: of the anchor's config.
         trust_remote_code: MergeKit's option.
     """
 
     statistics: Task
+    digest: str
     trust_remote_code: bool = False
 
     def arguments(self) -> Dict[str, Task]:
@@ -209,7 +229,7 @@ class SolveActivations(SolveBlock):
     def _align(self, statistics: Any, sides: Sides) -> Solved:
         if EXPERTS in statistics:
             anchor, model = (Routing(*tensors) for tensors in statistics[EXPERTS])
-            act = runner_of(self.anchor[0].model, self.trust_remote_code).gate_activation()
+            act = runner_of(self.anchor[0].model, self.digest, self.trust_remote_code).gate_activation()
             return align_experts_by((anchor, model), sides, self.mlp, self.use, act)
         seen = {axis: Covariance(*numbers) for axis, numbers in statistics.items()}
         if self.kind is BlockKind.mlp:

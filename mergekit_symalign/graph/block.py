@@ -85,7 +85,7 @@ class Block:
                 f"tensor {self.members[0][0].name}",
                 f"model {model} has other positions in this layer than the anchor (RoPE on {shape.rotary} and "
                 f"{anchor_shape.rotary} coordinates)",
-                "Choose slices that pair layers of the same kind",
+                "Choose slices that pair layers of the same kind, or align: false for this model",
             )
         return shape
 

@@ -10,10 +10,10 @@ import torch
 from mergekit.architecture import WeightInfo
 from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.common import ModelReference
-from mergekit.io.tasks import LoaderCache
 
 from mergekit_symalign.errors import CheckpointError
 from mergekit_symalign.families.resolve import Claim, ModelLayout
+from mergekit_symalign.graph.fresh import reopened
 from mergekit_symalign.graph.headers import Header, read_headers
 
 MERGE_PLAINLY = "Use MergeKit's own method for this merge, or a checkpoint of the expected layout"
@@ -38,7 +38,7 @@ class Checkpoint:
 
     @staticmethod
     def open(model: ModelReference, model_type: str, layout: ModelLayout) -> Checkpoint:
-        return Checkpoint(model, model_type, layout, read_headers(LoaderCache().get(model).index))
+        return Checkpoint(model, model_type, layout, read_headers(reopened(model).index))
 
     def stored(self, info: WeightInfo) -> Header | None:
         """Header of a planned tensor, under its name, an alias or the tensor it is tied to, or as MergeKit will join

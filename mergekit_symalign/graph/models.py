@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mergekit.architecture import WeightInfo
@@ -120,6 +120,31 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
             "would change the function",
             "Leave neuron_scaling out",
         )
+
+
+def check_same_neurons(
+    use: Symmetries,
+    kind: BlockKind,
+    anchor: ModelReference,
+    models: Iterable[ModelReference],
+    checkpoints: Mapping[ModelReference, Checkpoint],
+) -> None:
+    """Refuse a scale of neurons that only the anchor's activation lets pass.
+
+    Raises:
+        ConfigError: if a model that is to be aligned has another symmetry.
+    """
+    if kind is not BlockKind.mlp or not use.neuron_scaling:
+        return
+    for model in models:
+        layout = checkpoints[model].layout
+        if layout.neuron_scale is not checkpoints[anchor].layout.neuron_scale:
+            activations = " and ".join(f"{m} has {checkpoints[m].layout.activation}" for m in (anchor, model))
+            raise ConfigError(
+                "parameter neuron_scaling",
+                f"{activations}, and a scale of the neurons passes only one of these activations",
+                "Leave neuron_scaling out",
+            )
 
 
 def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:

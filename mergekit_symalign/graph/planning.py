@@ -27,11 +27,12 @@ from mergekit_symalign.graph.alignments import Alignments, ReadBlock, SourceBloc
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.block import SYMMETRY_NAMES, Block
 from mergekit_symalign.graph.checkpoint_checks import merged_dtype
+from mergekit_symalign.graph.config_differences import Functions, compare_functions
 from mergekit_symalign.graph.consensus import SolveConsensus
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.merge import merge_task
 from mergekit_symalign.graph.merge_report import Reports
-from mergekit_symalign.graph.models import Models, check_possible
+from mergekit_symalign.graph.models import Models, check_possible, check_same_neurons
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.graph.solve import OneOf, SolveBlock, SolveTogether
@@ -65,6 +66,7 @@ class AlignedPlan:
         self._models = Models(self.options.trust_remote_code)
         self._alignments = Alignments(self._models.checkpoints)
         self.reports = Reports()
+        self._functions = Functions()
 
     def extra_tasks(self, out_path: str, targets: list[Task]) -> list[Task]:
         """What the merge does beside ``targets``, which write tensors to ``out_path``.
@@ -98,6 +100,7 @@ class AlignedPlan:
         self._models.open(m for _, task in planned for m in gather_of(task).weight_info)
         planned = [(weight, task) for weight, task in planned if not self._models.is_superfluous(task)]
         self._models.check(planned)
+        self._functions = self._compared(planned)
         streamed = any(task.parameters["objective"] == "activations" for _, task in planned)
         planned = in_order(planned) if streamed else planned
         blocks = self._blocks(planned)
@@ -119,8 +122,42 @@ class AlignedPlan:
         checkpoints = self._models.checkpoints
         return [Block(layer, kind, tuple(found), checkpoints) for (layer, kind), found in members.items()]
 
+    def keep_own_config(self, out_config: Any) -> None:
+        """Where the output is one model in the anchor's coordinates: that model's own config, not the anchor's."""
+        self._functions.keep_own(out_config, self.options.trust_remote_code)
+
+    def _compared(self, planned: list[Planned]) -> Functions:
+        """What the configs of all models say of the same weights."""
+        anchor = self.config.base_model or self.config.referenced_models()[0]
+        return compare_functions(
+            anchor,
+            self._models.checkpoints,
+            self._models.layout(anchor),
+            only=self._only_model(planned),
+            trust_remote_code=self.options.trust_remote_code,
+        )
+
+    def _only_model(self, planned: list[Planned]) -> ModelReference | None:
+        """The model that every tensor comes from, if the output is that model as a whole."""
+        sliced = self.config.slices or any(module.slices for module in (self.config.modules or {}).values())
+        if sliced or self.method.inner.spec.name != "linear":
+            return None
+        weights = (
+            (m, dict(task.input_parameters[m].items()).get("weight"))
+            for _, task in planned
+            for m in task.model_order
+            if self._takes_part(m, task)
+        )
+        models = {model for model, weight in weights if weight != 0}
+        return models.pop() if len(models) == 1 else None
+
+    def _turns_fully(self, planned: list[Planned]) -> bool:
+        """Whether any block is turned as ``rotation: full`` does, by a solve or by a file."""
+        return not self._alignments.exact or any(task.parameters["rotation"] == "full" for _, task in planned)
+
     def _warn_if_inexact(self, planned: list[Planned]) -> None:
-        if not self._alignments.exact or any(task.parameters["rotation"] == "full" for _, task in planned):
+        self._functions.warn()
+        if self._turns_fully(planned):
             LOG.warning(
                 "rotation: full turns queries and keys by a matrix that does not commute with RoPE: the aligned models "
                 "no longer compute what the originals computed. rotation: exact keeps their function."
@@ -133,13 +170,25 @@ class AlignedPlan:
             values = {json.dumps(task.parameters[name], default=str) for _, task in planned}
             if name in ALIGNMENT_NAMES:
                 settings[name] = json.loads(values.pop()) if len(values) == 1 else "differs between layers"
-        exact = self._alignments.exact and all(task.parameters["rotation"] != "full" for _, task in planned)
+        full = self._turns_fully(planned)
+        reasons = [
+            *(["rotation: full changes what the aligned models compute"] if full else []),
+            *self._functions.reasons(),
+        ]
         anchors = dict.fromkeys(str(anchor_of(task)) for _, task in planned)
-        return {"method": self.method.spec.name, "anchor": list(anchors), "exact": exact, "settings": settings}
+        return {
+            "method": self.method.spec.name,
+            "anchor": list(anchors),
+            "exact": not reasons,
+            "inexact_because": reasons,
+            **self._functions.facts(),
+            "settings": settings,
+        }
 
     def _aligned(self, block: Block) -> dict[str, dict[ModelReference, ApplyBlock]]:
         """For each tensor of a block (by output name) the aligned task of each model that is aligned."""
         check_possible(block.symmetries, block.kind, block.layout)
+        check_same_neurons(block.symmetries, block.kind, block.anchor, block.moved(), self._models.checkpoints)
         loads = block.loads()
         solutions = self._solutions(block, loads)
         for model, solution in solutions.items():
@@ -193,7 +242,12 @@ class AlignedPlan:
         if self._streaming is None or block.agreed("objective") != "activations":
             return SolveBlock(**fields)
         statistics = self._streaming.statistics[Wanted(block.layer_of(model), block.kind, model)]
-        return SolveActivations(statistics=statistics, trust_remote_code=self.options.trust_remote_code, **fields)
+        return SolveActivations(
+            statistics=statistics,
+            digest=self._streaming.anchor_digest,
+            trust_remote_code=self.options.trust_remote_code,
+            **fields,
+        )
 
     def _saved(self, block: Block, model: ModelReference, load: LoadFinite) -> ReadBlock | None:
         """The task that reads this block's element from the file that the user gave, if any."""

@@ -22,7 +22,7 @@ from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
 from mergekit_symalign.errors import CalibrationError, ConfigError, ParameterError
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, require_runnable, seen_axes
+from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, config_digest, require_runnable, seen_axes
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.planned import Planned, gather_of
@@ -48,9 +48,11 @@ class StreamingPlan:
 
     Attributes:
         statistics: for each block that was wanted.
+        anchor_digest: of the anchor's config.
     """
 
     statistics: Mapping[Wanted, Task]
+    anchor_digest: str
 
 
 def in_order(planned: list[Planned]) -> list[Planned]:
@@ -90,8 +92,10 @@ def plan_streaming(
     last = max(w.layer for w in wanted)
     loads.require(models, last)
     calibration = _calibration(planned, models, options, checkpoints)
-    key = _key(planned, models, calibration)
-    shared: dict[str, Any] = {"key": key, "models": models, "trust_remote_code": options.trust_remote_code}
+    trust = options.trust_remote_code
+    digests = tuple(config_digest(model.config(trust_remote_code=trust)) for model in models)
+    key = _key(planned, models, digests, calibration)
+    shared: dict[str, Any] = {"key": key, "models": models, "digests": digests, "trust_remote_code": trust}
     embed = EmbedPrompts(layer=_OUTSIDE, loads=loads.at(models, _OUTSIDE), calibration=calibration, **shared)
     hidden, recorded = Part(of=embed, keys=("hidden",)), Part(of=embed, keys=("arguments",))
     statistics: dict[Wanted, Task] = {}
@@ -104,7 +108,7 @@ def plan_streaming(
         hidden = Part(of=step, keys=("hidden",))
         for w in here:
             statistics[w] = Part(of=step, keys=("statistics", models.index(w.model) - 1, w.kind.value))
-    return StreamingPlan(statistics)
+    return StreamingPlan(statistics, digests[0])
 
 
 def _seen(kinds: Iterable[BlockKind], layout: ModelLayout) -> tuple[str, ...]:
@@ -230,6 +234,8 @@ def tokenizer_of(model: ModelReference, options: MergeOptions) -> Any:
         ) from error
 
 
-def _key(planned: list[Planned], models: tuple[ModelReference, ...], calibration: Calibration) -> str:
+def _key(
+    planned: list[Planned], models: tuple[ModelReference, ...], digests: tuple[str, ...], calibration: Calibration
+) -> str:
     dtype = gather_of(planned[0][1]).dtype
-    return hashlib.sha256(f"{[str(m) for m in models]} {dtype} {calibration.digest}".encode()).hexdigest()
+    return hashlib.sha256(f"{[str(m) for m in models]} {digests} {dtype} {calibration.digest}".encode()).hexdigest()
