@@ -7,6 +7,7 @@ A planned merge never runs these objects: planning replaces them by the inner me
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from mergekit.merge_methods.base import (
     BasePolicy,
     BatchOptions,
+    InputContract,
     MergeMethod,
     MergeMethodSpec,
     ParameterScope,
@@ -139,8 +141,21 @@ class AlignedMethod(MergeMethod):
         self.spec = replace(
             spec,
             parameters=(*spec.parameters, *ALIGNMENT_PARAMETERS),
-            contract=replace(inner.spec.contract, base=BasePolicy.REQUIRED),
+            contract=_contract(inner.spec.contract, anchor_is_base=anchor_is_base),
         )
+
+    def with_unlisted_anchor(self) -> AlignedMethod:
+        """The same method for a merge whose anchor is no listed model.
+
+        An anchor that takes no part has no weight to give: what the inner method asks of every model is asked of the
+        others only.
+        """
+        method = copy(self)
+        if not self.anchor_is_base:
+            others = {ParameterScope.INPUT: ParameterScope.NON_BASE}
+            asked = tuple(replace(p, scope=others.get(p.scope, p.scope)) for p in self.spec.parameters)
+            method.spec = replace(self.spec, parameters=asked)
+        return method
 
     @property
     def supports_batching(self) -> bool:  # type: ignore[override]
@@ -157,8 +172,14 @@ class AlignedMethod(MergeMethod):
     ) -> tuple[torch.Tensor, ...]:
         for group in groups:
             self.require_unblocked(group.metadata.name)
+            self.inner.validate_inputs(*self._inner_inputs(group), group_name=group.metadata.name)
         inner = [{k: v for k, v in bound.items() if k not in ALIGNMENT_NAMES} for bound in parameters]
         return self.inner._execute(groups, inner, options, input_dtypes=input_dtypes, out_dtype=out_dtype)
+
+    def _inner_inputs(self, group: TensorGroup) -> tuple[list[Any], Any]:
+        """The models of one tensor, and which of them is the base."""
+        base = next((entry.id for entry in group.entries if entry.is_base), None)
+        return [entry.id for entry in group.entries], base
 
     def require_unblocked(self, name: str | None) -> None:
         """Refuse a tensor that cannot be merged without the rest of its attention block or MLP.
@@ -172,6 +193,11 @@ class AlignedMethod(MergeMethod):
                 f"{self.spec.name} was called on it alone, and would merge it unaligned: it needs the whole block",
                 f"Merge whole models with mergekit-yaml, or use {self.inner.spec.name} for a plain merge",
             )
+
+
+def _contract(inner: InputContract, *, anchor_is_base: bool) -> InputContract:
+    """How many models a method takes. Where the anchor may take no part, only the inner method can count them."""
+    return replace(inner, base=BasePolicy.REQUIRED) if anchor_is_base else InputContract(base=BasePolicy.REQUIRED)
 
 
 def aligned(inner: MergeMethod) -> AlignedMethod | None:

@@ -16,7 +16,6 @@ from mergekit_symalign.errors import ArchitectureError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
-from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.graph.solve import SolveBlock, describe_block, without_identities
 from mergekit_symalign.symmetry.attention import HEAD_AXES
 from mergekit_symalign.symmetry.covariance import Covariance, align_attention_by, align_mlp_by
@@ -205,8 +204,7 @@ class SolveActivations(SolveBlock):
 
     def execute(self, statistics: Any, **tensors: torch.Tensor) -> Dict[str, Any]:  # type: ignore[override]
         sides = self._sides(tensors)
-        with readable_errors():
-            element = without_identities(self._element(statistics, sides))
+        element = without_identities(self._element(statistics, sides))
         facts = {"objective": "activations", **describe_block(self.kind, element, sides, self.heads, self.mlp)}
         return {"actions": element.pack(), "facts": facts}
 

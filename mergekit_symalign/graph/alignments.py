@@ -19,7 +19,6 @@ from mergekit_symalign.errors import AlignmentFileError, ConfigError
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.fingerprint import fingerprint
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
-from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.symmetry.element import BlockElement
 
 SourceBlock = Tuple[int, BlockKind]  # layer of the model, which is also the anchor's
@@ -49,10 +48,9 @@ class ReadBlock(Task[Dict[str, Any]]):
         return self.label
 
     def execute(self) -> Dict[str, Any]:
-        with readable_errors():
-            file = AlignmentFile.described(Path(self.path))
-            if file.sha256 != self.sha256:
-                raise AlignmentFileError(file.label, "it was replaced while it was in use", "Start again")
+        file = AlignmentFile.described(Path(self.path))
+        if file.sha256 != self.sha256:
+            raise AlignmentFileError(file.label, "it was replaced while it was in use", "Start again")
         element = file.element(self.block)
         return {
             "actions": (element.inverse() if self.inverse else element).pack(),

@@ -9,7 +9,6 @@ from mergekit.graph import Task
 
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
-from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.graph.solve import align, block_rows, describe_block, without_identities
 from mergekit_symalign.symmetry.consensus import Rows, find_consensus
 from mergekit_symalign.symmetry.element import TensorAxes
@@ -46,8 +45,7 @@ class SolveConsensus(Task[Dict[str, Any]]):
 
     def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
         models = [self._rows(tensors, m) for m in range(len(self.models))]
-        with readable_errors():
-            found = find_consensus(models, lambda sides: align(self.kind, sides, self.heads, self.mlp, self.use))
+        found = find_consensus(models, lambda sides: align(self.kind, sides, self.heads, self.mlp, self.use))
         results = {}
         for m, element in enumerate(found.elements):
             kept = without_identities(element)

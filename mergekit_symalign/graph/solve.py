@@ -12,7 +12,6 @@ from pydantic import model_validator
 
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
-from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
 from mergekit_symalign.symmetry.describe import describe, describe_heads, describe_neurons
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes, rows_by_axis
@@ -67,9 +66,7 @@ class SolveBlock(Task[Dict[str, Any]]):
         sides = self._sides(tensors)
         facts: Dict[str, Any] = {}
         with one_thread():
-            with readable_errors():
-                element = align(self.kind, sides, self.heads, self.mlp, self.use, facts)
-            element = without_identities(element)
+            element = without_identities(align(self.kind, sides, self.heads, self.mlp, self.use, facts))
             facts |= describe_block(self.kind, element, sides, self.heads, self.mlp, facts)
         LOG.info("solved %s of %s: %s", self.model[0].tensor, self.model[0].model, json.dumps(facts))
         return {"actions": element.pack(), "facts": facts}
@@ -105,8 +102,7 @@ class SolveTogether(Task[Dict[str, Any]]):
             return solver.execute(**{name: tensors[f"solver{i}_{name}"] for name in solver.arguments()})
 
         numbers = range(len(self.solvers))
-        with readable_errors():
-            solved = side_by_side(solve, numbers, next(iter(tensors.values())).device)
+        solved = side_by_side(solve, numbers, next(iter(tensors.values())).device)
         return {str(i): solved[i] for i in numbers}
 
 
