@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from mergekit_symalign.errors import AlignmentFileError
+from mergekit_symalign.errors import AlignmentFileError, OtherModelsError
 from mergekit_symalign.symmetry.element import BlockElement, unpack
 from mergekit_symalign.symmetry.groups import AxisAction
 from mergekit_symalign.whole_file import written_whole
@@ -151,17 +151,17 @@ class AlignmentFile:
     def require_family(self, family: str, sizes: Mapping[str, Any], model: str) -> None:
         """
         Raises:
-            AlignmentFileError: if the model is of another family or size.
+            OtherModelsError: if the model is of another family or size.
         """
         if self.origin.family != family:
-            raise AlignmentFileError(
+            raise OtherModelsError(
                 self.label,
                 f"it is for family {self.origin.family}, and model {model} is of family {family}",
                 "Use an alignment that was solved for this model",
             )
         differences = [f"{k} {v} != {sizes.get(k)}" for k, v in self.origin.sizes.items() if sizes.get(k) != v]
         if differences:
-            raise AlignmentFileError(
+            raise OtherModelsError(
                 self.label,
                 f"it is for another size than model {model}: {', '.join(differences)}",
                 "Use an alignment that was solved for this model",
@@ -170,20 +170,20 @@ class AlignmentFile:
     def require_model(self, name: str, fingerprint: str) -> None:
         """
         Raises:
-            AlignmentFileError: if it was solved for another checkpoint.
+            OtherModelsError: if it was solved for another checkpoint.
         """
         self._require("model", self.origin.model, self.origin.model_fingerprint, name, fingerprint)
 
     def require_anchor(self, name: str, fingerprint: str) -> None:
         """
         Raises:
-            AlignmentFileError: if it was solved towards another checkpoint.
+            OtherModelsError: if it was solved towards another checkpoint.
         """
         self._require("anchor", self.origin.anchor, self.origin.anchor_fingerprint, name, fingerprint)
 
     def _require(self, role: str, known: str, wanted: str, name: str, fingerprint: str) -> None:
         if fingerprint != wanted:
-            raise AlignmentFileError(
+            raise OtherModelsError(
                 self.label,
                 f"it was solved for {role} {known}, and {name} has other weights (fingerprint {fingerprint[:12]}, not "
                 f"{wanted[:12]})",

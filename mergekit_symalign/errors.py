@@ -57,6 +57,10 @@ class AlignmentFileError(SymalignError):
     """A saved alignment is damaged, of a newer format, or belongs to other models."""
 
 
+class OtherModelsError(AlignmentFileError):
+    """A saved alignment is absent, or sound and of other models: the user named the wrong one."""
+
+
 class CalibrationError(SymalignError):
     """Prompts cannot be read, or the models' tokenizers read them differently."""
 

@@ -28,7 +28,7 @@ def install() -> None:
     raises `HostError`.
     """
     autoload.watch()
-    for name in _AT_ONCE if _problem() is None else _AT_ONCE[:1]:
+    for name in _AT_ONCE if problem() is None else _AT_ONCE[:1]:
         importlib.import_module(name)
     for name in autoload.MODULES:
         if name in sys.modules:
@@ -44,17 +44,17 @@ def on_import(module: ModuleType) -> None:
     if getattr(module, _MARK, False):
         return
     setattr(module, _MARK, True)
-    problem = _problem()
-    if problem is None:
+    found = problem()
+    if found is None:
         try:
             _HOOKS[module.__name__](module)
         except Exception as error:
-            problem = f"{module.__name__}: {_in_words(error)}"
-    if problem is not None:
-        _refuse(problem)
+            found = f"{module.__name__}: {_in_words(error)}"
+    if found is not None:
+        _refuse(found)
 
 
-def _problem() -> str | None:
+def problem() -> str | None:
     """What the installed MergeKit lacks, or why nobody can tell."""
     try:
         return host.problem()

@@ -23,8 +23,9 @@ from transformers.utils import logging as transformers_logging
 from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.runner import Batch
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options
-from mergekit_symalign.commands.common import bars, progress, readable
+from mergekit_symalign.commands.common import progress
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
+from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.errors import ArchitectureError, ConfigError
 from mergekit_symalign.graph.streaming import require_embedded, tokenizer_of
 from mergekit_symalign.whole_file import written_whole
@@ -55,7 +56,7 @@ class Curve:
         return max(loss - (1 - t) * first - t * last for t, loss in zip(self.at, self.losses, strict=True))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model_a")
 @click.argument("model_b")
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="A .txt file (a text a line) or .jsonl.")
@@ -92,14 +93,13 @@ def barrier(
         copy_tokenizer=False,
         write_model_card=False,
     )
-    with readable():
-        if plot is not None:
-            require_plot(plot)
-        curves = run_barrier(model_a, model_b, text, options, points=points, tokens=tokens, parameters=parameters)
-        click.echo(table(curves))
-        if plot is not None:
-            draw(curves, plot)
-            click.echo(f"wrote {plot}")
+    if plot is not None:
+        require_plot(plot)
+    curves = run_barrier(model_a, model_b, text, options, points=points, tokens=tokens, parameters=parameters)
+    click.echo(table(curves))
+    if plot is not None:
+        draw(curves, plot)
+        click.echo(f"wrote {plot}")
 
 
 def run_barrier(

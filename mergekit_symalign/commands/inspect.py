@@ -13,7 +13,8 @@ from mergekit.options import MergeOptions, add_merge_options
 from mergekit_symalign.card import symmetry_share, verdict
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options, planned_task, run_tasks
 from mergekit_symalign.commands.barrier import require_plot
-from mergekit_symalign.commands.common import bars, readable, require_one_family
+from mergekit_symalign.commands.common import require_one_family
+from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.commands.plots import plot_layers
 from mergekit_symalign.errors import ConfigError
 from mergekit_symalign.graph.merge_report import WriteReport, by_model
@@ -34,7 +35,7 @@ class _Layers(click.ParamType):
         return range(int(first), int(last or first) + 1)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("anchor")
 @click.argument("model")
 @click.option("--layers", type=_Layers(), help="Only these, for example 0-7.")
@@ -56,21 +57,20 @@ def inspect(
     \b
     Example: mergekit-symalign inspect HuggingFaceTB/SmolLM2-135M ./tuned --plot tuned.png
     """
-    with readable():
+    if plot is not None:
+        require_plot(plot)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"--json {json_file}", "its directory does not exist", "Make the directory first")
+    merge_options.apply_global_options()
+    report = measured(anchor, model, merge_options, parameters, layers)
+    for name, entry in report["models"].items():
+        click.echo(f"{name}\nagainst {anchor}\n")
+        click.echo("\n".join([*table(entry["blocks"]), "", *summary(entry["totals"])]))
         if plot is not None:
-            require_plot(plot)
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise ConfigError(f"--json {json_file}", "its directory does not exist", "Make the directory first")
-        merge_options.apply_global_options()
-        report = measured(anchor, model, merge_options, parameters, layers)
-        for name, entry in report["models"].items():
-            click.echo(f"{name}\nagainst {anchor}\n")
-            click.echo("\n".join([*table(entry["blocks"]), "", *summary(entry["totals"])]))
-            if plot is not None:
-                plot_layers(entry["blocks"], f"{name} against {anchor}", plot)
-        if json_file is not None:
-            with written_whole(json_file) as scratch:
-                scratch.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+            plot_layers(entry["blocks"], f"{name} against {anchor}", plot)
+    if json_file is not None:
+        with written_whole(json_file) as scratch:
+            scratch.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
 
 def measured(
@@ -88,7 +88,7 @@ def measured(
         there = sorted({layer for _, layer, *_ in task.blocks})
         raise click.UsageError(f"--layers: there is none of them; the models have layers 0 to {there[-1]}")
     facts_of = {facts: (name, layer, kind) for name, layer, kind, facts in chosen}
-    computed = run_tasks(list(facts_of), options, "Inspecting", quiet=not bars(options.quiet))
+    computed = run_tasks(list(facts_of), options, "Inspecting")
     found = [(*facts_of[task], value) for task, value in computed]
     found.sort(key=lambda block: (block[0], block[1], block[2].value))
     return json.loads(task.head) | {"models": by_model(found)}
