@@ -34,7 +34,7 @@ def misspelt(name: str, known: Collection[str]) -> UnknownMethodError | None:
 
 def _remedy(asked: str, known: Collection[str]) -> str:
     inner = asked.removeprefix(PREFIX)
-    if inner in known:
+    if inner in known and f"{PREFIX}{inner}" not in known:
         return f"Use {inner} itself, which has no aligned form"
     ours = sorted(filter(is_ours, known), key=lambda one: -_likeness(asked, one))
     near = [one for one in ours if _likeness(asked, one) >= _NEAR][:_SHOWN]

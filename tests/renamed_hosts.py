@@ -102,7 +102,7 @@ def outcomes(names: list[str], source: Path, configs: dict[str, Path]) -> Iterat
 
 def main() -> None:
     import peft  # noqa: F401
-    import transformers.models.auto.modeling_auto  # noqa: F401
+    import transformers.models.auto.modeling_auto
     import transformers.models.llama  # noqa: F401
 
     asked = json.loads(sys.stdin.read())

@@ -19,11 +19,12 @@ def named_architecture(config: Any, *, model: str, supported: Collection[str]) -
     Raises:
         ArchitectureError: if none is named, or several are.
     """
-    names = getattr(config, "architectures", None)
-    if isinstance(names, (list, tuple)) and len(names) == 1 and isinstance(names[0], str) and names[0]:
+    given = getattr(config, "architectures", None)
+    names = [name for name in given if isinstance(name, str) and name] if isinstance(given, (list, tuple)) else []
+    if len(names) == 1:
         return names[0]
     candidates = _candidates(config, supported)
-    if names and isinstance(names, (list, tuple)):
+    if names:
         reason = f"its config.json names {len(names)} architectures ({', '.join(map(str, names))}), and it can have one"
         candidates = [name for name in names if name in supported] or candidates
     else:

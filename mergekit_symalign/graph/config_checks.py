@@ -11,21 +11,19 @@ from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope
 from pydantic import ValidationError
 
 from mergekit_symalign.errors import ConfigError, ParameterError
-from mergekit_symalign.families.named import named_architecture
-from mergekit_symalign.families.resolve import supported_architectures
+from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.config_groups import Group, Settings, all_settings, groups_of
 from mergekit_symalign.methods import AlignedMethod
 
 
 def check_models(config: MergeConfiguration, trust_remote_code: bool) -> None:
-    """Every model's config must name one architecture: MergeKit needs that before it plans.
+    """Every model's config must name one architecture that we know: MergeKit plans nothing without, and merges nothing.
 
     Raises:
         ArchitectureError: if one does not.
     """
     for model in sorted(config.referenced_models(), key=str):
-        found = model.config(trust_remote_code=trust_remote_code)
-        named_architecture(found, model=str(model), supported=supported_architectures())
+        resolve(model.config(trust_remote_code=trust_remote_code), model=str(model))
 
 
 def check_config(config: MergeConfiguration, method: AlignedMethod) -> None:
