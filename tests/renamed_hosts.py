@@ -1,7 +1,9 @@
 """MergeKit with one name changed, as another version might have it: stock merges run, ours say what is missing.
 
-Run as a program (by tests/test_host.py, and by `make host-names-tried` for every name of the table): torch and
+Run as a program (by tests/test_host.py, and by tests/try_host_names.py for every name of the table): torch and
 transformers are imported once, and each changed copy of MergeKit is imported in a fork of that process.
+
+A name is one of MergeKit's, or ``hook:`` and a module whose hook is to fail.
 """
 
 from __future__ import annotations
@@ -18,27 +20,43 @@ from pathlib import Path
 from typing import Any
 
 CHANGED = "_as_another_version_has_it"
+HOOK = "hook:"
 Outcome = dict[str, Any]
 
 
 def changed(source: Path, folder: Path, name: str) -> None:
     """A copy of MergeKit in which a module, class, function, member or parameter has another name everywhere."""
-    shutil.copytree(source, folder / "mergekit")
-    last = re.split(r"[.(]", name.rstrip(")"))[-1]
-    for file in (folder / "mergekit").rglob("*.py"):
+    copy = shutil.copytree(source, folder / "mergekit")
+    if name.startswith(HOOK):
+        return
+    owner, last = re.split(r"[.(](?=\w+\)?$)", name)
+    last = last.rstrip(")")
+    moved = _files(folder, name)
+    kind = "module" if moved else "bound" if _files(folder, owner) else "member"
+    places = re.compile(_places(last, owner.rpartition(".")[2], kind), re.MULTILINE)
+    for file in copy.rglob("*.py"):
         before = file.read_text("utf-8")
-        after = re.sub(_places(last, whole=name.startswith("mergekit.")), rf"{last}{CHANGED}", before)
+        after = places.sub(f"{last}{CHANGED}", before)
         if after != before:
             file.write_text(after, "utf-8")
-        if name.startswith("mergekit.") and file.stem == last:
-            file.rename(file.with_name(f"{last}{CHANGED}.py"))
+    for path in moved:
+        path.rename(path.with_name(f"{last}{CHANGED}{path.suffix}"))
 
 
-def _places(last: str, *, whole: bool) -> str:
-    """Where a name is changed: everywhere if it is of a kind of its own, else where it is an attribute or a field."""
-    if whole or not last.islower() or "_" in last:
+def _files(folder: Path, module: str) -> list[Path]:
+    path = folder.joinpath(*module.split("."))
+    return [one for one in (path, path.with_suffix(".py")) if one.exists()]
+
+
+def _places(last: str, owner: str, kind: str) -> str:
+    """Where a name is changed. Other things may have the same name, if it is a common word."""
+    if kind == "module":
+        return rf"(?<=\.){last}\b(?=[\w. ]* import|$)|(?<=import ){last}\b"
+    if kind == "bound":
+        return rf"(?<![\w.])(?<!    def ){last}\b|(?<=\b{owner}\.){last}\b"
+    if not last.islower() or "_" in last:
         return rf"\b{last}\b"
-    return rf"(?<=\.){last}\b|(?<=def ){last}\b|^(?P<s>\s+){last}(?=:)|\b{last}(?==)"
+    return rf"(?<=\.){last}\b|(?<=def ){last}\b|(?<=^    ){last}(?=:)|\b{last}(?==)"
 
 
 def _merged(config: Path, out: Path) -> Outcome:
@@ -60,8 +78,35 @@ def _merged(config: Path, out: Path) -> Outcome:
     }
 
 
-def _both(configs: dict[str, Path], folder: Path) -> dict[str, Outcome]:
-    return {name: _merged(config, folder / name) for name, config in configs.items()}
+def _both(name: str, configs: dict[str, Path], folder: Path) -> dict[str, Outcome]:
+    """A stock merge and one of ours by mergekit-yaml, and one of our commands."""
+    if name.startswith(HOOK):
+        _break(name.removeprefix(HOOK))
+    found = {method: _merged(config, folder / method) for method, config in configs.items()}
+    return found | {"command": _inspected()}
+
+
+def _inspected() -> Outcome:
+    from click.testing import CliRunner
+
+    from mergekit_symalign.cli import main
+
+    done = CliRunner().invoke(main, ["inspect", "one", "another"])
+    unexpected = done.exception is not None and not isinstance(done.exception, SystemExit)
+    return {"code": done.exit_code, "says": repr(done.exception) if unexpected else done.output}
+
+
+def _break(module: str) -> None:
+    """Let the hook of a module do half its work and fail."""
+    from mergekit_symalign import hook
+
+    whole = hook._HOOKS.get(module, lambda _: None)
+
+    def broken(imported: Any) -> None:
+        whole(imported)
+        raise KeyError("half done")
+
+    hook._HOOKS[module] = broken
 
 
 def _alone(configs: dict[str, Path], folder: Path) -> dict[str, Outcome]:
@@ -80,7 +125,7 @@ def _forked(work: Callable[[], dict[str, Outcome]], folder: Path) -> dict[str, O
             result.write_text(json.dumps(work()))
         except BaseException as error:
             failed = {"code": None, "bytes": None, "there": False, "says": repr(error), "traceback": True}
-            result.write_text(json.dumps(dict.fromkeys(("stock", "ours", "alone"), failed)))
+            result.write_text(json.dumps(dict.fromkeys(("stock", "ours", "command", "alone"), failed)))
         finally:
             os._exit(0)
     os.waitpid(pid, 0)
@@ -94,7 +139,7 @@ def outcomes(names: list[str], source: Path, configs: dict[str, Path]) -> Iterat
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             changed(source, folder, name)
-            found = _forked(lambda: _both(configs, folder), folder)  # noqa: B023
+            found = _forked(lambda: _both(name, configs, folder), folder)  # noqa: B023
             if found["stock"]["code"] != 0:
                 found |= _forked(lambda: _alone(configs, folder), folder)  # noqa: B023
             yield name, found

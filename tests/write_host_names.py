@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from mergekit_symalign.host import TABLE, bound_by, members_of, names_in, source_of, statements
+from mergekit_symalign.host import TABLE, Names, bound_by, members_of, names_in, source_of, statements
 
 PACKAGE = Path(__file__).parent.parent / "mergekit_symalign"
 _MODULE = re.compile(r"mergekit(\.\w+)+")
@@ -34,9 +34,10 @@ def sources(folder: Path = PACKAGE) -> list[ast.Module]:
 
 def derived(trees: list[ast.Module]) -> Table:
     """The table for these sources: {module: {name: its parameters that occur in the sources}}."""
-    words = {word for tree in trees for node in ast.walk(tree) for word in _words(node)} - _NEVER | {"__init__"}
-    places = {place for tree in trees for node in ast.walk(tree) for place in _imports(node)}
-    for module in {module for tree in trees for node in ast.walk(tree) for module in _modules(node)}:
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    words = {word for node in nodes for word in _words(node)} - _NEVER | {"__init__"}
+    places = {place for node in nodes for place in _imports(node)}
+    for module in {module for node in nodes for module in _modules(node)}:
         places |= {(module, name) for name in _bindings(module) if name in words and _is_its_own(module, name)}
     table: dict[str, dict[str, list[str]]] = defaultdict(dict)
     waiting, seen = list(places), set()
@@ -61,7 +62,7 @@ def derived(trees: list[ast.Module]) -> Table:
 
 def _list(table: dict[str, dict[str, list[str]]], place: Place, words: set[str]) -> None:
     module, name = place
-    parameters = names_in(_tree(module)).get(name, frozenset()) & words
+    parameters = _names(module).get(name, frozenset()) & words
     table[module][name] = sorted(parameters)
     owner = name.partition(".")[0]
     if owner != name:
@@ -109,6 +110,11 @@ def _tree(module: str) -> ast.Module:
     if source is None:
         raise LookupError(f"{module} is not a module of the installed MergeKit")
     return ast.parse(source)
+
+
+@cache
+def _names(module: str) -> Names:
+    return names_in(_tree(module))
 
 
 @cache
