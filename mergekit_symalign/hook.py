@@ -92,13 +92,13 @@ def _bindings(value: object) -> Iterator[tuple[ModuleType, str]]:
 
 def _method_of_ours(method: Any) -> bool:
     """Whether a method is one of ours; imports nothing, as there is none before our methods were imported."""
-    methods = sys.modules.get("mergekit_symalign.methods")
+    methods = sys.modules.get("mergekit_symalign.aligned_methods")
     return methods is not None and isinstance(method, methods.AlignedMethod)
 
 
 def _hook_methods(merge_methods: Any) -> None:
     """Our methods for all that MergeKit has, and for those that are registered later when they are asked for."""
-    from mergekit_symalign.methods import aligned, rotation_match
+    from mergekit_symalign.aligned_methods import aligned, rotation_match
 
     known = {method.spec.name: method for method in merge_methods.registered_methods()}
     ours = [*map(aligned, known.values()), rotation_match(known["linear"])]
@@ -180,9 +180,9 @@ def _hook_merge(merge: Any) -> None:
             with readable_errors():
                 ours = _is_aligned_merge(merge_config)
                 if ours:
-                    from mergekit_symalign.graph.config_checks import check_models
+                    from mergekit_symalign.graph.planner import before_merge
 
-                    check_models(merge_config, options.trust_remote_code)
+                    before_merge(merge_config, options)
                 result = original(merge_config, out_path, options, *args, **kwargs)
                 if ours and options.write_model_card:
                     from mergekit_symalign.card import extend_card

@@ -6,16 +6,27 @@ import functools
 import inspect
 from typing import Any
 
+from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import ReturnTensor
+from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
-from mergekit_symalign.graph.config_checks import check_config
+from mergekit_symalign.graph.config_checks import check_config, check_models
 from mergekit_symalign.graph.config_groups import listed_models
 from mergekit_symalign.graph.layer_checks import check_layers
 from mergekit_symalign.graph.planning import AlignedPlan
 
 _PLAN = "_mergekit_symalign_plan"  # where a planner keeps our plan, for the tasks at the end of the merge
+
+
+def before_merge(config: MergeConfiguration, options: MergeOptions) -> None:
+    """What is to be done and checked before MergeKit looks at the models.
+
+    Raises:
+        SymalignError: for what MergeKit would not explain.
+    """
+    check_models(config, options.trust_remote_code)
 
 
 def plan_aligned(planner: Any, original: Any) -> None:
