@@ -79,7 +79,7 @@ def _replace(module: Any, path: str, hooked: Callable[[Any], Any]) -> None:
         raise LookupError(f"{path} is missing")
     ours = functools.wraps(original)(hooked(original))
     setattr(owner, name, ours)
-    for other, bound in _bindings(original):
+    for other, bound in _bindings(original) if owner is module else ():
         setattr(other, bound, ours)
 
 

@@ -41,7 +41,7 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
-        except (ValueError, LookupError) as error:  # MergeKit's option types
+        except (ValueError, IndexError) as error:  # MergeKit's option types
             raise click.UsageError(f"the value of an option cannot be read ({error})", ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:

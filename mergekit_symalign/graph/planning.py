@@ -120,7 +120,7 @@ class AlignedPlan:
     def _report_head(self, planned: list[Planned]) -> dict[str, Any]:
         """What the report says of the merge as a whole: the parameters where all tensors agree on them."""
         settings: dict[str, Any] = {}
-        for name in planned[0][1].parameters:
+        for name in sorted(planned[0][1].parameters):  # they come in the order of their hashes
             values = {json.dumps(task.parameters[name], default=str) for _, task in planned}
             if name in ALIGNMENT_NAMES:
                 settings[name] = json.loads(values.pop()) if len(values) == 1 else "differs between layers"
