@@ -196,8 +196,9 @@ class AlignedMethod(MergeMethod):
 
 
 def _contract(inner: InputContract, *, anchor_is_base: bool) -> InputContract:
-    """How many models a method takes. Where the anchor may take no part, only the inner method can count them."""
-    return replace(inner, base=BasePolicy.REQUIRED) if anchor_is_base else InputContract(base=BasePolicy.REQUIRED)
+    """The inner method's contract with an anchor, which may be one too many for it: an unlisted one takes no part."""
+    most = inner.max_inputs
+    return replace(inner, base=BasePolicy.REQUIRED, max_inputs=most if anchor_is_base or most is None else most + 1)
 
 
 def aligned(inner: MergeMethod) -> AlignedMethod | None:
