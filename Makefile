@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
-.PHONY: demo test lint fuzz architectures methods bench study study-again study-small clean
+.PHONY: demo test lint fuzz architectures methods host-names host-names-tried bench study study-again study-small clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -34,6 +34,14 @@ architectures: $(VENV)/installed
 # The table of parameters in docs/methods.md, from the code
 methods: $(VENV)/installed
 	$(BIN)/python tests/write_methods.py
+
+# The names of MergeKit's that the package uses, from its sources
+host-names: $(VENV)/installed
+	$(BIN)/python tests/write_host_names.py
+
+# Each of them changed in a copy of MergeKit: about ten minutes
+host-names-tried: $(VENV)/installed
+	$(BIN)/python tests/try_host_names.py
 
 # docs/evidence.md, measured: goes on with what is missing in examples/study/results/
 STUDY := PYTHONPATH=examples $(BIN)/python -m study

@@ -165,7 +165,7 @@ class AlignmentFile:
     def require_family(self, family: str, sizes: Mapping[str, Any], model: str) -> None:
         """
         Raises:
-            AlignmentFileError: if the model is of another family or size.
+            OtherModelsError: if the model is of another family or size.
         """
         if self.origin.family != family:
             reason = f"it is for family {shown(self.origin.family)}, and model {model} is of family {family}"
@@ -178,14 +178,14 @@ class AlignmentFile:
     def require_model(self, name: str, fingerprint: str) -> None:
         """
         Raises:
-            AlignmentFileError: if it was solved for another checkpoint.
+            OtherModelsError: if it was solved for another checkpoint.
         """
         self._require("model", self.origin.model, self.origin.model_fingerprint, name, fingerprint)
 
     def require_anchor(self, name: str, fingerprint: str) -> None:
         """
         Raises:
-            AlignmentFileError: if it was solved towards another checkpoint.
+            OtherModelsError: if it was solved towards another checkpoint.
         """
         self._require("anchor", self.origin.anchor, self.origin.anchor_fingerprint, name, fingerprint)
 

@@ -44,7 +44,7 @@ def find_spec(name: str, path: Sequence[str] | None) -> importlib.machinery.Modu
 
 
 class SymalignFinder(importlib.abc.MetaPathFinder):
-    """Stands first on ``sys.meta_path``; answers only for the three modules above."""
+    """Stands first on ``sys.meta_path``; answers only for the modules above."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -54,6 +54,11 @@ class SymalignFinder(importlib.abc.MetaPathFinder):
 
 def start() -> None:
     """Entry point of ``mergekit_symalign.start``: what the line in ``mergekit_symalign.pth`` does."""
-    off = os.environ.get("MERGEKIT_SYMALIGN_AUTOLOAD") == "0"
-    if not off and not any(type(finder).__name__ == "SymalignFinder" for finder in sys.meta_path):
+    if os.environ.get("MERGEKIT_SYMALIGN_AUTOLOAD") != "0":
+        watch()
+
+
+def watch() -> None:
+    """Put the finder first, once."""
+    if not any(type(finder).__name__ == "SymalignFinder" for finder in sys.meta_path):
         sys.meta_path.insert(0, SymalignFinder())

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
+from collections.abc import Iterator
 
 import click
-from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_symalign import __version__, hook
-from mergekit_symalign.commands.apply import apply
-from mergekit_symalign.commands.barrier import barrier
-from mergekit_symalign.commands.common import readable
-from mergekit_symalign.commands.inspect import inspect
-from mergekit_symalign.commands.solve import solve
-from mergekit_symalign.commands.verify import verify
+from mergekit_symalign.commands.outcome import Command
+from mergekit_symalign.errors import HostError
+
+_COMMANDS = {
+    "demo": "demo",
+    "inspect": "inspect",
+    "solve": "solve",
+    "apply": "apply",
+    "verify": "verify",
+    "barrier": "barrier",
+    "yaml": "merge_yaml",
+}
+"""Each command and its module."""
+_ANY_MERGEKIT = ("demo", "yaml")  # these import nothing of MergeKit's but its own command
 
 
 @click.group()
@@ -26,34 +34,27 @@ def main() -> None:
     hook.install()
 
 
-@main.command()
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("symalign-demo"),
-    show_default=True,
-    help="Where models, configs and merges are written.",
-)
-def demo(out: Path) -> None:
-    """Merge a real model three ways and print what each merge can do.
-
-    \b
-    Example: mergekit-symalign demo --out /tmp/demo
-    """
-    from mergekit_symalign.demo.run import run_demo
-
-    with readable():
-        run_demo(out)
+def _commands() -> Iterator[click.Command]:
+    problem = hook.problem()
+    for name, module in _COMMANDS.items():
+        if problem is None or name in _ANY_MERGEKIT:
+            yield getattr(importlib.import_module(f"mergekit_symalign.commands.{module}"), name)
+        else:
+            yield _refusing(name, problem)
 
 
-main.add_command(inspect)
-main.add_command(solve)
-main.add_command(apply)
-main.add_command(verify)
-main.add_command(barrier)
+def _refusing(name: str, problem: str) -> click.Command:
+    """A command that cannot even be imported with the installed MergeKit."""
 
-# The same options as mergekit-yaml, without the autoload: for environments that strip .pth files.
-main.add_command(mergekit_yaml, "yaml")
+    def refuse() -> None:
+        raise HostError(f"mergekit-symalign {name}", *hook.host_error(problem))
+
+    anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+    return Command(name, callback=refuse, help="Not with the installed MergeKit.", context_settings=anything)
+
+
+for _command in _commands():
+    main.add_command(_command)
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,11 @@ class SymalignError(Exception):
 
     def __init__(self, where: str, reason: str, remedy: str) -> None:
         self.where, self.reason, self.remedy = where, reason, remedy
-        super().__init__(f"{where}: {reason}. {remedy}.")
+        super().__init__(f"{where}: {reason}. {remedy}" + ("" if remedy.endswith("?") else "."))
+
+    def __reduce__(self) -> tuple[type[SymalignError], tuple[str, str, str]]:
+        """Errors travel between processes (mergekit-evolve)."""
+        return type(self), (self.where, self.reason, self.remedy)
 
 
 class ConfigError(SymalignError):
@@ -23,6 +27,10 @@ class ConfigError(SymalignError):
 
 class ParameterError(ConfigError):
     """A parameter is unknown, has a bad value, or disagrees within one block."""
+
+
+class UnknownMethodError(ConfigError, RuntimeError):
+    """There is no such merge method. MergeKit raises RuntimeError there, and catches it in places."""
 
 
 class ArchitectureError(SymalignError):

@@ -1,22 +1,24 @@
-"""The only place that touches MergeKit's internals: what is expected of them, and what is put into them."""
+"""The only place that changes MergeKit: what is put into it, and what happens if it is not the expected one."""
 
 from __future__ import annotations
 
 import functools
-import inspect
+import importlib
+import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mergekit_symalign import __version__
-from mergekit_symalign.errors import HostError
+from mergekit_symalign import __version__, autoload, host
+from mergekit_symalign.errors import HostError, SymalignError
+from mergekit_symalign.graph.report import readable_errors
+from mergekit_symalign.method_names import PREFIX, is_ours, misspelt
 
-PREFIX = "aligned_"
-ROTATION_MATCH = "rotation_match"
 _SUPPORTED = "0.1.5"
 _MARK = "_mergekit_symalign"
-_PLAN = "_mergekit_symalign_plan"  # where a planner keeps our plan, for the tasks at the end of the merge
+_AT_ONCE = ("mergekit.merge_methods", "mergekit.plan", "mergekit.merge")
 
 
 def install() -> None:
@@ -25,293 +27,262 @@ def install() -> None:
     A MergeKit whose internals are not recognised is left as it is, except that asking for one of our methods
     raises `HostError`.
     """
-    import mergekit.merge
-    import mergekit.merge_methods
-    import mergekit.plan
-
-    on_import(mergekit.merge_methods)
-    on_import(mergekit.plan)
-    on_import(mergekit.merge)
+    autoload.watch()
+    for name in _AT_ONCE if problem() is None else _AT_ONCE[:1]:
+        importlib.import_module(name)
+    for name in autoload.MODULES:
+        if name in sys.modules:
+            on_import(sys.modules[name])
 
 
 def on_import(module: ModuleType) -> None:
-    """Hook one of MergeKit's modules, right after it was executed. Doing so twice does nothing."""
+    """Hook one of MergeKit's modules, right after it was executed. Doing so twice does nothing.
+
+    Every name that we use is looked up first, in all modules. Whatever is missing, and whatever goes wrong in spite of
+    that, ends in refusing our methods: MergeKit itself goes on.
+    """
     if getattr(module, _MARK, False):
         return
     setattr(module, _MARK, True)
-    action = {
-        "mergekit.merge_methods": _register,
-        "mergekit.plan": _hook_planner,
-        "mergekit.merge": _hook_merge,
-        "mergekit.scripts.merge_raw_pytorch": _hook_raw_pytorch,
-    }[module.__name__]
-    problem = _problem(module)
-    if problem is None:
-        action(module)
-    else:
-        _refuse(problem)
+    found = problem()
+    if found is None:
+        try:
+            _HOOKS[module.__name__](module)
+        except Exception as error:
+            found = f"{module.__name__}: {_in_words(error)}"
+    if found is not None:
+        _refuse(found)
 
 
-def _problem(module: ModuleType) -> str | None:
-    """What about this module is not as expected, or None."""
-    for path, parameters in _EXPECTED[module.__name__].items():
-        target: Any = module
-        for part in path.split("."):
-            target = getattr(target, part, None)
-        if target is None:
-            return f"{module.__name__}.{path} is missing"
-        if parameters is not None and (missing := set(parameters) - _names(target)):
-            return f"{module.__name__}.{path} has no {', '.join(sorted(missing))}"
-    return None
+def problem() -> str | None:
+    """What the installed MergeKit lacks, or why nobody can tell."""
+    try:
+        return host.problem()
+    except Exception as error:
+        return f"its source cannot be read: {_in_words(error)}"
 
 
-_EXPECTED: dict[str, dict[str, tuple[str, ...] | None]] = {
-    "mergekit.merge_methods": {
-        "register": ("method",),
-        "get": ("name",),
-        "registered_methods": None,
-        "MergeMethod._execute": ("groups", "parameters", "options", "input_dtypes", "out_dtype"),
-        "MergeMethodSpec": ("name", "parameters", "contract", "pretty_name", "reference_url"),
-    },
-    "mergekit.plan": {
-        "MergePlanner._plan": ("self",),
-        "MergePlanner.plan_to_disk": ("self", "out_path"),
-        "MergePlanner.plan_tensor": ("weight", "weights_in", "models", "cfg_reader"),
-        "MergePlanner.plan_in_memory": ("self",),
-        "ReturnTensor": ("weight_info", "tensor_task", "dtype"),
-        "Task": None,
-        "MergePlanner": ("config", "arch_info", "options", "out_model_config"),
-        "ExecuteMergeMethodTask": (
-            "method_name",
-            "gather_tensors",
-            "model_order",
-            "base_model",
-            "output_weight",
-            "parameters",
-            "input_parameters",
-            "out_dtype",
-        ),
-        "GatherTensors": ("weight_info", "dtype", "device"),
-    },
-    "mergekit.merge": {"run_merge": ("merge_config", "out_path", "options")},
-    "mergekit.scripts.merge_raw_pytorch": {"plan_flat_merge": ("config",)},
-}
+def _in_words(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
-def _names(target: Any) -> set[str]:
-    fields = getattr(target, "model_fields", None)
-    return set(fields) if fields is not None else set(inspect.signature(target).parameters)
+def _replace(module: Any, path: str, hooked: Callable[[Any], Any]) -> None:
+    """Put ``hooked(original)`` in the place of a function, also where other modules have bound it by name.
+
+    Raises:
+        LookupError: if there is no such function.
+    """
+    *owners, name = path.split(".")
+    owner: Any = functools.reduce(lambda at, part: getattr(at, part, None), owners, module)
+    original = getattr(owner, name, None)
+    if original is None:
+        raise LookupError(f"{path} is missing")
+    ours = functools.wraps(original)(hooked(original))
+    setattr(owner, name, ours)
+    for other, bound in _bindings(original) if owner is module else ():
+        setattr(other, bound, ours)
 
 
-def _register(merge_methods: Any) -> None:
+def _bindings(value: object) -> Iterator[tuple[ModuleType, str]]:
+    """Every module that has bound this very object, and under which name."""
+    modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
+    for module in modules:
+        yield from ((module, name) for name, bound in list(vars(module).items()) if bound is value)
+
+
+def _method_of_ours(method: Any) -> bool:
+    """Whether a method is one of ours; imports nothing, as there is none before our methods were imported."""
+    methods = sys.modules.get("mergekit_symalign.aligned_methods")
+    return methods is not None and isinstance(method, methods.AlignedMethod)
+
+
+def _hook_methods(merge_methods: Any) -> None:
     """Our methods for all that MergeKit has, and for those that are registered later when they are asked for."""
-    from mergekit_symalign.methods import aligned, rotation_match
+    from mergekit_symalign.aligned_methods import aligned, rotation_match
 
     known = {method.spec.name: method for method in merge_methods.registered_methods()}
     ours = [*map(aligned, known.values()), rotation_match(known["linear"])]
     for method in ours:
         if method is not None and method.spec.name not in known:
             merge_methods.register(method)
-    original = merge_methods.get
 
-    @functools.wraps(original)
-    def get(name: str) -> Any:
-        try:
-            return original(name)
-        except RuntimeError:
-            late = aligned(original(name.removeprefix(PREFIX))) if name.startswith(PREFIX) else None
-            if late is None:
+    def hooked(original: Any) -> Any:
+        def late(name: str) -> Any:
+            try:
+                return aligned(original(name.removeprefix(PREFIX))) if name.startswith(PREFIX) else None
+            except RuntimeError:
+                return None
+
+        def get(name: str) -> Any:
+            try:
+                return original(name)
+            except RuntimeError:
+                if (method := late(name)) is not None:
+                    merge_methods.register(method)
+                    return method
+                if error := misspelt(name, [m.spec.name for m in merge_methods.registered_methods()]):
+                    raise error from None
                 raise
-            merge_methods.register(late)
-            return late
 
-    merge_methods.get = get
+        return get
+
+    _replace(merge_methods, "get", hooked)
 
 
 def _hook_planner(plan: Any) -> None:
-    original = plan.MergePlanner._plan
+    """Plans of our methods, to disk and in memory. For all other methods MergeKit's own functions are called alone."""
 
-    @functools.wraps(original)
-    def _plan(self: Any) -> None:
-        from mergekit_symalign.methods import AlignedMethod
+    def hooked_plan(original: Any) -> Any:
+        def _plan(self: Any) -> None:
+            if not _method_of_ours(self._method):
+                original(self)
+                return
+            from mergekit_symalign.graph.planner import plan_aligned
 
-        if not isinstance(self._method, AlignedMethod):
-            original(self)
-            return
-        from mergekit_symalign.graph.report import readable_errors
+            plan_aligned(self, original)
 
-        with readable_errors():
-            _plan_aligned(self, original)
+        return _plan
 
-    plan.MergePlanner._plan = _plan
-    to_disk = plan.MergePlanner.plan_to_disk
+    def hooked_to_disk(original: Any) -> Any:
+        def plan_to_disk(self: Any, out_path: str) -> Any:
+            targets = original(self, out_path)
+            if not _method_of_ours(self._method):
+                return targets
+            from mergekit_symalign.graph.planner import plan_of
 
-    @functools.wraps(to_disk)
-    def plan_to_disk(self: Any, out_path: str) -> Any:
-        targets = to_disk(self, out_path)
-        aligned = getattr(self, _PLAN, None)
-        return targets if aligned is None else [*targets, *aligned.extra_tasks(out_path, targets)]
+            return [*targets, *plan_of(self).extra_tasks(out_path, targets)]
 
-    plan.MergePlanner.plan_to_disk = plan_to_disk
-    _hook_in_memory(plan)
+        return plan_to_disk
 
+    def hooked_in_memory(original: Any) -> Any:
+        def plan_in_memory(self: Any) -> Any:
+            if not _method_of_ours(self._method):
+                return original(self)
+            from mergekit_symalign.graph.planner import plan_in_memory
 
-def _hook_in_memory(plan: Any) -> None:
-    """MergeKit 0.1.5 cannot plan a merge in memory: it asks for a task of an abstract class. For our methods it can.
+            return plan_in_memory(self, original)
 
-    Whoever runs such a plan takes every task for a tensor, so nothing can be saved beside it.
-    """
-    broken = plan.ReturnTensor.model_fields["tensor_task"].annotation is not plan.Task
-    original = plan.MergePlanner.plan_in_memory
+        return plan_in_memory
 
-    @functools.wraps(original)
-    def plan_in_memory(self: Any) -> Any:
-        from mergekit_symalign.methods import AlignedMethod
-
-        if not isinstance(self._method, AlignedMethod):
-            return original(self)
-        targets = _returned(self) if broken else original(self)
-        from mergekit_symalign.graph.report import readable_errors
-
-        with readable_errors():
-            getattr(self, _PLAN).require_nothing_to_save()
-        return targets
-
-    def _returned(planner: Any) -> list[Any]:
-        planner._plan()
-        return [
-            plan.ReturnTensor.model_construct(
-                weight_info=weight, tensor_task=task, dtype=weight.force_dtype or planner.config.out_dtype
-            )
-            for weight, task in planner._tensors
-        ]
-
-    plan.MergePlanner.plan_in_memory = plan_in_memory
-
-
-def _plan_aligned(planner: Any, original: Any) -> None:
-    """MergeKit's own plan between our checks of the configuration and our rewriting of its tasks.
-
-    MergeKit plans on a copy of the configuration: planning writes the base model into the sources, and where MergeKit
-    then saves the configuration itself (mergekit-multi, `run_merge`), the anchor would look like a listed model.
-    """
-    from mergekit_symalign.graph.config_checks import check_config, check_layers, listed_models
-    from mergekit_symalign.graph.planning import AlignedPlan
-
-    check_config(planner.config, planner._method)
-    check_layers(planner.config, planner.arch_info, planner.options.trust_remote_code)
-    plan = AlignedPlan(planner.config, planner.options, planner._method, listed_models(planner.config))
-    planner.config = planner.config.model_copy(deep=True)
-    _know_other_names(planner, plan)
-    original(planner)
-    planner._tensors = plan.rewrite(planner._tensors)
-    plan.keep_own_config(planner.out_model_config)  # the object that `run_merge` saves when all is written
-    setattr(planner, _PLAN, plan)
-
-
-def _know_other_names(planner: Any, plan: Any) -> None:
-    """Let MergeKit find tensors under the older names that checkpoints may have for them."""
-    from mergekit.plan import MergePlanner
-
-    original = planner.plan_tensor
-    broken = "[w_in.name] + (w_in.aliases or [])" in inspect.getsource(MergePlanner.plan_tensor)
-    sequence: Any = _AddableTuple if broken else tuple
-
-    def known(info: Any, model: Any) -> Any:
-        names = (*(info.aliases or ()), *plan.other_names(info, model))
-        return info.model_copy(update={"aliases": sequence(names) if names else None})
-
-    @functools.wraps(original)
-    def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
-        infos = [known(info, model) for info, model in zip(weights_in, models, strict=True)]
-        original(weight=weight, weights_in=infos, models=models, cfg_reader=cfg_reader)
-
-    planner.plan_tensor = plan_tensor
-
-
-class _AddableTuple(tuple[str, ...]):
-    """MergeKit 0.1.5 adds the aliases of an optional tensor, a tuple, to a list, which fails for a plain tuple."""
-
-    def __radd__(self, other: list[str]) -> list[str]:
-        return [*other, *self]
+    _replace(plan, "MergePlanner._plan", hooked_plan)
+    _replace(plan, "MergePlanner.plan_to_disk", hooked_to_disk)
+    _replace(plan, "MergePlanner.plan_in_memory", hooked_in_memory)
 
 
 def _hook_merge(merge: Any) -> None:
-    _hook_card(merge)
-    _hook_inference(merge)
+    """The whole merge: models are checked before MergeKit looks at them, errors become readable, the card is extended.
+
+    Errors of planning and of every task come through here, those of `--multi-gpu`'s threads too.
+    """
+
+    def hooked(original: Any) -> Any:
+        def run_merge(merge_config: Any, out_path: str, options: Any, *args: Any, **kwargs: Any) -> Any:
+            with readable_errors():
+                ours = _is_aligned_merge(merge_config)
+                if ours:
+                    from mergekit_symalign.graph.planner import before_merge
+
+                    before_merge(merge_config, options)
+                result = original(merge_config, out_path, options, *args, **kwargs)
+                if ours and options.write_model_card:
+                    from mergekit_symalign.card import extend_card
+
+                    extend_card(Path(out_path))
+                return result
+
+        return run_merge
+
+    _replace(merge, "run_merge", hooked)
 
 
-def _hook_inference(merge: Any) -> None:
-    """MergeKit remembers by name which tensors the models of a merge have; before one of ours it shall look again."""
-    original = merge.run_merge
+def _is_aligned_merge(merge_config: Any) -> bool:
+    """Whether one of our methods is asked for; a name that nobody has is MergeKit's to refuse, unless ours is meant."""
+    from mergekit import merge_methods
 
-    @functools.wraps(original)
-    def run_merge(merge_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if merge_config.merge_method == ROTATION_MATCH or merge_config.merge_method.startswith(PREFIX):
-            from mergekit_symalign.graph.fresh import forget_architectures
-
-            forget_architectures()
-        return original(merge_config, *args, **kwargs)
-
-    merge.run_merge = run_merge
-
-
-def _hook_card(merge: Any) -> None:
-    original = merge.run_merge
-
-    @functools.wraps(original)
-    def run_merge(merge_config: Any, out_path: str, options: Any, *args: Any, **kwargs: Any) -> Any:
-        from mergekit.merge_methods import get
-
-        from mergekit_symalign.methods import AlignedMethod
-
-        result = original(merge_config, out_path, options, *args, **kwargs)
-        if options.write_model_card and isinstance(get(merge_config.merge_method), AlignedMethod):
-            from mergekit_symalign.card import extend_card
-
-            extend_card(Path(out_path))
-        return result
-
-    merge.run_merge = run_merge
+    try:
+        return _method_of_ours(merge_methods.get(merge_config.merge_method))
+    except SymalignError:
+        raise
+    except RuntimeError:
+        return False
 
 
 def _hook_raw_pytorch(script: Any) -> None:
-    original = script.plan_flat_merge
-
-    @functools.wraps(original)
-    def plan_flat_merge(config: Any, *args: Any, **kwargs: Any) -> Any:
-        from mergekit_symalign.graph.report import readable_errors
-        from mergekit_symalign.methods import AlignedMethod
-
-        method = script.merge_methods.get(config.merge_method)
-        tasks = original(config, *args, **kwargs)
-        if isinstance(method, AlignedMethod):
+    def hooked(original: Any) -> Any:
+        def plan_flat_merge(config: Any, *args: Any, **kwargs: Any) -> Any:
             with readable_errors():
-                for task in tasks:
+                method = script.merge_methods.get(config.merge_method)
+                tasks = original(config, *args, **kwargs)
+                for task in tasks if _method_of_ours(method) else ():
                     method.require_unblocked(getattr(task, "tensor_name", None))
-        return tasks
+                return tasks
 
-    script.plan_flat_merge = plan_flat_merge
+        return plan_flat_merge
+
+    _replace(script, "plan_flat_merge", hooked)
+
+
+_HOOKS: dict[str, Callable[[Any], None]] = {
+    "mergekit.merge_methods": _hook_methods,
+    "mergekit.plan": _hook_planner,
+    "mergekit.merge": _hook_merge,
+    "mergekit.scripts.merge_raw_pytorch": _hook_raw_pytorch,
+}
 
 
 def _refuse(problem: str) -> None:
-    """Make asking for one of our methods an error that names both versions; leave everything else alone."""
-    import mergekit.merge_methods as merge_methods
+    """Make asking for one of our methods an error that names both versions; leave everything else alone.
 
-    original = merge_methods.get
+    Methods are asked for by `merge_methods.get`. Where there is none, the dictionary that it would look into refuses.
+    """
 
-    @functools.wraps(original)
-    def get(name: str, *args: Any, **kwargs: Any) -> Any:
-        from mergekit_symalign.graph.report import readable_errors
+    def refuse(name: object) -> None:
+        if isinstance(name, str) and is_ours(name):
+            with readable_errors():
+                raise HostError(f"merge method {name}", *host_error(problem))
 
-        if name != ROTATION_MATCH and not name.startswith(PREFIX):
+    def hooked(original: Any) -> Any:
+        def get(name: str, *args: Any, **kwargs: Any) -> Any:
+            refuse(name)
             return original(name, *args, **kwargs)
-        with readable_errors():
-            raise HostError(
-                f"merge method {name}",
-                f"mergekit-symalign {__version__} does not know the internals of the installed mergekit "
-                f"{metadata.version('mergekit')} ({problem})",
-                f"Install mergekit {_SUPPORTED}, or a newer mergekit-symalign",
-            )
 
-    merge_methods.get = get
+        return get
+
+    merge_methods = sys.modules.get("mergekit.merge_methods")
+    if merge_methods is not None and hasattr(merge_methods, "get"):
+        _replace(merge_methods, "get", hooked)
+        return
+    for module, name, methods in _registries():
+        setattr(module, name, _Refusing(methods, refuse))
+
+
+def host_error(problem: str) -> tuple[str, str]:
+    """Reason and remedy of a `HostError`."""
+    return (
+        f"mergekit-symalign {__version__} does not know the internals of the installed mergekit "
+        f"{metadata.version('mergekit')} ({problem})",
+        f"Install mergekit {_SUPPORTED}, or a newer mergekit-symalign",
+    )
+
+
+class _Refusing(dict[str, Any]):
+    """The dictionary of all methods without ours, which refuses to look for them."""
+
+    def __init__(self, methods: dict[str, Any], refuse: Callable[[object], None]) -> None:
+        super().__init__({name: method for name, method in methods.items() if not _method_of_ours(method)})
+        self._refuse = refuse
+
+    def __missing__(self, name: str) -> Any:
+        self._refuse(name)
+        raise KeyError(name)
+
+
+def _registries() -> list[tuple[ModuleType, str, dict[str, Any]]]:
+    """Where MergeKit keeps its methods, known by what is in it."""
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith("mergekit.merge_methods")]
+    return [
+        (module, name, value)
+        for module in modules
+        for name, value in list(vars(module).items())
+        if type(value) is dict and {"linear", "slerp", "passthrough"} <= value.keys()
+    ]

@@ -1,210 +1,33 @@
-"""The registered merge methods: an inner method of MergeKit's, on aligned inputs.
+"""The registered merge methods and their parameters (aligned_methods.py), for everyone but the hook.
 
-A planned merge never runs these objects: planning replaces them by the inner method and gives it aligned tensors
-(graph/planning.py). Called directly, on one tensor at a time, they cannot align, and refuse the tensors of a block.
+MergeKit's methods are imported first: behind them runs the hook, which needs ours, and finds them whole only if nobody
+has begun to import them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Literal
+import mergekit.merge_methods  # noqa: F401
 
-import torch
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    BatchOptions,
-    MergeMethod,
-    MergeMethodSpec,
-    ParameterScope,
-    ParameterSpec,
-    TensorGroup,
+from mergekit_symalign.aligned_methods import (
+    ALIGNMENT_NAMES,
+    ALIGNMENT_PARAMETERS,
+    ROTATION_PAPER,
+    ROTATION_TITLE,
+    TASK_VECTORS_PAPER,
+    TASK_VECTORS_TITLE,
+    AlignedMethod,
+    aligned,
+    rotation_match,
 )
 
-from mergekit_symalign.activations.defaults import DEFAULT_LENGTH, DEFAULT_TOKENS
-from mergekit_symalign.errors import UnalignedCallError
-from mergekit_symalign.families.resolve import is_block_tensor
-
-TASK_VECTORS_TITLE = "Leveraging Parameter Space Symmetries for Reasoning Skill Transfer in LLMs"
-TASK_VECTORS_PAPER = "https://arxiv.org/abs/2511.10850"
-ROTATION_TITLE = "Beyond the Permutation Symmetry of Transformers: The Role of Rotation for Model Fusion"
-ROTATION_PAPER = "https://arxiv.org/abs/2502.00264"
-_UNALIGNABLE = frozenset(("passthrough",))
-
-ALIGNMENT_PARAMETERS = (
-    ParameterSpec("align", bool, ParameterScope.NON_BASE, default=True, description="false: take this model as it is"),
-    ParameterSpec(
-        "anchor",
-        Literal["base", "consensus"],
-        ParameterScope.SHARED,
-        default="base",
-        description="base: the coordinates of base_model; consensus: those that all models agree on, turned into "
-        "base_model's",
-    ),
-    ParameterSpec(
-        "permutation",
-        bool,
-        ParameterScope.SHARED,
-        default=True,
-        description="match the neurons of the MLPs, and experts",
-    ),
-    ParameterSpec(
-        "heads",
-        bool,
-        ParameterScope.SHARED,
-        default=True,
-        description="match KV heads as a whole, then query heads within their group; false keeps their order",
-    ),
-    ParameterSpec(
-        "rotation",
-        Literal["exact", "full", "none"],
-        ParameterScope.SHARED,
-        default="exact",
-        description="exact: the largest rotation group that keeps the function; full: the papers' orthogonal matrix "
-        "for query and key also under RoPE, which changes the function (a warning says so), refused under QK-norm",
-    ),
-    ParameterSpec(
-        "scaling",
-        bool,
-        ParameterScope.SHARED,
-        default=True,
-        description="the scale between query and key, value and output",
-    ),
-    ParameterSpec(
-        "neuron_scaling",
-        bool,
-        ParameterScope.SHARED,
-        default=False,
-        description="the scale between up and down projection of each neuron: signed in gated MLPs, positive in plain "
-        "ones with ReLU, refused in other plain ones",
-    ),
-    ParameterSpec(
-        "objective",
-        Literal["weights", "activations"],
-        ParameterScope.SHARED,
-        default="weights",
-        description="what is matched: the weights, or what the models compute on prompts",
-    ),
-    ParameterSpec(
-        "calibration",
-        str | None,
-        ParameterScope.SHARED,
-        default=None,
-        description="prompts for objective: activations, a .jsonl or .txt file, or default: the set of the package",
-    ),
-    ParameterSpec(
-        "calibration_tokens",
-        int,
-        ParameterScope.SHARED,
-        default=DEFAULT_TOKENS,
-        description="how many tokens of the prompts to use at most",
-    ),
-    ParameterSpec(
-        "calibration_sequence_length",
-        int,
-        ParameterScope.SHARED,
-        default=DEFAULT_LENGTH,
-        description="how many tokens of each prompt to use at most",
-    ),
-    ParameterSpec(
-        "alignment",
-        str | None,
-        ParameterScope.NON_BASE,
-        default=None,
-        description="file of a saved alignment, used instead of solving",
-    ),
-    ParameterSpec(
-        "save_alignment",
-        str | None,
-        ParameterScope.SHARED,
-        default=None,
-        description="directory for the alignments that this merge solves, <model>.safetensors",
-    ),
-)
-ALIGNMENT_NAMES = frozenset(p.name for p in ALIGNMENT_PARAMETERS)
-
-
-class AlignedMethod(MergeMethod):
-    """A merge method that aligns every model to ``base_model`` before ``inner`` merges them.
-
-    Attributes:
-        inner: MergeKit's method that does the merging.
-        anchor_is_base: whether the anchor is the inner method's base; otherwise it takes part in the merge only if
-            it is listed as a model.
-    """
-
-    def __init__(self, inner: MergeMethod, spec: MergeMethodSpec, *, anchor_is_base: bool) -> None:
-        self.inner = inner
-        self.anchor_is_base = anchor_is_base
-        self.spec = replace(
-            spec,
-            parameters=(*spec.parameters, *ALIGNMENT_PARAMETERS),
-            contract=replace(inner.spec.contract, base=BasePolicy.REQUIRED),
-        )
-
-    @property
-    def supports_batching(self) -> bool:  # type: ignore[override]
-        return self.inner.supports_batching
-
-    def _execute(
-        self,
-        groups: Sequence[TensorGroup],
-        parameters: list[dict[str, Any]],
-        options: BatchOptions,
-        *,
-        input_dtypes: Sequence[torch.dtype | None],
-        out_dtype: torch.dtype | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        for group in groups:
-            self.require_unblocked(group.metadata.name)
-        inner = [{k: v for k, v in bound.items() if k not in ALIGNMENT_NAMES} for bound in parameters]
-        return self.inner._execute(groups, inner, options, input_dtypes=input_dtypes, out_dtype=out_dtype)
-
-    def require_unblocked(self, name: str | None) -> None:
-        """Refuse a tensor that cannot be merged without the rest of its attention block or MLP.
-
-        Raises:
-            UnalignedCallError: if a family takes ``name`` for part of a block, or there is no name to tell.
-        """
-        if name is None or is_block_tensor(name):
-            raise UnalignedCallError(
-                f"tensor {name}" if name is not None else "a tensor without a name",
-                f"{self.spec.name} was called on it alone, and would merge it unaligned: it needs the whole block",
-                f"Merge whole models with mergekit-yaml, or use {self.inner.spec.name} for a plain merge",
-            )
-
-
-def aligned(inner: MergeMethod) -> AlignedMethod | None:
-    """``aligned_<name>``: any method of MergeKit's (or of another plugin's) on aligned inputs.
-
-    Where the inner method requires a base, the anchor is that base. Where it needs none, the anchor takes part only if
-    it is also listed as a model.
-
-    Returns:
-        None for a method that has nothing to align (passthrough, our own) or a parameter of the same name as ours.
-    """
-    names = {p.name for p in inner.spec.parameters}
-    if inner.spec.name in _UNALIGNABLE or isinstance(inner, AlignedMethod) or names & ALIGNMENT_NAMES:
-        return None
-    title = inner.spec.pretty_name or inner.spec.name
-    own = f"; {title}: {inner.spec.reference_url}" if inner.spec.reference_url else ""
-    spec = replace(
-        inner.spec,
-        name=f"aligned_{inner.spec.name}",
-        pretty_name=f"Aligned {title} ({TASK_VECTORS_TITLE}{own})",
-        reference_url=TASK_VECTORS_PAPER,
-    )
-    return AlignedMethod(inner, spec, anchor_is_base=inner.spec.contract.base is BasePolicy.REQUIRED)
-
-
-def rotation_match(inner: MergeMethod) -> AlignedMethod:
-    """Every model in the anchor's coordinates, averaged like MergeKit's ``linear`` (Zhang et al., section 4)."""
-    weight_of_one = tuple(replace(p, default=1.0) if p.name == "weight" else p for p in inner.spec.parameters)
-    spec = replace(
-        inner.spec,
-        name="rotation_match",
-        pretty_name=f"Rotation Match ({ROTATION_TITLE})",
-        reference_url=ROTATION_PAPER,
-        parameters=weight_of_one,
-    )
-    return AlignedMethod(inner, spec, anchor_is_base=False)
+__all__ = [
+    "ALIGNMENT_NAMES",
+    "ALIGNMENT_PARAMETERS",
+    "ROTATION_PAPER",
+    "ROTATION_TITLE",
+    "TASK_VECTORS_PAPER",
+    "TASK_VECTORS_TITLE",
+    "AlignedMethod",
+    "aligned",
+    "rotation_match",
+]

@@ -14,6 +14,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
+from mergekit_symalign.commands.outcome import bars
 from mergekit_symalign.graph.fresh import forget_architectures
 from mergekit_symalign.methods import ALIGNMENT_PARAMETERS
 
@@ -57,10 +58,8 @@ def planned_task(config: MergeConfiguration, options: MergeOptions, kind: type[K
     return next(task for task in targets if isinstance(task, kind))
 
 
-def run_tasks(
-    tasks: Sequence[Task], options: MergeOptions, what: str, *, quiet: bool | None = None
-) -> Iterable[tuple[Task, Any]]:
+def run_tasks(tasks: Sequence[Task], options: MergeOptions, what: str) -> Iterable[tuple[Task, Any]]:
     """Each task and its value, computed where MergeKit's options say."""
     device = options.device or "cpu"
     executor = Executor(list(tasks), math_device=device, storage_device=device if options.low_cpu_memory else "cpu")
-    return executor.run(quiet=options.quiet if quiet is None else quiet, desc=what)  # type: ignore[no-any-return]
+    return executor.run(quiet=not bars(options.quiet), desc=what)  # type: ignore[no-any-return]

@@ -15,7 +15,8 @@ from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.alignment_file import AlignmentFile, block_name
 from mergekit_symalign.alignments.fit import require_fits
-from mergekit_symalign.commands.common import readable, require_one_family
+from mergekit_symalign.commands.common import require_one_family
+from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.errors import CheckpointError, ConfigError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.fingerprint import fingerprint
@@ -29,7 +30,7 @@ from mergekit_symalign.whole_file import require_writable_folder
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("alignment", type=click.Path(path_type=Path))
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The directory to write.")
@@ -43,9 +44,8 @@ def apply(alignment: Path, model: str, out: Path, invert: bool, dtype: str | Non
     Example: mergekit-symalign apply tuned.safetensors ./tuned -o tuned-in-anchor-coordinates
     """
     merge_options.apply_global_options()
-    with readable():
-        require_one_family((model,), merge_options)
-        run_apply(alignment, ModelReference.parse(model), out, merge_options, invert=invert, dtype=dtype)
+    require_one_family((model,), merge_options)
+    run_apply(alignment, ModelReference.parse(model), out, merge_options, invert=invert, dtype=dtype)
     click.echo(f"wrote {out}")
 
 
@@ -75,7 +75,7 @@ def run_apply(
         folder = Path(scratch) / "model"
         device = options.device or "cpu"
         executor = Executor(_tasks(checkpoint, file, folder, options, invert, dtype), math_device=device)
-        for _ in executor.run(quiet=options.quiet, desc="Applying"):
+        for _ in executor.run(quiet=not bars(options.quiet), desc="Applying"):
             pass
         _copy_the_rest(Path(LoaderCache().get(model).index.base_path), folder)
         if model.lora is not None:  # MergeKit merges the adapter into a model without tokenizer

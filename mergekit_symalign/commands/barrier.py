@@ -21,10 +21,11 @@ from transformers.utils import logging as transformers_logging
 from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.runner import Batch
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options
-from mergekit_symalign.commands.common import bars, progress, readable
+from mergekit_symalign.commands.common import progress
 from mergekit_symalign.commands.model_options import model_options
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
 from mergekit_symalign.commands.names import short_names
+from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.errors import ArchitectureError, CalibrationError, ConfigError
 from mergekit_symalign.families.function import config_differences
 from mergekit_symalign.families.resolve import resolve
@@ -57,7 +58,7 @@ class Curve:
         return max(loss - (1 - t) * first - t * last for t, loss in zip(self.at, self.losses, strict=True))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model_a")
 @click.argument("model_b")
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="A .txt file (a text a line) or .jsonl.")
@@ -86,14 +87,13 @@ def barrier(
     Example: mergekit-symalign barrier ./base ./tuned --text texts.txt --plot barrier.png
     """
     options = MergeOptions(**models, quiet=not bars(quiet), copy_tokenizer=False, write_model_card=False)
-    with readable():
-        if plot is not None:
-            require_plot(plot)
-        curves = run_barrier(model_a, model_b, text, options, points=points, tokens=tokens, parameters=parameters)
-        click.echo("\n".join([*config_note(model_a, model_b, options), table(curves)]))
-        if plot is not None:
-            draw(curves, plot, short_names((model_a, model_b)))
-            click.echo(f"wrote {plot}")
+    if plot is not None:
+        require_plot(plot)
+    curves = run_barrier(model_a, model_b, text, options, points=points, tokens=tokens, parameters=parameters)
+    click.echo("\n".join([*config_note(model_a, model_b, options), table(curves)]))
+    if plot is not None:
+        draw(curves, plot, short_names((model_a, model_b)))
+        click.echo(f"wrote {plot}")
 
 
 def run_barrier(

@@ -1,53 +1,20 @@
-"""What the commands share: exit codes and progress bars."""
+"""What the commands share: opening models, and progress bars."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-import click
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from mergekit_symalign.errors import (
-    AlignmentFileError,
-    CheckpointError,
-    GeometryError,
-    ModelError,
-    OtherModelsError,
-    SymalignError,
-    ValueInTensorError,
-)
+from mergekit_symalign.commands.outcome import bars
+from mergekit_symalign.errors import GeometryError, ModelError
 from mergekit_symalign.families.resolve import resolve
 
 Item = TypeVar("Item")
-
-
-class BadInput(click.ClickException):
-    """A command cannot start with what it was given."""
-
-    exit_code = 2
-
-
-@contextmanager
-def readable() -> Iterator[None]:
-    """Errors in one line: exit code 1 for damaged files and full disks, 2 for what the user can correct."""
-    try:
-        yield
-    except OtherModelsError as error:
-        raise BadInput(str(error)) from error
-    except (AlignmentFileError, CheckpointError, ValueInTensorError) as error:
-        raise click.ClickException(str(error)) from error
-    except SymalignError as error:
-        raise BadInput(str(error)) from error
-    except OSError as error:
-        raise click.ClickException(f"{error.filename or 'writing'}: {error.strerror or error}") from error
-    except SafetensorError as error:  # inputs are checked before: this is a file that could not be written
-        raise click.ClickException(f"writing: {error}") from error
 
 
 @contextmanager
@@ -66,11 +33,6 @@ def opening(name: str) -> Iterator[None]:
             f"it cannot be opened ({reason})",
             "Name a directory with config.json and weights, or a model of the Hugging Face hub",
         ) from error
-
-
-def bars(quiet: bool) -> bool:
-    """Whether to draw progress bars: on a terminal only."""
-    return not quiet and sys.stderr.isatty()
 
 
 def progress(items: Iterable[Item], what: str, *, quiet: bool, total: int | None = None) -> Iterable[Item]:

@@ -13,8 +13,9 @@ from mergekit.options import MergeOptions, add_merge_options
 from mergekit_symalign.card import symmetry_share, verdict
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options, planned_task, run_tasks
 from mergekit_symalign.commands.barrier import require_plot
-from mergekit_symalign.commands.common import bars, readable, require_one_family
+from mergekit_symalign.commands.common import require_one_family
 from mergekit_symalign.commands.names import in_a_table, short_names
+from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.commands.plots import plot_layers
 from mergekit_symalign.graph.merge_report import WriteReport, by_model
 from mergekit_symalign.whole_file import require_writable, written_whole
@@ -34,7 +35,7 @@ class _Layers(click.ParamType):
         return range(int(first), int(last or first) + 1)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("anchor")
 @click.argument("model")
 @click.option("--layers", type=_Layers(), help="Only these, for example 0-7.")
@@ -56,23 +57,22 @@ def inspect(
     \b
     Example: mergekit-symalign inspect HuggingFaceTB/SmolLM2-135M ./tuned --plot tuned.png
     """
-    with readable():
+    if plot is not None:
+        require_plot(plot)
+    if json_file is not None:
+        require_writable(json_file, "--json", folder_is_made=False)
+    merge_options.apply_global_options()
+    report = measured(anchor, model, merge_options, parameters, layers)
+    for name, entry in report["models"].items():
+        click.echo(f"{in_a_table(name)}\nagainst {in_a_table(anchor)}\n")
+        if differences := report["config_differences"].get(name):
+            click.echo("\n".join([*configs(differences), ""]))
+        click.echo("\n".join([*table(entry["blocks"]), "", *summary(entry["totals"])]))
         if plot is not None:
-            require_plot(plot)
-        if json_file is not None:
-            require_writable(json_file, "--json", folder_is_made=False)
-        merge_options.apply_global_options()
-        report = measured(anchor, model, merge_options, parameters, layers)
-        for name, entry in report["models"].items():
-            click.echo(f"{in_a_table(name)}\nagainst {in_a_table(anchor)}\n")
-            if differences := report["config_differences"].get(name):
-                click.echo("\n".join([*configs(differences), ""]))
-            click.echo("\n".join([*table(entry["blocks"]), "", *summary(entry["totals"])]))
-            if plot is not None:
-                plot_layers(entry["blocks"], " against ".join(short_names((name, anchor))), plot)
-        if json_file is not None:
-            with written_whole(json_file) as scratch:
-                scratch.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+            plot_layers(entry["blocks"], " against ".join(short_names((name, anchor))), plot)
+    if json_file is not None:
+        with written_whole(json_file) as scratch:
+            scratch.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
 
 def measured(
@@ -90,7 +90,7 @@ def measured(
         there = sorted({layer for _, layer, *_ in task.blocks})
         raise click.UsageError(f"--layers: there is none of them; the models have layers 0 to {there[-1]}")
     facts_of = {facts: (name, layer, kind) for name, layer, kind, facts in chosen}
-    computed = run_tasks(list(facts_of), options, "Inspecting", quiet=not bars(options.quiet))
+    computed = run_tasks(list(facts_of), options, "Inspecting")
     found = [(*facts_of[task], value) for task, value in computed]
     found.sort(key=lambda block: (block[0], block[1], block[2].value))
     return json.loads(task.head) | {"models": by_model(found)}

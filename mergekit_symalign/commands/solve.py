@@ -10,12 +10,13 @@ from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.alignments.destinations import require_alignment_or_nothing
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options, planned_task, run_tasks
-from mergekit_symalign.commands.common import readable, require_one_family
+from mergekit_symalign.commands.common import require_one_family
+from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.graph.alignments import SaveAlignment
 from mergekit_symalign.whole_file import require_writable
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("anchor")
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The file to write.")
@@ -28,11 +29,10 @@ def solve(anchor: str, model: str, out: Path, merge_options: MergeOptions, **par
     Example: mergekit-symalign solve HuggingFaceTB/SmolLM2-135M ./tuned -o tuned.safetensors
     """
     merge_options.apply_global_options()
-    with readable():
-        require_writable(out)
-        require_alignment_or_nothing(out)
-        require_one_family((anchor, model), merge_options)
-        run_solve(anchor, model, out, merge_options, parameters)
+    require_writable(out)
+    require_alignment_or_nothing(out)
+    require_one_family((anchor, model), merge_options)
+    run_solve(anchor, model, out, merge_options, parameters)
 
 
 def run_solve(anchor: str, model: str, out: Path, options: MergeOptions, parameters: dict[str, Any]) -> None:

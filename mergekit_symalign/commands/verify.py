@@ -14,10 +14,11 @@ from torch import Tensor
 
 from mergekit_symalign.activations.agreement import Agreement, hidden_deviation
 from mergekit_symalign.activations.runner import Batch, Recorded
-from mergekit_symalign.commands.common import progress, readable
+from mergekit_symalign.commands.common import progress
 from mergekit_symalign.commands.inputs import inputs_for
 from mergekit_symalign.commands.model_options import model_options
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
+from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.errors import CalibrationError
 
 DEFAULT_TOKENS = 2048
@@ -55,7 +56,7 @@ class Verdict:
         return self.deviation <= self.tolerance
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("original")
 @click.argument("aligned")
 @click.option(
@@ -91,8 +92,7 @@ def verify(
     if random and prompts is not None:
         raise click.UsageError("--random and --prompts exclude each other")
     options = MergeOptions(**models, quiet=quiet)
-    with readable():
-        verdict = run_verify(original, aligned, options, prompts=prompts, random=random, tokens=tokens, bound=tolerance)
+    verdict = run_verify(original, aligned, options, prompts=prompts, random=random, tokens=tokens, bound=tolerance)
     click.echo(verdict_line(verdict) if quiet else report(verdict))
     if not verdict.same:
         raise click.exceptions.Exit(1)

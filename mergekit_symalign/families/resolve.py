@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from mergekit_symalign.errors import ArchitectureError
+from mergekit_symalign.families.named import named_architecture
 from mergekit_symalign.families.schema import MLP_AXES, BlockKind, Family, MlpKind, Positions, TensorSpec
 from mergekit_symalign.symmetry.element import Fused, TensorAxes
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
@@ -334,15 +335,15 @@ def lookup(config: Any, key: str) -> Any:
 
 
 def _family_of(config: Any, model: str) -> Family:
-    names = list(getattr(config, "architectures", None) or ["(none named in its config)"])
     known = _by_architecture()
-    if len(names) != 1 or names[0] not in known:
+    name = named_architecture(config, model=model, supported=known.keys())
+    if name not in known:
         raise ArchitectureError(
             f"model {model}",
-            f"architecture {', '.join(names)} is not supported by the aligned methods",
+            f"architecture {name} is not supported by the aligned methods",
             f"Supported: {', '.join(supported_architectures())}; use MergeKit's own method for others",
         )
-    return known[names[0]]
+    return known[name]
 
 
 def _inherit(raw: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from mergekit_symalign.errors import AlignmentFileError, ConfigError
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.fingerprint import fingerprint
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
-from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.whole_file import require_writable
 
@@ -54,11 +53,10 @@ class ReadBlock(Task[Dict[str, Any]]):
         return self.label
 
     def execute(self) -> Dict[str, Any]:
-        with readable_errors():
-            file = AlignmentFile.described(Path(self.path))
-            if file.sha256 != self.sha256:
-                raise AlignmentFileError(file.label, "it was replaced while it was in use", "Start again")
-            element = file.element(self.block)
+        file = AlignmentFile.described(Path(self.path))
+        if file.sha256 != self.sha256:
+            raise AlignmentFileError(file.label, "it was replaced while it was in use", "Start again")
+        element = file.element(self.block)
         return {
             "actions": (element.inverse() if self.inverse else element).pack(),
             "facts": dict(file.facts.get(self.block, {})),

@@ -2,61 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from mergekit.architecture import ModelArchitecture
-from mergekit.common import ModelReference
-from mergekit.config import ConditionalParameter, MergeConfiguration, OutputSliceDefinition
-from mergekit.merge_methods.base import MergeMethodSpec
+from mergekit.config import ConditionalParameter, MergeConfiguration
+from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope
 from pydantic import ValidationError
 
-from mergekit_symalign.errors import ConfigError, GeometryError, ParameterError
+from mergekit_symalign.errors import ConfigError, ParameterError
+from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.graph.config_groups import Group, Settings, all_settings, groups_of
 from mergekit_symalign.methods import AlignedMethod
 
-Settings = Mapping[str, Any]
+
+def check_models(config: MergeConfiguration, trust_remote_code: bool) -> None:
+    """Every model's config must name one architecture that we know: MergeKit plans nothing without, and merges nothing.
+
+    Raises:
+        ArchitectureError: if one does not.
+    """
+    for model in sorted(config.referenced_models(), key=str):
+        resolve(model.config(trust_remote_code=trust_remote_code), model=str(model))
 
 
 def check_config(config: MergeConfiguration, method: AlignedMethod) -> None:
     """Refuse what cannot be merged, whatever the models are.
 
     Raises:
-        ParameterError: an unknown parameter, or a value that a parameter cannot have.
-        ConfigError: no anchor, or nothing to align to it.
+        ParameterError: an unknown parameter, a value that a parameter cannot have, or a required one that is not given.
+        ConfigError: no anchor, nothing to align to it, or another number of models than the method takes.
     """
-    for where, settings in _all_settings(config):
+    for where, settings in all_settings(config):
         for name, value in settings.items():
             _check_parameter(where, name, value, method.spec)
-    for where, anchor, sources in _groups(config):
-        _check_sources(where, anchor, sources, method, from_slices=where != "models")
-
-
-def check_layers(config: MergeConfiguration, arch: ModelArchitecture, trust_remote_code: bool) -> None:
-    """Whole models must have as many layers as the anchor.
-
-    Raises:
-        GeometryError: if they have not.
-    """
-    for _, anchor, sources in _groups(config, whole_models=True):
-        for module in arch.modules.values():
-            counts = {
-                model: module.architecture.num_layers(model.config(trust_remote_code=trust_remote_code))
-                for model in {anchor: None, **dict.fromkeys(sources)}
-                if model is not None
-            }
-            for model, count in counts.items():
-                if anchor is not None and count != counts[anchor]:
-                    raise GeometryError(
-                        f"model {model}",
-                        f"it has {count} layers, the anchor {anchor} has {counts[anchor]}",
-                        "Merge models of the same depth, or name the layers to merge with slices:",
-                    )
-
-
-def listed_models(config: MergeConfiguration) -> frozenset[ModelReference]:
-    """The models that the user listed as inputs (MergeKit adds the base model to them when it plans)."""
-    return frozenset(model for _, _, sources in _groups(config) for model in sources)
+    for group in groups_of(config):
+        _check_sources(group, method)
+        _check_required(group, method)
+        _check_number(group, method)
 
 
 def _check_parameter(where: str, name: str, value: Any, spec: MergeMethodSpec) -> None:
@@ -90,73 +73,59 @@ def _scalars(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _check_sources(
-    where: str,
-    anchor: ModelReference | None,
-    sources: list[ModelReference],
-    method: AlignedMethod,
-    *,
-    from_slices: bool,
-) -> None:
+def _check_sources(group: Group, method: AlignedMethod) -> None:
+    anchor = group.anchor
     if anchor is None:
         raise ConfigError(
-            f"base_model ({where})",
+            f"base_model ({group.where})",
             f"{method.spec.name} aligns every model to base_model, and none is given",
             "Add base_model: the model whose coordinates the output shall have",
         )
-    if not set(sources) - {anchor}:
+    if not set(group.models) - {anchor}:
         raise ConfigError(
-            where,
+            group.where,
             f"the only model is the anchor {anchor} itself, so there is nothing to align or merge",
             "List at least one other model",
         )
-    if from_slices and anchor not in sources:
+    if group.from_slices and anchor not in group.models:
         weight = ", with weight: 0.0 if it shall not take part" if not method.anchor_is_base else ""
         raise ConfigError(
-            where,
+            group.where,
             f"the anchor {anchor} is not among the sources, so nothing says which of its layers to align to",
             f"List it as a source with its layer_range{weight}",
         )
 
 
-def _groups(
-    config: MergeConfiguration, *, whole_models: bool = False
-) -> Iterator[tuple[str, ModelReference | None, list[ModelReference]]]:
-    """Every set of models that is merged with each other: where it stands, its anchor, its models."""
-    if config.models:
-        yield "models", config.base_model, [m.model for m in config.models]
-    for name, module in (config.modules or {}).items():
-        if module.models:
-            yield "models", config.base_model, [m.model for m in module.models]
-        elif not whole_models:
-            yield from _slice_groups(config, f"modules.{name}.slices", module.slices or [])
-    if config.slices and not whole_models:
-        yield from _slice_groups(config, "slices", config.slices)
+def _check_required(group: Group, method: AlignedMethod) -> None:
+    """Parameters without a default must be given at some level, to every listed model that the method asks for them."""
+    for p in method.spec.parameters:
+        if p.required and p.scope is ParameterScope.SHARED and not _given(p.name, group.settings):
+            raise ParameterError(
+                f"parameter {p.name} ({group.where})",
+                f"{method.spec.name} needs one, and none is given",
+                f"Add parameters: {{{p.name}: …}}",
+            )
+        for source in group.sources if p.required and p.scope is not ParameterScope.SHARED else ():
+            exempt = source.model == group.anchor and p.scope is ParameterScope.NON_BASE
+            if not exempt and not _given(p.name, (source.parameters or {}, *group.settings)):
+                raise ParameterError(
+                    f"parameter {p.name} of model {source.model} ({group.where})",
+                    f"{method.spec.name} needs one for every model, and none is given",
+                    f"Add parameters: {{{p.name}: …}} to the model",
+                )
 
 
-def _slice_groups(
-    config: MergeConfiguration, where: str, slices: list[OutputSliceDefinition]
-) -> Iterator[tuple[str, ModelReference | None, list[ModelReference]]]:
-    for i, out in enumerate(slices):
-        yield f"{where}[{i}]", out.base_model or config.base_model, [s.model for s in out.sources]
+def _given(name: str, settings: Iterable[Settings]) -> bool:
+    return any(name in level for level in settings)
 
 
-def _all_settings(config: MergeConfiguration) -> Iterator[tuple[str, Settings]]:
-    """Every ``parameters:`` of the configuration, and where it stands."""
-    yield "parameters", config.parameters or {}
-    for model in config.models or []:
-        yield f"models: {model.model}", model.parameters or {}
-    for i, out in enumerate(config.slices or []):
-        yield from _slice_settings(f"slices[{i}]", out)
-    for name, module in (config.modules or {}).items():
-        yield f"modules.{name}", module.parameters or {}
-        for model in module.models or []:
-            yield f"modules.{name}: {model.model}", model.parameters or {}
-        for i, out in enumerate(module.slices or []):
-            yield from _slice_settings(f"modules.{name}.slices[{i}]", out)
-
-
-def _slice_settings(where: str, out: OutputSliceDefinition) -> Iterator[tuple[str, Settings]]:
-    yield where, out.parameters or {}
-    for source in out.sources:
-        yield f"{where}: {source.model}", source.parameters or {}
+def _check_number(group: Group, method: AlignedMethod) -> None:
+    """What MergeKit would say of the inner method's inputs, with a traceback."""
+    models = group.all_models if method.anchor_is_base else group.models
+    base = group.anchor if group.anchor in models else None
+    try:
+        method.inner.validate_inputs(models, base)
+    except ValueError as error:
+        raise ConfigError(
+            group.where, f"{method.spec.name} cannot take these models ({error})", "Change the list of models"
+        ) from error

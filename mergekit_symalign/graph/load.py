@@ -10,7 +10,6 @@ from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor
 
 from mergekit_symalign.errors import ValueInTensorError
-from mergekit_symalign.graph.report import readable_errors
 
 
 class LoadFinite(LoadTensor):
@@ -28,12 +27,11 @@ class LoadFinite(LoadTensor):
     def execute(self) -> Optional[torch.Tensor]:
         x = super().execute()
         if x is not None and not _is_finite(x):
-            with readable_errors():
-                raise ValueInTensorError(
-                    f"tensor {self.tensor} of model {self.model}",
-                    "it holds NaN or infinity",
-                    "Download or export this checkpoint again; a merge would spread the bad value",
-                )
+            raise ValueInTensorError(
+                f"tensor {self.tensor} of model {self.model}",
+                "it holds NaN or infinity",
+                "Download or export this checkpoint again; a merge would spread the bad value",
+            )
         return x
 
 

@@ -34,7 +34,6 @@ from mergekit_symalign.graph.merge import merge_task
 from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models, check_possible, check_same_neurons
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
-from mergekit_symalign.graph.report import readable_errors
 from mergekit_symalign.graph.solve import OneOf, SolveBlock, SolveTogether
 from mergekit_symalign.graph.streaming import SHARED, StreamingPlan, Wanted, in_order, plan_streaming
 from mergekit_symalign.methods import ALIGNMENT_NAMES, AlignedMethod
@@ -75,9 +74,8 @@ class AlignedPlan:
             ConfigError: if an alignment that is to be saved, or the output, cannot be written.
         """
         end = next((task for task in targets if isinstance(task, FinalizeModel)), None)
-        with readable_errors():
-            require_writable_folder(Path(out_path))
-            return [*self._alignments.save_tasks(Path(out_path)), self.reports.task(out_path, self._head, end)]
+        require_writable_folder(Path(out_path))
+        return [*self._alignments.save_tasks(Path(out_path)), self.reports.task(out_path, self._head, end)]
 
     def require_nothing_to_save(self) -> None:
         """
@@ -166,7 +164,7 @@ class AlignedPlan:
     def _report_head(self, planned: list[Planned]) -> dict[str, Any]:
         """What the report says of the merge as a whole: the parameters where all tensors agree on them."""
         settings: dict[str, Any] = {}
-        for name in planned[0][1].parameters:
+        for name in sorted(planned[0][1].parameters):  # they come in the order of their hashes
             values = {json.dumps(task.parameters[name], default=str) for _, task in planned}
             if name in ALIGNMENT_NAMES:
                 settings[name] = json.loads(values.pop()) if len(values) == 1 else "differs between layers"

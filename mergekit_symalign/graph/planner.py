@@ -1,0 +1,102 @@
+"""MergeKit's planner at work on an aligned merge: what hook.py calls instead of the planner's own functions."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Task
+from mergekit.io.tasks import ReturnTensor
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+
+from mergekit_symalign.graph.config_checks import check_config, check_models
+from mergekit_symalign.graph.config_groups import listed_models
+from mergekit_symalign.graph.fresh import forget_architectures
+from mergekit_symalign.graph.layer_checks import check_layers
+from mergekit_symalign.graph.planning import AlignedPlan
+
+_PLAN = "_mergekit_symalign_plan"  # where a planner keeps our plan, for the tasks at the end of the merge
+
+
+def before_merge(config: MergeConfiguration, options: MergeOptions) -> None:
+    """What is to be done and checked before MergeKit looks at the models.
+
+    Raises:
+        SymalignError: for what MergeKit would not explain.
+    """
+    forget_architectures()
+    check_models(config, options.trust_remote_code)
+
+
+def plan_aligned(planner: Any, original: Any) -> None:
+    """MergeKit's own plan between our checks of the configuration and our rewriting of its tasks.
+
+    MergeKit plans on a copy of the configuration: planning writes the base model into the sources, and where MergeKit
+    then saves the configuration itself (mergekit-multi, `run_merge`), the anchor would look like a listed model.
+    """
+    method, listed = planner._method, listed_models(planner.config)
+    check_config(planner.config, method)
+    check_layers(planner.config, planner.arch_info, planner.options.trust_remote_code)
+    plan = AlignedPlan(planner.config, planner.options, method, listed)
+    planner.config = planner.config.model_copy(deep=True)
+    _know_other_names(planner, plan)
+    if planner.config.base_model not in listed:
+        planner._method = method.with_unlisted_anchor()
+    original(planner)
+    planner._method = method
+    planner._tensors = plan.rewrite(planner._tensors)
+    plan.keep_own_config(planner.out_model_config)  # the object that `run_merge` saves when all is written
+    setattr(planner, _PLAN, plan)
+
+
+def plan_of(planner: Any) -> AlignedPlan:
+    """Our plan, once `plan_aligned` has run."""
+    plan: AlignedPlan = getattr(planner, _PLAN)
+    return plan
+
+
+def plan_in_memory(planner: Any, original: Any) -> Any:
+    """MergeKit 0.1.5 cannot plan a merge in memory: it asks for a task of an abstract class. For our methods it can.
+
+    Whoever runs such a plan takes every task for a tensor, so nothing can be saved beside it.
+    """
+    if ReturnTensor.model_fields["tensor_task"].annotation is Task:
+        targets = original(planner)
+    else:
+        planner._plan()
+        targets = [
+            ReturnTensor.model_construct(
+                weight_info=weight, tensor_task=task, dtype=weight.force_dtype or planner.config.out_dtype
+            )
+            for weight, task in planner._tensors
+        ]
+    plan_of(planner).require_nothing_to_save()
+    return targets
+
+
+def _know_other_names(planner: Any, plan: Any) -> None:
+    """Let MergeKit find tensors under the older names that checkpoints may have for them."""
+    original = planner.plan_tensor
+    broken = "[w_in.name] + (w_in.aliases or [])" in inspect.getsource(MergePlanner.plan_tensor)
+    sequence: Any = _AddableTuple if broken else tuple
+
+    def known(info: Any, model: Any) -> Any:
+        names = (*(info.aliases or ()), *plan.other_names(info, model))
+        return info.model_copy(update={"aliases": sequence(names) if names else None})
+
+    @functools.wraps(original)
+    def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
+        infos = [known(info, model) for info, model in zip(weights_in, models, strict=True)]
+        original(weight=weight, weights_in=infos, models=models, cfg_reader=cfg_reader)
+
+    planner.plan_tensor = plan_tensor
+
+
+class _AddableTuple(tuple[str, ...]):
+    """MergeKit 0.1.5 adds the aliases of an optional tensor, a tuple, to a list, which fails for a plain tuple."""
+
+    def __radd__(self, other: list[str]) -> list[str]:
+        return [*other, *self]
