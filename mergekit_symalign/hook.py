@@ -244,14 +244,26 @@ def _hook_card(merge: Any) -> None:
 
         from mergekit_symalign.methods import AlignedMethod
 
+        aligned = isinstance(get(merge_config.merge_method), AlignedMethod)
+        if aligned:
+            _require_openable(merge_config, options)
         result = original(merge_config, out_path, options, *args, **kwargs)
-        if options.write_model_card and isinstance(get(merge_config.merge_method), AlignedMethod):
+        if options.write_model_card and aligned:
             from mergekit_symalign.card import extend_card
 
             extend_card(Path(out_path))
         return result
 
     merge.run_merge = run_merge
+
+
+def _require_openable(merge_config: Any, options: Any) -> None:
+    """Try every model before MergeKit opens it, which explains nothing."""
+    from mergekit_symalign.graph.opening import require_openable
+    from mergekit_symalign.graph.report import readable_errors
+
+    with readable_errors():
+        require_openable(merge_config.referenced_models(), options)
 
 
 def _hook_raw_pytorch(script: Any) -> None:

@@ -14,7 +14,7 @@ from mergekit.io.tasks import FinalizeModel, LoaderCache, LoadTensor, SaveTensor
 from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.alignment_file import AlignmentFile, block_name
-from mergekit_symalign.commands.common import readable, require_one_family
+from mergekit_symalign.commands.common import parsed, readable, require_one_family
 from mergekit_symalign.errors import CheckpointError, ConfigError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.fingerprint import fingerprint
@@ -43,7 +43,7 @@ def apply(alignment: Path, model: str, out: Path, invert: bool, dtype: str | Non
     merge_options.apply_global_options()
     with readable():
         require_one_family((model,), merge_options)
-        run_apply(alignment, ModelReference.parse(model), out, merge_options, invert=invert, dtype=dtype)
+        run_apply(alignment, parsed(model), out, merge_options, invert=invert, dtype=dtype)
     click.echo(f"wrote {out}")
 
 
@@ -79,7 +79,7 @@ def run_apply(
 
 def _checked(file: AlignmentFile, model: ModelReference, options: MergeOptions, *, invert: bool) -> Checkpoint:
     config = model.config(trust_remote_code=options.trust_remote_code)
-    checkpoint = Checkpoint.open(model, config.model_type, resolve(config, model=str(model)))
+    checkpoint = Checkpoint.open(model, config, resolve(config, model=str(model)))
     file.require_family(checkpoint.layout.family.name, sizes_of(checkpoint), str(model))
     if not invert:
         file.require_model(str(model), fingerprint(LoaderCache().get(model).index))
@@ -105,11 +105,11 @@ def _tasks(
         max_write_threads=options.write_threads,
     )
     moved = _moved(checkpoint, file, invert)
-    used = {piece for name in moved for piece in (name, *checkpoint.pieces(name))}
+    used = {stored for name in moved for stored in checkpoint.read_for(_info(name))}
     rest = {name: LoadTensor(model=checkpoint.model, tensor=name) for name in checkpoint.headers if name not in used}
     saves = tuple(
         SaveTensor(
-            tensor_name=name,
+            tensor_name=checkpoint.stored_name(_info(name)) or name,  # pieces are written joined
             tensor_task=task,
             writer_task=writer,
             clone=options.clone_tensors,
@@ -121,7 +121,7 @@ def _tasks(
 
 
 def _moved(checkpoint: Checkpoint, file: AlignmentFile, invert: bool) -> dict[str, Task]:
-    """The tensors of every block of the file, under the names of the family, as the alignment leaves them."""
+    """The tensors of every block of the file, by their names in the family, as the alignment leaves them."""
     layout, tasks = checkpoint.layout, {}
     for layer in range(layout.layers):
         for part, spec in layout.inside.items():
@@ -130,7 +130,8 @@ def _moved(checkpoint: Checkpoint, file: AlignmentFile, invert: bool) -> dict[st
                 continue
             block = block_name(layer, spec.block.value)
             if block in file.blocks:
-                load = LoadFinite(model=checkpoint.model, tensor=name, aliases=checkpoint.aliases(name))
+                aliases = checkpoint.other_names(_info(name)) or None
+                load = LoadFinite(model=checkpoint.model, tensor=name, aliases=aliases)
                 label = layout.name(layer, "")
                 solution = ReadBlock(path=str(file.path), sha256=file.sha256, block=block, label=label, inverse=invert)
                 tasks[name] = ApplyBlock(load=load, axes=layout.axes(spec), solution=solution)

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_symalign.activations.runner import LayerRunner
-from mergekit_symalign.commands.common import opening
+from mergekit_symalign.commands.common import parsed
 from mergekit_symalign.errors import CheckpointError, GeometryError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.graph.opening import require_openable
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,20 @@ class StoredModel:
     @staticmethod
     def open(name: str, options: MergeOptions) -> StoredModel:
         """
+        Args:
+            name: as a merge takes it: ``model``, ``model@revision``, ``model+adapter``.
+            options: of MergeKit.
+
         Raises:
             ModelError: if there is no such model.
+            ConfigError: if an option is missing or wrong.
             ArchitectureError, CheckpointError: if it cannot be run, or a tensor is missing, quantised or misshapen.
         """
-        reference = ModelReference.parse(name)
-        with opening(name):
-            config = reference.config(trust_remote_code=options.trust_remote_code)
-            layout = resolve(config, model=name)
-            checkpoint = Checkpoint.open(reference, config.model_type, layout)
+        reference = parsed(name)
+        require_openable([reference], options)
+        config = reference.config(trust_remote_code=options.trust_remote_code)
+        layout = resolve(config, model=name)
+        checkpoint = Checkpoint.open(reference, config, layout)
         model = StoredModel(checkpoint, LayerRunner(config, layout), options.device or "cpu")
         model._check()
         return model
@@ -79,7 +84,10 @@ class StoredModel:
     def _load(self, names: Iterable[str]) -> dict[str, Tensor]:
         loads = (
             LoadFinite(
-                model=self.checkpoint.model, tensor=name, device=self.device, aliases=self.checkpoint.aliases(name)
+                model=self.checkpoint.model,
+                tensor=name,
+                device=self.device,
+                aliases=self.checkpoint.other_names(WeightInfo(name=name)) or None,
             )
             for name in names
         )
@@ -87,8 +95,7 @@ class StoredModel:
         return {name: x.float() for name, x in found.items() if x is not None}
 
     def _stored(self, name: str) -> bool:
-        aliases = self.checkpoint.aliases(name)
-        return self.checkpoint.stored(WeightInfo(name=name, aliases=aliases)) is not None
+        return self.checkpoint.stored(WeightInfo(name=name)) is not None
 
     def _outside_names(self) -> list[list[str]]:
         """The names of each parameter outside the layers; several where it is tied, and the first one counts."""
@@ -113,7 +120,7 @@ class StoredModel:
                 self._check_stored(name)
 
     def _check_stored(self, name: str) -> None:
-        header = self.checkpoint.stored(WeightInfo(name=name, aliases=self.checkpoint.aliases(name)))
+        header = self.checkpoint.stored(WeightInfo(name=name))
         expected = tuple(self.runner.model.get_parameter(name).shape)
         where = f"tensor {name} of model {self.name}"
         if header is None or header.dtype is None:

@@ -9,7 +9,8 @@ from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor
 
-from mergekit_symalign.errors import ValueInTensorError
+from mergekit_symalign.errors import CheckpointError, ValueInTensorError
+from mergekit_symalign.graph.damaged import describe
 from mergekit_symalign.graph.report import readable_errors
 
 
@@ -26,15 +27,33 @@ class LoadFinite(LoadTensor):
         return self.label or super().group_label()
 
     def execute(self) -> Optional[torch.Tensor]:
-        x = super().execute()
-        if x is not None and not _is_finite(x):
-            with readable_errors():
+        with readable_errors():
+            x = self._read()
+            if x is not None and not _is_finite(x):
                 raise ValueInTensorError(
                     f"tensor {self.tensor} of model {self.model}",
                     "it holds NaN or infinity",
                     "Download or export this checkpoint again; a merge would spread the bad value",
                 )
         return x
+
+    def _read(self) -> Optional[torch.Tensor]:
+        """The tensor without the gradient's bookkeeping that a pickled parameter brings along.
+
+        Raises:
+            CheckpointError: if the file does not give it.
+        """
+        try:
+            x = super().execute()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # safetensors, PyTorch's unpickler and MergeKit's have errors of their own
+            raise CheckpointError(
+                f"tensor {self.tensor} of model {self.model}",
+                f"it cannot be read ({describe(error)})",
+                "Download or export this checkpoint again",
+            ) from error
+        return None if x is None else x.detach()
 
 
 def _is_finite(x: torch.Tensor) -> bool:
