@@ -8,6 +8,7 @@ from pathlib import Path
 
 import peft
 import pytest
+import torch
 from checkpoint_edits import command_output, copied, merge_output, refusals
 from conftest import merge_config, merged
 from mergekit.common import ModelReference
@@ -130,6 +131,13 @@ def test_a_device_that_is_not_there(sound: Path, tmp_path: Path, device: str) ->
     ]
     for output in outputs:
         assert f"--device {device}" in output
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has one")
+def test_several_accelerators_that_are_not_there(sound: Path, tmp_path: Path) -> None:
+    output = merge_output(sound, copied(sound, tmp_path / "other"), tmp_path / "out", "--multi-gpu")
+    assert "--multi-gpu" in output
+    assert "no accelerator" in output
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,11 @@ def test_the_same_merge_as_from_safetensors(paths: dict[str, Path], expected: St
     assert out.keys() == expected.keys()
     assert all(x.equal(out[name]) for name, x in expected.items())
     command_output("verify", a, paths["a"], "--random", "--quiet", code=(0,))
+    command_output("solve", a, b, "-o", tmp_path / "a.safetensors", "--quiet", code=(0,))
+    command_output("apply", tmp_path / "a.safetensors", b, "-o", tmp_path / "applied", "--quiet", code=(0,))
+    applied = load(tmp_path / "applied")
+    assert applied.keys() == expected.keys()
+    assert all(torch.allclose(x, applied[name], atol=1e-5) for name, x in expected.items())
 
 
 def test_the_lazy_unpickler(paths: dict[str, Path], expected: State, tmp_path: Path) -> None:

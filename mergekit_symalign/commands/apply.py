@@ -10,7 +10,7 @@ import click
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Executor, Task
-from mergekit.io.tasks import FinalizeModel, LoaderCache, LoadTensor, SaveTensor, TensorWriterTask
+from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor, TensorWriterTask
 from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.alignment_file import AlignmentFile, block_name
@@ -22,7 +22,7 @@ from mergekit_symalign.graph.alignments import ReadBlock, sizes_of
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.headers import Header
-from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.graph.load import LoadFinite, LoadStored
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
@@ -106,7 +106,7 @@ def _tasks(
     )
     moved = _moved(checkpoint, file, invert)
     used = {stored for name in moved for stored in checkpoint.read_for(_info(name))}
-    rest = {name: LoadTensor(model=checkpoint.model, tensor=name) for name in checkpoint.headers if name not in used}
+    rest = {name: LoadStored(model=checkpoint.model, tensor=name) for name in checkpoint.headers if name not in used}
     saves = tuple(
         SaveTensor(
             tensor_name=checkpoint.stored_name(_info(name)) or name,  # pieces are written joined

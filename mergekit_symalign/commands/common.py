@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mergekit_symalign.errors import CheckpointError, GeometryError, SymalignError, ValueInTensorError
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.graph.opening import opening, require_openable
+from mergekit_symalign.graph.opening import opening, require_config, require_openable
 
 Item = TypeVar("Item")
 
@@ -62,10 +62,9 @@ def require_one_family(names: Sequence[str], options: MergeOptions) -> None:
         ArchitectureError, GeometryError: if no family describes it, or they are of two.
     """
     models = {name: parsed(name) for name in names}
-    require_openable(models.values(), options)
     families = {}
-    for name, model in models.items():
-        config = model.config(trust_remote_code=options.trust_remote_code)
+    for name, reference in models.items():
+        config = require_config(reference, trust_remote_code=options.trust_remote_code)
         families[name] = resolve(config, model=name).family.name
     anchor, model = names[0], names[-1]
     if families[anchor] != families[model]:
@@ -74,6 +73,7 @@ def require_one_family(names: Sequence[str], options: MergeOptions) -> None:
             f"it is of family {families[model]}, the anchor {anchor} of {families[anchor]}",
             "Compare models of one architecture",
         )
+    require_openable(models.values(), options)
 
 
 def parsed(name: str) -> ModelReference:

@@ -17,7 +17,7 @@ from mergekit_symalign.errors import CheckpointError, GeometryError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import LoadFinite
-from mergekit_symalign.graph.opening import require_openable
+from mergekit_symalign.graph.opening import require_config, require_openable
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class StoredModel:
             ArchitectureError, CheckpointError: if it cannot be run, or a tensor is missing, quantised or misshapen.
         """
         reference = parsed(name)
-        require_openable([reference], options)
-        config = reference.config(trust_remote_code=options.trust_remote_code)
+        config = require_config(reference, trust_remote_code=options.trust_remote_code)
         layout = resolve(config, model=name)
+        require_openable([reference], options)
         checkpoint = Checkpoint.open(reference, config, layout)
         model = StoredModel(checkpoint, LayerRunner(config, layout), options.device or "cpu")
         model._check()

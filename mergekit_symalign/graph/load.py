@@ -14,8 +14,29 @@ from mergekit_symalign.graph.damaged import describe
 from mergekit_symalign.graph.report import readable_errors
 
 
-class LoadFinite(LoadTensor):
-    """MergeKit's `LoadTensor`, which refuses NaN and infinity. Equal loads are one task: nothing is read twice.
+class LoadStored(LoadTensor):
+    """MergeKit's `LoadTensor`, without the bookkeeping for gradients that a pickled parameter brings along."""
+
+    def execute(self) -> Optional[torch.Tensor]:
+        """
+        Raises:
+            CheckpointError: if the file does not give the tensor.
+        """
+        try:
+            x = super().execute()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # safetensors, PyTorch's unpickler and MergeKit's have errors of their own
+            raise CheckpointError(
+                f"tensor {self.tensor} of model {self.model}",
+                f"it cannot be read ({describe(error)})",
+                "Download or export this checkpoint again",
+            ) from error
+        return None if x is None else x.detach()
+
+
+class LoadFinite(LoadStored):
+    """The same, refusing NaN and infinity. Equal loads are one task: nothing is read twice.
 
     Attributes:
         label: when to schedule it, instead of by the tensor's name.
@@ -28,7 +49,7 @@ class LoadFinite(LoadTensor):
 
     def execute(self) -> Optional[torch.Tensor]:
         with readable_errors():
-            x = self._read()
+            x = super().execute()
             if x is not None and not _is_finite(x):
                 raise ValueInTensorError(
                     f"tensor {self.tensor} of model {self.model}",
@@ -36,24 +57,6 @@ class LoadFinite(LoadTensor):
                     "Download or export this checkpoint again; a merge would spread the bad value",
                 )
         return x
-
-    def _read(self) -> Optional[torch.Tensor]:
-        """The tensor without the gradient's bookkeeping that a pickled parameter brings along.
-
-        Raises:
-            CheckpointError: if the file does not give it.
-        """
-        try:
-            x = super().execute()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # safetensors, PyTorch's unpickler and MergeKit's have errors of their own
-            raise CheckpointError(
-                f"tensor {self.tensor} of model {self.model}",
-                f"it cannot be read ({describe(error)})",
-                "Download or export this checkpoint again",
-            ) from error
-        return None if x is None else x.detach()
 
 
 def _is_finite(x: torch.Tensor) -> bool:

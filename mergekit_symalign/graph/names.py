@@ -96,11 +96,10 @@ def _without_weights(config: Any, model: str) -> PreTrainedModel:
     Raises:
         CheckpointError: if transformers cannot build it.
     """
-    config = copy.deepcopy(config)
-    model_type: Any = getattr(transformers, config.architectures[0])
     try:
+        model_type: Any = getattr(transformers, config.architectures[0])
         with torch.device("meta"), no_init_weights():
-            built: PreTrainedModel = model_type._from_config(config)
+            built: PreTrainedModel = model_type._from_config(copy.deepcopy(config))
     except Exception as error:  # whatever a value of the config leads it to
         raise CheckpointError(
             f"model {model}", f"transformers cannot build it from its config ({error})", "Check its config.json"

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from mergekit.common import ModelPath, ModelReference
+from mergekit.common import (
+    ModelPath,
+    ModelReference,
+    get_torch_accelerator_count,
+    get_torch_accelerator_type,
+)
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
@@ -32,9 +38,10 @@ def opening(name: str) -> Iterator[None]:
     except SymalignError:
         raise
     except Exception as error:  # they raise whatever a config or a file leads them to
+        file = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         raise ModelError(
             f"model {name}",
-            f"it cannot be opened ({describe(error)})",
+            f"it cannot be opened ({file}{describe(error)})",
             "Name a directory with config.json and weights, or a model of the Hugging Face hub",
         ) from error
 
@@ -48,8 +55,12 @@ def require_openable(models: Iterable[ModelReference], options: MergeOptions) ->
         ConfigError: if an option is missing or wrong.
     """
     require_device(options.device)
+    if options.multi_gpu:
+        _require_accelerator()
     cache, models = LoaderCache(), list(dict.fromkeys(models))
     cache.setup(options)
+    for model in models:
+        require_config(model, trust_remote_code=options.trust_remote_code)
     for model in models:
         _require_readable(model)
         cache.loaders.pop(model, None)  # the files may have changed since this process opened them
@@ -87,36 +98,67 @@ def require_device(device: str | None) -> None:
         ) from error
 
 
-def _require_readable(model: ModelReference) -> None:
-    """Everything that can be known of a model's files before MergeKit opens them."""
-    folder = _folder(model.model)
+def _require_accelerator() -> None:
+    try:
+        there = get_torch_accelerator_count(get_torch_accelerator_type()) > 0
+    except Exception:  # MergeKit asks for the type of what is not there
+        there = False
+    if not there:
+        raise ConfigError("--multi-gpu", "this machine has no accelerator that torch can use", "Leave it out")
+
+
+def require_config(model: ModelReference, *, trust_remote_code: bool) -> Any:
+    """The model's config, whether its weights can be read or not.
+
+    Raises:
+        ModelError: if there is no such model, or its config is not one that transformers reads.
+        CheckpointError: if config.json is damaged.
+    """
+    here = Path(model.model.path)
+    if here.exists():
+        _check_config(require_directory(here))
+    with opening(str(model)) if here.exists() else _from_the_hub(model.model):
+        return model.config(trust_remote_code=trust_remote_code)
+
+
+def _check_config(folder: Path) -> None:
     if (folder / "config.json").exists():
         read_json(folder / "config.json", strictly=False)
     elif (folder / ADAPTER).exists():
         raise _only_an_adapter(folder)
     else:
         read_headers(folder)  # says what a directory without anything of a model holds instead
-        raise ModelError(f"model {model}", f"{folder} has no config.json", "Download the model again, or name another")
-    with opening(str(model)):
-        model.config(trust_remote_code=LoaderCache().trust_remote_code)
+        raise ModelError(f"model {folder}", "it has no config.json", "Download the model again, or name another")
+
+
+def _require_readable(model: ModelReference) -> None:
+    """Everything that can be known of a model's files before MergeKit opens them."""
+    require_config(model, trust_remote_code=LoaderCache().trust_remote_code)
+    if model.lora is not None:
+        _require_adapter(model, model.lora)
+    folder = _folder(model.model)
     read_headers(folder)
     if LoaderCache().lazy_unpickle:
         for path in filter(is_pickle, shards_of(folder)):
             require_lazily_readable(path)
-    if model.lora is not None:
-        _require_adapter(model, model.lora)
 
 
 def _folder(path: ModelPath) -> Path:
     """Where a model's files are on this machine; those of the hub are downloaded."""
     if Path(path.path).exists():
         return require_directory(Path(path.path))
-    try:
+    with _from_the_hub(path):
         return Path(ModelReference(model=path).local_path(cache_dir=LoaderCache().hf_cache_dir))
+
+
+@contextmanager
+def _from_the_hub(path: ModelPath) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # huggingface_hub has errors of its own, and so have those that it calls
         raise ModelError(
             f"model {path}",
-            f"it cannot be opened: there is no such directory, and the Hugging Face hub does not give it "
+            "it cannot be opened: there is no such directory, and the Hugging Face hub does not give it "
             f"({describe(error)})",
             "Correct the name, or download the model first: hf download",
         ) from error
