@@ -218,7 +218,8 @@ def _know_other_names(planner: Any, plan: Any) -> None:
 
     def known(info: Any, model: Any) -> Any:
         names = (*(info.aliases or ()), *plan.other_names(info, model))
-        return info.model_copy(update={"aliases": sequence(names) if names else None})
+        tied = (*(info.tied_names or ()), *plan.tied_names(info, model))
+        return info.model_copy(update={"aliases": sequence(names) if names else None, "tied_names": tied or None})
 
     @functools.wraps(original)
     def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:

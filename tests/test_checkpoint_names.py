@@ -138,6 +138,29 @@ def test_barrier_and_activations_of_gpt2_as_on_the_hub(tmp_path: Path) -> None:
     assert all(x.equal(out[name]) for name, x in expected.items())
 
 
+@pytest.mark.parametrize("family", ["llama-tied", "cohere", "modernbert", "deberta-v3"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_tied_tensor_that_only_one_model_stores(tmp_path: Path, family: str, which: int) -> None:
+    """PyTorch's own files always have both. The other model's share is the tensor that its own is tied to."""
+    models = [make_model(family, i) for i in range(2)]
+    paths = [save(model, tmp_path / str(i)) for i, model in enumerate(models)]
+    tied = {str(source): str(target) for target, source in models[0].all_tied_weights_keys.items()}
+    twice = list(paths)
+
+    def copies(state: State) -> State:
+        return state | {tied[name]: x.clone() for name, x in state.items() if name in tied}
+
+    twice[which] = edited(paths[which], tmp_path / "twice", copies)
+    assert load(twice[which]).keys() > load(paths[which]).keys()
+    states = [
+        merged(merge_config("aligned_linear", a, [a, b], parameters={"weight": 0.5}), tmp_path / f"out-{i}")
+        for i, (a, b) in enumerate((paths, twice))
+    ]
+    loaded = [type(models[0]).from_pretrained(tmp_path / f"out-{i}", dtype=torch.float64).eval() for i in range(2)]
+    assert all(x.equal(states[1][name]) for name, x in states[0].items())
+    assert relative_deviation(*map(logits, loaded)) < 1e-9
+
+
 def test_a_tied_tensor_with_other_numbers_is_not_lost(tmp_path: Path) -> None:
     """transformers does not tie it then, and the model computes with it."""
     paths = [save(make_model("roberta", i), tmp_path / str(i)) for i in range(2)]

@@ -60,6 +60,11 @@ def _renamed(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
 
 
+def _broken_link(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "blobs" / "gone")
+
+
 def _index_alone(text: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
@@ -85,6 +90,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "no config": (_without("config.json"), ("config.json",)),
     "no weights": (_without("model.safetensors"), ("it has no weights", "model.safetensors")),
     "other weights": (_renamed, ("consolidated.safetensors", "MergeKit does not read")),
+    "broken link": (_broken_link, ("model.safetensors is a link to a file that is not there",)),
     "config cut short": (_text("config.json", '{"model_type": "lla'), ("config.json", "cannot be read as JSON")),
     "config is a list": (_text("config.json", "[]"), ("config.json", "no JSON object")),
     "unknown model type": (_text("config.json", '{"model_type": "nonsense"}'), ("cannot be opened", "nonsense")),
@@ -97,11 +103,15 @@ def test_a_directory_that_is_no_model(sound: Path, tmp_path: Path, case: str) ->
     change, expected = BROKEN[case]
     other = copied(sound, tmp_path / "other")
     change(other)
-    before = {file: file.read_bytes() for file in other.iterdir()}
+    before = _contents(other)
     for who, output in refusals(sound, other, tmp_path).items():
         for part in (str(other), *expected):
             assert part in output, (who, output)
-    assert {file: file.read_bytes() for file in other.iterdir()} == before
+    assert _contents(other) == before
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() if file.exists() else b"" for file in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing-here", "./nowhere", "/no/such/directory"])

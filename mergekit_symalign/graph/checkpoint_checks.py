@@ -72,6 +72,12 @@ class Checkpoint:
         known = (info.name, *(info.aliases or ()))
         return () if any(name in self.headers for name in known) else tuple(self._others(info)[:1])
 
+    def tied_names(self, info: WeightInfo) -> tuple[str, ...]:
+        """Where an optional tensor is not stored because it is tied to another: the stored names of that one."""
+        if not info.optional or self.stored_name(info) is not None:
+            return ()
+        return tuple(self._stored_with(info.name))
+
     def pieces(self, name: str) -> list[str]:
         """The stored tensors that a planned one is joined from, where it is not stored in one piece."""
         return self._stored_at(name, piece=True)
@@ -83,11 +89,13 @@ class Checkpoint:
 
     def _others(self, info: WeightInfo) -> list[str]:
         found = self._stored_at(info.name, piece=False)
-        if found or info.optional:  # an optional tensor is optional because it is tied to one that is there
-            return found
-        place = self.names.place(info.name)
+        return found if found or info.optional else self._stored_with(info.name)
+
+    def _stored_with(self, name: str) -> list[str]:
+        """The stored tensors that transformers ties to this one."""
+        place = self.names.place(name)
         tied = sorted(self.names.tied(place.name)) if place is not None else []
-        return [name for other in tied for name in self._stored_at(other, piece=False)]
+        return [stored for other in tied for stored in self._stored_at(other, piece=False)]
 
     def _stored_at(self, name: str, *, piece: bool) -> list[str]:
         place = self.names.place(name)

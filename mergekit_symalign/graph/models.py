@@ -50,6 +50,14 @@ class Models:
         """
         return self._opened(model).other_names(info)
 
+    def tied_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
+        """The stored names of the tensor that an absent one is tied to in this model.
+
+        Raises:
+            ArchitectureError, CheckpointError: as `other_names`.
+        """
+        return self._opened(model).tied_names(info)
+
     def is_superfluous(self, task: ExecuteMergeMethodTask) -> bool:
         """Whether MergeKit's architecture file asks for a tensor that models of this config do not have.
 

@@ -85,6 +85,10 @@ class AlignedPlan:
         """The name under which this model's checkpoint has a tensor, if it is not the tensor's own."""
         return self._models.other_names(info, model)
 
+    def tied_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
+        """The stored names of the tensor that an absent one is tied to in this model."""
+        return self._models.tied_names(info, model)
+
     def rewrite(self, planned: list[Planned]) -> list[tuple[WeightInfo, Task]]:
         """Check everything that headers can tell, then give every block's tensors to their aligned tasks."""
         self._models.open(m for _, task in planned for m in gather_of(task).weight_info)

@@ -85,8 +85,11 @@ def _is_inside(shard: str) -> bool:
 
 
 def _without_weights(folder: Path) -> ModelError:
-    names = sorted(path.name for path in folder.iterdir())
-    reason, remedy = _what_is_there(names)
+    files = sorted(folder.iterdir())
+    if broken := [path.name for path in files if not path.exists()]:
+        reason, remedy = f"{_some(broken)} is a link to a file that is not there", "Download the model again"
+    else:
+        reason, remedy = _what_is_there([path.name for path in files])
     return ModelError(f"model {folder}", reason, remedy)
 
 
