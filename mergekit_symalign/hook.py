@@ -245,7 +245,8 @@ def _hook_card(merge: Any) -> None:
 
         from mergekit_symalign.methods import AlignedMethod
 
-        aligned = isinstance(get(merge_config.merge_method), AlignedMethod)
+        name = merge_config.merge_method
+        aligned = _is_ours(name) and isinstance(get(name), AlignedMethod)
         if aligned:
             _require_openable(merge_config, options)
         result = original(merge_config, out_path, options, *args, **kwargs)
@@ -256,6 +257,10 @@ def _hook_card(merge: Any) -> None:
         return result
 
     merge.run_merge = run_merge
+
+
+def _is_ours(name: str) -> bool:
+    return name == ROTATION_MATCH or name.startswith(PREFIX)
 
 
 def _require_openable(merge_config: Any, options: Any) -> None:
@@ -296,7 +301,7 @@ def _refuse(problem: str) -> None:
     def get(name: str, *args: Any, **kwargs: Any) -> Any:
         from mergekit_symalign.graph.report import readable_errors
 
-        if name != ROTATION_MATCH and not name.startswith(PREFIX):
+        if not _is_ours(name):
             return original(name, *args, **kwargs)
         with readable_errors():
             raise HostError(

@@ -71,7 +71,8 @@ def run_apply(
         executor = Executor(_tasks(checkpoint, file, folder, options, invert, dtype), math_device=device)
         for _ in executor.run(quiet=options.quiet, desc="Applying"):
             pass
-        _copy_the_rest(Path(LoaderCache().get(model).index.base_path), folder)
+        for source in _sources(model, options):
+            _copy_the_rest(source, folder)
         if out.exists():
             out.rmdir()
         folder.rename(out)
@@ -147,6 +148,12 @@ def _dtype(header: Header | None, wanted: str | None) -> str | None:
     if header is None or header.dtype is None:
         return None
     return wanted or str(header.dtype).removeprefix("torch.")
+
+
+def _sources(model: ModelReference, options: MergeOptions) -> list[Path]:
+    """The directories that a model's other files are in; an adapter's merge has its config and no tokenizer."""
+    base = [] if model.lora is None else [Path(model.local_path(options.transformers_cache, ignore_lora=True))]
+    return [*base, Path(LoaderCache().get(model).index.base_path)]
 
 
 def _copy_the_rest(source: Path, folder: Path) -> None:
