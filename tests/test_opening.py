@@ -178,6 +178,17 @@ def test_an_adapter_that_is_damaged(sound: Path, adapter: Path, tmp_path: Path) 
     assert not (tmp_path / "cache").exists()
 
 
+def test_an_adapter_that_does_not_fit_leaves_nothing_in_the_cache(sound: Path, adapter: Path, tmp_path: Path) -> None:
+    """MergeKit would take the empty directory that it leaves for the merged model the next time."""
+    other = save(make_model("llama", 1, num_hidden_layers=1, hidden_size=96), tmp_path / "wide")
+    for _ in range(2):
+        name = f"{other}+{adapter}"
+        output = merge_output(sound, name, tmp_path / "out", "--lora-merge-cache", str(tmp_path / "cache"))
+        assert name in output
+        assert "size mismatch" in output
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_an_adapter_whose_merge_was_broken_off(sound: Path, adapter: Path, tmp_path: Path) -> None:
     reference = ModelReference.parse(f"{sound}+{adapter}")
     assert reference.lora is not None

@@ -69,11 +69,11 @@ def parsed_object(text: bytes, *, strictly: bool = True) -> dict[str, Any]:
 
 
 def describe(error: Exception) -> str:
-    """The first line of an error's message, or its kind."""
+    """An error's message on one line: its first line, and the next where that one only announces it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")
 
 
 def shown(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ def _require_adapter(model: ModelReference, adapter: ModelPath) -> None:
 def _merge_adapter(model: ModelReference) -> None:
     """What MergeKit does when it opens the model, with a name for a merge of the adapter that was broken off."""
     cache = LoaderCache()
-    with opening(str(model)):
+    with _without_leftovers(Path(cache.lora_cache_dir or "")), opening(str(model)):
         merged = model.merged(cache.lora_cache_dir, cache.trust_remote_code, cache.lora_merge_dtype)
     folder = Path(merged.model.path)
     try:
@@ -206,3 +206,16 @@ def _merge_adapter(model: ModelReference) -> None:
             f"the directory {folder}, where its adapter was merged before, is incomplete ({error.reason})",
             "Delete this directory, so that the adapter is merged again",
         ) from error
+
+
+@contextmanager
+def _without_leftovers(folder: Path) -> Iterator[None]:
+    """Take away the empty directory that MergeKit leaves on an error, and would take for a merged adapter next time."""
+    before = set(folder.glob("*"))
+    try:
+        yield
+    except SymalignError:
+        for left in set(folder.glob("*")) - before:
+            with suppress(OSError):  # it is not empty
+                left.rmdir()
+        raise

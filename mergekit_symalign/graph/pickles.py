@@ -73,5 +73,6 @@ def _loaded(path: Path) -> Any:
                 f"it holds an object of {foreign[1]} beside its tensors, and reading such a file can run foreign code",
                 _CONVERT,
             ) from error
-        detail = str(error).partition("WeightsUnpickler error: ")[2] or describe(error)
-        raise damaged(path, f"it cannot be read as a PyTorch file ({detail.splitlines()[0].rstrip('.: ')})") from error
+        detail = str(error).partition("WeightsUnpickler error: ")[2].splitlines() or [describe(error)]
+        reason = detail[0].partition(". ")[0].rstrip(".: ")
+        raise damaged(path, f"it cannot be read as a PyTorch file ({reason})") from error
