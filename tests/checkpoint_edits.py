@@ -62,6 +62,14 @@ def command_output(*args: object, code: tuple[int, ...] = (1, 2)) -> str:
     return result.output
 
 
+def brief_refusals(anchor: Path, model: object, folder: Path) -> dict[str, str]:
+    """What a merge and a command say, which open models by the same code as all others do."""
+    return {
+        "merge": merge_output(anchor, model, folder / "out"),
+        "verify": command_output("verify", anchor, model, "--random"),
+    }
+
+
 def refusals(anchor: Path, model: object, folder: Path, *options: str) -> dict[str, str]:
     """What a merge and each command say about a model that cannot be read."""
     alignment = folder / "a.safetensors"

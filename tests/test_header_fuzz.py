@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_edits import copied, refusals
+from checkpoint_edits import brief_refusals, copied
 from fuzz.headers import sweep
 from models import make_model, save
 
@@ -21,11 +21,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_mutated_headers() -> None:
-    found = sweep(400, seed=18)
-    assert found["tried"] == 400
+    found = sweep(300, seed=18)
+    assert found["tried"] == 300
     assert found["other"] == 0
     assert found["refused"] > 200
-    assert found["exact"] > 40
+    assert found["exact"] > 30
 
 
 def _entries(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -63,7 +63,7 @@ HEADERS: dict[str, Callable[[Path], None]] = {
 def test_a_damaged_file_is_named_by_merges_and_commands(sound: Path, tmp_path: Path, case: str) -> None:
     other = copied(sound, tmp_path / "other")
     HEADERS[case](other / MAIN)
-    for who, output in refusals(sound, other, tmp_path).items():
+    for who, output in brief_refusals(sound, other, tmp_path).items():
         assert str(other / MAIN) in output, (who, output)
         assert "Download the file again" in output, (who, output)
 
@@ -88,7 +88,7 @@ def test_a_wrong_index_is_named_by_merges_and_commands(sound: Path, tmp_path: Pa
     content, expected = INDEXES[case]
     other = copied(sound, tmp_path / "other")
     (other / INDEX).write_text(json.dumps(content))
-    for who, output in refusals(sound, other, tmp_path).items():
+    for who, output in brief_refusals(sound, other, tmp_path).items():
         assert str(other) in output, (who, output)
         assert expected in output, (who, output)
 
@@ -99,5 +99,5 @@ def test_a_wrong_index_is_named_by_merges_and_commands(sound: Path, tmp_path: Pa
 def test_an_index_that_is_no_json(sound: Path, tmp_path: Path, text: str) -> None:
     other = copied(sound, tmp_path / "other")
     (other / INDEX).write_bytes(text.encode("latin-1"))
-    for who, output in refusals(sound, other, tmp_path).items():
+    for who, output in brief_refusals(sound, other, tmp_path).items():
         assert str(other / INDEX) in output, (who, output)

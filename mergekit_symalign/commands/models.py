@@ -9,13 +9,14 @@ import torch
 from mergekit.architecture import WeightInfo
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergekit_symalign.activations.runner import LayerRunner
 from mergekit_symalign.commands.common import parsed
 from mergekit_symalign.errors import CheckpointError, GeometryError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.leftovers import are_equal
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.opening import require_config, require_openable
 
@@ -52,6 +53,7 @@ class StoredModel:
         require_openable([reference], options)
         checkpoint = Checkpoint.open(reference, config, layout)
         model = StoredModel(checkpoint, LayerRunner(config, layout), options.device or "cpu")
+        model._untie()
         model._check()
         return model
 
@@ -106,6 +108,17 @@ class StoredModel:
                 names.setdefault(id(parameter), []).append(name)
         return list(names.values())
 
+    def _untie(self) -> None:
+        """As transformers does: what is stored twice with different numbers is not tied, whatever the config says."""
+        for names in self._outside_names():
+            infos = {name: WeightInfo(name=name, optional=True) for name in names}
+            found = [
+                (name, stored) for name in names if (stored := self.checkpoint.stored_name(infos[name])) is not None
+            ]
+            for name, stored in found[1:]:
+                if not are_equal(self.checkpoint, found[0][1], stored):
+                    _untie(self.runner.model, name)
+
     def _check(self) -> None:
         """Every parameter of the model is there, in a floating-point type and the right shape."""
         inside = [[name] for i in range(self.layers) for name in self._inside(i)]
@@ -131,6 +144,13 @@ class StoredModel:
                 f"its shape is {header.shape}; the model's config asks for {expected}",
                 "Check that config.json belongs to these weights",
             )
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    """Give a parameter a place of its own."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(module, last, nn.Parameter(torch.empty_like(getattr(module, last)), requires_grad=False))
 
 
 def require_comparable(a: StoredModel, b: StoredModel) -> None:

@@ -71,10 +71,11 @@ def _is_copy(checkpoint: Checkpoint, name: str, place: str, read: set[str]) -> b
     """Whether the merge reads the same numbers under another name: an older one, or the tensor it is tied to."""
     group = checkpoint.names.tied(place)
     twins = (twin for twin, at in checkpoint.names.places(read).items() if at.name in group and not at.piece)
-    return any(_are_equal(checkpoint, name, twin) for twin in twins)
+    return any(are_equal(checkpoint, name, twin) for twin in twins)
 
 
-def _are_equal(checkpoint: Checkpoint, name: str, other: str) -> bool:
+def are_equal(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    """Whether two stored tensors hold the same numbers."""
     if checkpoint.headers[name] != checkpoint.headers[other]:
         return False
     with opening(str(checkpoint.model)):
