@@ -35,8 +35,9 @@ def sweep(count: int, seed: int) -> dict[str, int]:
     r"""Mutate sound checkpoints.
 
     Returns:
-        How many were ``tried``, ``refused`` by name, read ``exact``\ly as safetensors reads them, or ended in ``other``
-        ways (an error that is not ours, a header that safetensors does not read so, memory beyond the files' size).
+        How many were ``tried``; how many of them were ``refused`` by name, or read as safetensors reads them (``exact``);
+        and how many ended in ``other`` ways: an error that is not ours, a header that safetensors does not read so, more
+        memory than the files' size justifies.
     """
     found = Counter(tried=0, refused=0, exact=0, other=0)
     for i in range(count):
