@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mergekit_symalign.errors import CheckpointError, ModelError
+from mergekit_symalign.fingerprint import fingerprint
 from mergekit_symalign.graph.headers import read_headers
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -32,12 +34,12 @@ Mutation = Callable[[random.Random, Path], None]
 
 
 def sweep(count: int, seed: int) -> dict[str, int]:
-    r"""Mutate sound checkpoints.
+    """Mutate sound checkpoints.
 
     Returns:
-        How many were ``tried``; how many of them were ``refused`` by name, or read as safetensors reads them (``exact``);
-        and how many ended in ``other`` ways: an error that is not ours, a header that safetensors does not read so, more
-        memory than the files' size justifies.
+        How many were ``tried``; how many of them were ``refused`` by name, or read as safetensors reads them
+        (``exact``); and how many ended in ``other`` ways: an error that is not ours, a header that safetensors or
+        MergeKit does not read so, more memory than the files' size justifies.
     """
     found = Counter(tried=0, refused=0, exact=0, other=0)
     for i in range(count):
@@ -59,16 +61,19 @@ def _outcome(rng: random.Random, folder: Path) -> str:
 def _read(folder: Path) -> str:
     try:
         headers = read_headers(folder)
+        index = ShardedTensorIndex.from_disk(str(folder))  # MergeKit opens whatever we let pass
+        fingerprint(index)
     except (CheckpointError, ModelError) as error:
         return "refused" if str(folder) in str(error) and error.remedy else "other"
     except Exception:  # what a fuzzer is for
         return "other"
     mine = {name: (header.stored, list(header.shape)) for name, header in headers.listed.items()}
-    return "exact" if mine == _as_safetensors_reads(folder) else "other"
+    same = mine == _as_safetensors_reads(folder) and mine.keys() == index.tensor_paths.keys()
+    return "exact" if same else "other"
 
 
 def _as_safetensors_reads(folder: Path) -> dict[str, tuple[str, list[int]]] | None:
-    """Type and shape of every tensor, each of them read; None where safetensors refuses."""
+    """Type and shape of every tensor; None where safetensors refuses."""
     index, found = folder / INDEX, {}
     files = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.exists() else {SINGLE}
     listed = json.loads(index.read_text("utf-8"))["weight_map"] if index.exists() else None
