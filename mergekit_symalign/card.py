@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergekit_symalign.graph.leftovers import shortened
 from mergekit_symalign.graph.merge_report import REPORT
 from mergekit_symalign.methods import ROTATION_PAPER, ROTATION_TITLE, TASK_VECTORS_PAPER, TASK_VECTORS_TITLE
 
@@ -68,6 +69,8 @@ def section(report: Mapping[str, Any]) -> str:
         f"References: [{TASK_VECTORS_TITLE}]({TASK_VECTORS_PAPER}); [{ROTATION_TITLE}]({ROTATION_PAPER}).",
         "",
     ]
+    for model, names in report.get("unused_tensors", {}).items():
+        lines += [f"Not merged, because the architecture has no place for them: {shortened(names)} of {model}.", ""]
     for model, entry in report["models"].items():
         lines += [
             f"**{model}**: {verdict(entry['totals'])}. {_moved(entry['totals'])}",

@@ -10,12 +10,12 @@ import click
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from mergekit_symalign.commands.outcome import bars
 from mergekit_symalign.graph.fresh import forget_architectures
+from mergekit_symalign.graph.opening import require_openable
 from mergekit_symalign.methods import ALIGNMENT_PARAMETERS
 
 Kind = TypeVar("Kind", bound=Task)
@@ -48,7 +48,7 @@ def alignment_config(anchor: str, model: str, parameters: Mapping[str, Any], **r
 
 def planned_task(config: MergeConfiguration, options: MergeOptions, kind: type[Kind]) -> Kind:
     """The task of this kind in the plan of a merge, which writes nothing by itself."""
-    LoaderCache().setup(options=options)
+    require_openable(config.referenced_models(), options)
     forget_architectures()
     arch = get_architecture_info(config, options)
     assert config.base_model is not None

@@ -10,12 +10,12 @@ import click
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Executor, Task
-from mergekit.io.tasks import FinalizeModel, LoaderCache, LoadTensor, SaveTensor, TensorWriterTask
+from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor, TensorWriterTask
 from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.alignment_file import AlignmentFile, block_name
 from mergekit_symalign.alignments.fit import require_fits
-from mergekit_symalign.commands.common import require_one_family
+from mergekit_symalign.commands.common import parsed, require_one_family
 from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.errors import CheckpointError, ConfigError
 from mergekit_symalign.families.resolve import resolve
@@ -24,7 +24,7 @@ from mergekit_symalign.graph.alignments import ReadBlock, has_halves, sizes_of
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.headers import Header
-from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.graph.load import LoadFinite, LoadStored
 from mergekit_symalign.whole_file import require_writable_folder
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -45,7 +45,7 @@ def apply(alignment: Path, model: str, out: Path, invert: bool, dtype: str | Non
     """
     merge_options.apply_global_options()
     require_one_family((model,), merge_options)
-    run_apply(alignment, ModelReference.parse(model), out, merge_options, invert=invert, dtype=dtype)
+    run_apply(alignment, parsed(model), out, merge_options, invert=invert, dtype=dtype)
     click.echo(f"wrote {out}")
 
 
@@ -77,9 +77,8 @@ def run_apply(
         executor = Executor(_tasks(checkpoint, file, folder, options, invert, dtype), math_device=device)
         for _ in executor.run(quiet=not bars(options.quiet), desc="Applying"):
             pass
-        _copy_the_rest(Path(LoaderCache().get(model).index.base_path), folder)
-        if model.lora is not None:  # MergeKit merges the adapter into a model without tokenizer
-            _copy_the_rest(Path(model.local_path(options.transformers_cache, ignore_lora=True)), folder)
+        for source in _sources(model, options):
+            _copy_the_rest(source, folder)
         if out.exists():
             out.rmdir()
         folder.rename(out)
@@ -87,7 +86,7 @@ def run_apply(
 
 def _checked(file: AlignmentFile, model: ModelReference, options: MergeOptions, *, invert: bool) -> Checkpoint:
     config = model.config(trust_remote_code=options.trust_remote_code)
-    checkpoint = Checkpoint.open(model, config.model_type, resolve(config, model=str(model)))
+    checkpoint = Checkpoint.open(model, config, resolve(config, model=str(model)))
     file.require_family(checkpoint.layout.family.name, sizes_of(checkpoint), str(model))
     if not invert:
         file.require_model(str(model), fingerprint(LoaderCache().get(model).index))
@@ -113,11 +112,11 @@ def _tasks(
         max_write_threads=options.write_threads,
     )
     moved = _moved(checkpoint, file, invert)
-    used = {piece for name in moved for piece in (name, *checkpoint.pieces(name))}
-    rest = {name: LoadTensor(model=checkpoint.model, tensor=name) for name in checkpoint.headers if name not in used}
+    used = {stored for name in moved for stored in checkpoint.read_for(_info(name))}
+    rest = {name: LoadStored(model=checkpoint.model, tensor=name) for name in checkpoint.headers if name not in used}
     saves = tuple(
         SaveTensor(
-            tensor_name=name,
+            tensor_name=checkpoint.stored_name(_info(name)) or name,  # pieces are written joined
             tensor_task=task,
             writer_task=writer,
             clone=options.clone_tensors,
@@ -129,7 +128,7 @@ def _tasks(
 
 
 def _moved(checkpoint: Checkpoint, file: AlignmentFile, invert: bool) -> dict[str, Task]:
-    """The tensors of every block of the file, under the names of the family, as the alignment leaves them."""
+    """The tensors of every block of the file, by their names in the family, as the alignment leaves them."""
     layout, tasks = checkpoint.layout, {}
     for layer in range(layout.layers):
         for part, spec in layout.inside.items():
@@ -137,7 +136,8 @@ def _moved(checkpoint: Checkpoint, file: AlignmentFile, invert: bool) -> dict[st
             if spec.block is None or checkpoint.stored(_info(name)) is None:
                 continue
             block, label = block_name(layer, spec.block.value), layout.name(layer, "")
-            load = LoadFinite(model=checkpoint.model, tensor=name, aliases=checkpoint.aliases(name))
+            aliases = checkpoint.other_names(_info(name)) or None
+            load = LoadFinite(model=checkpoint.model, tensor=name, aliases=aliases)
             solution = ReadBlock(path=str(file.path), sha256=file.sha256, block=block, label=label, inverse=invert)
             tasks[name] = ApplyBlock(load=load, axes=layout.axes(spec), solution=solution)
     return tasks
@@ -152,6 +152,12 @@ def _dtype(header: Header | None, wanted: str | None) -> str | None:
     if header is None or header.dtype is None:
         return None
     return wanted or str(header.dtype).removeprefix("torch.")
+
+
+def _sources(model: ModelReference, options: MergeOptions) -> list[Path]:
+    """The directories that a model's other files are in; an adapter's merge has its config and no tokenizer."""
+    base = [] if model.lora is None else [Path(model.local_path(options.transformers_cache, ignore_lora=True))]
+    return [*base, Path(LoaderCache().get(model).index.base_path)]
 
 
 def _copy_the_rest(source: Path, folder: Path) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from mergekit.common import ModelReference
@@ -11,28 +10,11 @@ from mergekit.options import MergeOptions
 from tqdm import tqdm
 
 from mergekit_symalign.commands.outcome import bars
-from mergekit_symalign.errors import GeometryError, ModelError
+from mergekit_symalign.errors import GeometryError
 from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.graph.opening import opening, require_config, require_openable
 
 Item = TypeVar("Item")
-
-
-@contextmanager
-def opening(name: str) -> Iterator[None]:
-    """What transformers, huggingface_hub and MergeKit's loader raise for a model that is not there, as our error.
-
-    Raises:
-        ModelError: in place of theirs.
-    """
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ModelError(
-            f"model {name}",
-            f"it cannot be opened ({reason})",
-            "Name a directory with config.json and weights, or a model of the Hugging Face hub",
-        ) from error
 
 
 def progress(items: Iterable[Item], what: str, *, quiet: bool, total: int | None = None) -> Iterable[Item]:
@@ -42,16 +24,18 @@ def progress(items: Iterable[Item], what: str, *, quiet: bool, total: int | None
 
 
 def require_one_family(names: Sequence[str], options: MergeOptions) -> None:
-    """What MergeKit would say with a traceback: every model is there, and they are of one family.
+    """What MergeKit would say with a traceback: every model can be read, and they are of one family.
 
     Raises:
         ModelError: if a model cannot be found.
+        CheckpointError: if its files are damaged.
+        ConfigError: if an option is missing or wrong.
         ArchitectureError, GeometryError: if no family describes it, or they are of two.
     """
+    models = {name: parsed(name) for name in names}
     families = {}
-    for name in names:
-        with opening(name):
-            config = ModelReference.parse(name).config(trust_remote_code=options.trust_remote_code)
+    for name, reference in models.items():
+        config = require_config(reference, trust_remote_code=options.trust_remote_code)
         families[name] = resolve(config, model=name).family.name
     anchor, model = names[0], names[-1]
     if families[anchor] != families[model]:
@@ -60,3 +44,14 @@ def require_one_family(names: Sequence[str], options: MergeOptions) -> None:
             f"it is of family {families[model]}, the anchor {anchor} of {families[anchor]}",
             "Compare models of one architecture",
         )
+    require_openable(models.values(), options)
+
+
+def parsed(name: str) -> ModelReference:
+    """A model as merges name it: ``model``, ``model@revision``, ``model+adapter``.
+
+    Raises:
+        ModelError: if the name has another form.
+    """
+    with opening(name):
+        return ModelReference.parse(name)

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergekit_symalign.activations.runner import LayerRunner
-from mergekit_symalign.commands.common import opening
+from mergekit_symalign.commands.common import parsed
 from mergekit_symalign.errors import CheckpointError, GeometryError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.leftovers import are_equal
 from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.graph.opening import require_config, require_openable
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,22 @@ class StoredModel:
     @staticmethod
     def open(name: str, options: MergeOptions) -> StoredModel:
         """
+        Args:
+            name: as a merge takes it: ``model``, ``model@revision``, ``model+adapter``.
+            options: of MergeKit.
+
         Raises:
             ModelError: if there is no such model.
+            ConfigError: if an option is missing or wrong.
             ArchitectureError, CheckpointError: if it cannot be run, or a tensor is missing, quantised or misshapen.
         """
-        reference = ModelReference.parse(name)
-        with opening(name):
-            config = reference.config(trust_remote_code=options.trust_remote_code)
-            layout = resolve(config, model=name)
-            checkpoint = Checkpoint.open(reference, config.model_type, layout)
+        reference = parsed(name)
+        config = require_config(reference, trust_remote_code=options.trust_remote_code)
+        layout = resolve(config, model=name)
+        require_openable([reference], options)
+        checkpoint = Checkpoint.open(reference, config, layout)
         model = StoredModel(checkpoint, LayerRunner(config, layout), options.device or "cpu")
+        model._untie()
         model._check()
         return model
 
@@ -79,7 +86,10 @@ class StoredModel:
     def _load(self, names: Iterable[str]) -> dict[str, Tensor]:
         loads = (
             LoadFinite(
-                model=self.checkpoint.model, tensor=name, device=self.device, aliases=self.checkpoint.aliases(name)
+                model=self.checkpoint.model,
+                tensor=name,
+                device=self.device,
+                aliases=self.checkpoint.other_names(WeightInfo(name=name)) or None,
             )
             for name in names
         )
@@ -87,8 +97,7 @@ class StoredModel:
         return {name: x.float() for name, x in found.items() if x is not None}
 
     def _stored(self, name: str) -> bool:
-        aliases = self.checkpoint.aliases(name)
-        return self.checkpoint.stored(WeightInfo(name=name, aliases=aliases)) is not None
+        return self.checkpoint.stored(WeightInfo(name=name)) is not None
 
     def _outside_names(self) -> list[list[str]]:
         """The names of each parameter outside the layers; several where it is tied, and the first one counts."""
@@ -98,6 +107,17 @@ class StoredModel:
             if not name.startswith(prefix):
                 names.setdefault(id(parameter), []).append(name)
         return list(names.values())
+
+    def _untie(self) -> None:
+        """As transformers does: what is stored twice with different numbers is not tied, whatever the config says."""
+        for names in self._outside_names():
+            infos = {name: WeightInfo(name=name, optional=True) for name in names}
+            found = [
+                (name, stored) for name in names if (stored := self.checkpoint.stored_name(infos[name])) is not None
+            ]
+            for name, stored in found[1:]:
+                if not are_equal(self.checkpoint, found[0][1], stored):
+                    _untie(self.runner.model, name)
 
     def _check(self) -> None:
         """Every parameter of the model is there, in a floating-point type and the right shape."""
@@ -113,7 +133,7 @@ class StoredModel:
                 self._check_stored(name)
 
     def _check_stored(self, name: str) -> None:
-        header = self.checkpoint.stored(WeightInfo(name=name, aliases=self.checkpoint.aliases(name)))
+        header = self.checkpoint.stored(WeightInfo(name=name))
         expected = tuple(self.runner.model.get_parameter(name).shape)
         where = f"tensor {name} of model {self.name}"
         if header is None or header.dtype is None:
@@ -124,6 +144,13 @@ class StoredModel:
                 f"its shape is {header.shape}; the model's config asks for {expected}",
                 "Check that config.json belongs to these weights",
             )
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    """Give a parameter a place of its own."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(module, last, nn.Parameter(torch.empty_like(getattr(module, last)), requires_grad=False))
 
 
 def require_comparable(a: StoredModel, b: StoredModel) -> None:

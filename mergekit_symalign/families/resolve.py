@@ -117,6 +117,11 @@ class ModelLayout:
             return Claim(int(match[1]), match[2], self.inside[match[2]])
         return None
 
+    def layer_of(self, name: str) -> int | None:
+        """The layer that a tensor lies in by its name, whether the family knows the tensor or not."""
+        match = self._layer_name.fullmatch(name)
+        return int(match[1]) if match else None
+
     def is_buffer(self, name: str) -> bool:
         """Whether old checkpoints carry this beside the weights."""
         return any(fnmatchcase(name, pattern) for pattern in self.family.buffers)
@@ -129,23 +134,6 @@ class ModelLayout:
     def name(self, layer: int, part: str) -> str:
         """Full name of a tensor inside a layer."""
         return self._layer_prefix.format(layer=layer) + part
-
-    def stored_as(self, name: str) -> tuple[str, ...]:
-        """Other names (or patterns, for tensors stored in pieces) that checkpoints may have for a tensor."""
-        claim = self.claim(name)
-        if claim is None:
-            return ()
-        if claim.layer is None:
-            return claim.spec.stored_as
-        inside, whole = self.name(claim.layer, ""), self.family.prefix
-        return tuple(
-            whole + pattern.format(layer=claim.layer) if "{layer}" in pattern else inside + pattern
-            for pattern in claim.spec.stored_as
-        )
-
-    def other_names(self, name: str) -> tuple[str, ...]:
-        """Those names under which a checkpoint may have the tensor in one piece."""
-        return tuple(other for other in self.stored_as(name) if "*" not in other)
 
     def block(self, kind: BlockKind) -> dict[str, TensorSpec]:
         """The tensors of a block, by their name inside the layer."""

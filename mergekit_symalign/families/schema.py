@@ -96,7 +96,8 @@ class TensorSpec(_Data):
         when: config key; the tensor exists only where that is true.
         optional: the tensor may be absent (tied embeddings).
         stored_as: names that checkpoints may have instead (inside a layer: by the rest of the name, or in full with
-            ``{layer}``); with ``*``, for tensors that are stored in pieces and joined when they are loaded.
+            ``{layer}``); with ``*``, for tensors that are stored in pieces and joined when they are loaded. They tell a
+            tensor of a block by its name alone (`is_block_tensor`); loads find names as transformers does.
         offset: what is added to the stored numbers to get the weights (1 for gains stored as γ − 1).
         read_by: for a norm: the tensors of the same layer (or the model) that read its output.
         in_front: stored behind the layers, and yet needed to run the first of them.

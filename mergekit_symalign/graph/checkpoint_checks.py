@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
 
 import torch
 from mergekit.architecture import WeightInfo
@@ -13,8 +14,11 @@ from mergekit.common import ModelReference
 
 from mergekit_symalign.errors import CheckpointError
 from mergekit_symalign.families.resolve import Claim, ModelLayout
-from mergekit_symalign.graph.fresh import reopened
-from mergekit_symalign.graph.headers import Header, read_headers
+from mergekit_symalign.graph.fresh import forget_loader
+from mergekit_symalign.graph.headers import Header
+from mergekit_symalign.graph.leftovers import unread
+from mergekit_symalign.graph.names import Names
+from mergekit_symalign.graph.opening import open_headers
 
 MERGE_PLAINLY = "Use MergeKit's own method for this merge, or a checkpoint of the expected layout"
 
@@ -25,37 +29,86 @@ class Checkpoint:
 
     Attributes:
         model: whose they are.
-        model_type: as transformers calls it, for MergeKit's conversion of tensors that are stored in pieces.
+        config: of transformers.
         layout: its architecture.
-        headers: of all stored tensors, by name.
+        headers: of all stored tensors that MergeKit finds, by name.
+        unlisted: of those that are in the files and not in their index.
     """
 
     model: ModelReference
-    model_type: str
+    config: Any
     layout: ModelLayout
     headers: Mapping[str, Header]
+    unlisted: Mapping[str, Header]
     _converted: dict[str, Header | None] = field(default_factory=dict)
 
     @staticmethod
-    def open(model: ModelReference, model_type: str, layout: ModelLayout) -> Checkpoint:
-        return Checkpoint(model, model_type, layout, read_headers(reopened(model).index))
+    def open(model: ModelReference, config: Any, layout: ModelLayout) -> Checkpoint:
+        """
+        Raises:
+            ModelError, CheckpointError, ConfigError: if the model cannot be opened.
+        """
+        forget_loader(model)
+        headers = open_headers(model)
+        return Checkpoint(model, config, layout, headers.listed, headers.unlisted)
+
+    @cached_property
+    def names(self) -> Names:
+        """What transformers calls the stored tensors; built only where names alone do not tell."""
+        return Names(self.config, str(self.model))
 
     def stored(self, info: WeightInfo) -> Header | None:
-        """Header of a planned tensor, under its name, an alias or the tensor it is tied to, or as MergeKit will join
-        its pieces; None if absent."""
-        names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
-        found = next((self.headers[name] for name in names if name in self.headers), None)
-        return found if found is not None else self._joined(info.name)
+        """Header of a planned tensor, as a load finds it or as MergeKit will join its pieces; None if absent."""
+        name = self.stored_name(info)
+        return self._joined(info.name) if name is None else self.headers[name]
 
-    def pieces(self, name: str) -> set[str]:
-        """The stored tensors that a planned one is made of, where it has other names in checkpoints."""
-        return {
-            stored for pattern in self.layout.stored_as(name) for stored in self.headers if fnmatchcase(stored, pattern)
-        }
+    def stored_name(self, info: WeightInfo) -> str | None:
+        """The name under which a load finds a tensor in one piece: its own, one that MergeKit knows, or another from
+        which transformers reads it."""
+        known = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+        found = next((name for name in known if name in self.headers), None)
+        return found if found is not None else next(iter(self._others(info)), None)
 
-    def aliases(self, name: str) -> tuple[str, ...] | None:
-        """Other names under which a checkpoint may have this tensor in one piece, for a load."""
-        return self.layout.other_names(name) or None
+    def other_names(self, info: WeightInfo) -> tuple[str, ...]:
+        """What a load has to be told to find this tensor: nothing where it knows a name that is there."""
+        known = (info.name, *(info.aliases or ()))
+        return () if any(name in self.headers for name in known) else tuple(self._others(info)[:1])
+
+    def tied_names(self, info: WeightInfo) -> tuple[str, ...]:
+        """Where an optional tensor is not stored because it is tied to another: the stored names of that one."""
+        if not info.optional or self.stored_name(info) is not None:
+            return ()
+        return tuple(self._stored_with(info.name))
+
+    def pieces(self, name: str) -> list[str]:
+        """The stored tensors that a planned one is joined from, where it is not stored in one piece."""
+        return self._stored_at(name, piece=True)
+
+    def read_for(self, info: WeightInfo) -> set[str]:
+        """The stored tensors that a load of this one reads."""
+        name = self.stored_name(info)
+        return set(self.pieces(info.name)) if name is None else {name}
+
+    def _others(self, info: WeightInfo) -> list[str]:
+        found = self._stored_at(info.name, piece=False)
+        return found if found or info.optional else self._stored_with(info.name)
+
+    def _stored_with(self, name: str) -> list[str]:
+        """The stored tensors that transformers ties to this one."""
+        place = self.names.place(name)
+        tied = sorted(self.names.tied(place.name)) if place is not None else []
+        return [stored for other in tied for stored in self._stored_at(other, piece=False)]
+
+    def _stored_at(self, name: str, *, piece: bool) -> list[str]:
+        place = self.names.place(name)
+        return [] if place is None else self._stored_by_place.get((place.name, piece), [])
+
+    @cached_property
+    def _stored_by_place(self) -> dict[tuple[str, bool], list[str]]:
+        table: dict[tuple[str, bool], list[str]] = {}
+        for stored, place in self.names.places(self.headers).items():
+            table.setdefault((place.name, place.piece), []).append(stored)
+        return table
 
     def _joined(self, name: str) -> Header | None:
         """What MergeKit's own conversion gives for a tensor that is stored in pieces, on tensors without data."""
@@ -66,13 +119,17 @@ class Checkpoint:
                 for piece, header in pieces.items()
                 if header.dtype is not None
             }
-            whole = convert_checkpoint_tensors(self.model_type, plain, name) if len(plain) == len(pieces) > 0 else None
+            complete = len(plain) == len(pieces) > 0
+            whole = convert_checkpoint_tensors(self.config.model_type, plain, name) if complete else None
             quantised = next((header for header in pieces.values() if header.dtype is None), None)
             self._converted[name] = quantised if whole is None else Header(whole.dtype, "", tuple(whole.shape))
         return self._converted[name]
 
-    def check(self, planned: Iterable[WeightInfo]) -> None:
-        """Check every planned tensor of this model, and that the merge loses none.
+    def check(self, planned: Iterable[WeightInfo]) -> tuple[str, ...]:
+        """Check every planned tensor of this model, and that the merge loses none that the model computes with.
+
+        Returns:
+            The stored tensors that the merge does not read, because the model has no place for them.
 
         Raises:
             CheckpointError: naming the tensor, the model and the remedy.
@@ -81,9 +138,9 @@ class Checkpoint:
         claims = {info.name: self._claim(info.name) for info in planned}
         for info in planned:
             self._check_tensor(info, claims[info.name])
-        layers = {claim.layer for claim in claims.values() if claim.layer is not None}
+        layers = frozenset(claim.layer for claim in claims.values() if claim.layer is not None)
         self._check_complete({info.name for info in planned}, layers)
-        self._check_outside({name for info in planned for name in (info.name, *(info.aliases or ()))})
+        return unread(self, {name for info in planned for name in self.read_for(info)}, layers)
 
     def _claim(self, name: str) -> Claim:
         claim = self.layout.claim(name)
@@ -119,38 +176,17 @@ class Checkpoint:
                 "Check that config.json belongs to these weights",
             )
 
-    def _check_complete(self, planned: set[str], layers: set[int]) -> None:
-        """No tensor of a merged layer may be left out: neither by the checkpoint nor by MergeKit."""
-        pieces = {piece for name in planned for piece in self.pieces(name)}
-        for layer in sorted(layers):
-            prefix = self.layout.name(layer, "")
-            expected = {self.layout.name(layer, part) for part, spec in self.layout.inside.items() if not spec.optional}
-            for name in sorted(expected - planned - set(self.headers)):
+    def _check_complete(self, planned: set[str], layers: frozenset[int]) -> None:
+        """MergeKit plans every tensor that the config promises for a merged layer, or the checkpoint has none."""
+        parts = [part for part, spec in self.layout.inside.items() if not spec.optional]
+        expected = {self.layout.name(layer, part) for layer in layers for part in parts}
+        for name in sorted(expected - planned):
+            if self.stored(WeightInfo(name=name)) is None:
                 raise CheckpointError(
                     f"tensor {name} of model {self.model}",
                     "the model's config promises it, but the checkpoint does not have it",
                     "Check that config.json belongs to these weights",
                 )
-            there = {name for name in self.headers if name.startswith(prefix)}
-            for name in sorted(there - planned - pieces):
-                if not self.layout.is_buffer(name):
-                    raise CheckpointError(
-                        f"tensor {name} of model {self.model}",
-                        "it is part of a layer that is merged, but MergeKit's architecture file does not list it and "
-                        "would silently drop it",
-                        "The merged model would not compute what these models compute: merge other checkpoints, or "
-                        "teach MergeKit this architecture",
-                    )
-
-    def _check_outside(self, planned: set[str]) -> None:
-        """No embedding, norm or task head may be left out either."""
-        for name in sorted(self.layout.outside.keys() & self.headers.keys() - planned):
-            raise CheckpointError(
-                f"tensor {name} of model {self.model}",
-                "MergeKit's architecture file does not list it and would silently drop it",
-                "Merge the model without this head (MergeKit's override_architecture, for example BertModel), or teach "
-                "MergeKit this architecture",
-            )
 
 
 def merged_dtype(headers: Iterable[Header | None]) -> torch.dtype | None:

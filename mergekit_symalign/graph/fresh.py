@@ -10,14 +10,13 @@ from pathlib import Path
 
 from mergekit.architecture.auto import infer_architecture_info
 from mergekit.common import ModelPath, ModelReference
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 
 LOG = logging.getLogger(__name__)
 
 
-def reopened(model: ModelReference) -> LazyTensorLoader:
-    """MergeKit's loader of a model, opened now.
+def forget_loader(model: ModelReference) -> None:
+    """Let MergeKit open a model anew.
 
     MergeKit keeps the loaders of all models by name as long as the process lives, and a model that it has merged with
     its adapter as long as its directory is there. Both may be older than the files behind the name.
@@ -26,7 +25,6 @@ def reopened(model: ModelReference) -> LazyTensorLoader:
     cache.loaders.pop(model, None)
     if model.lora is not None and cache.lora_cache_dir is not None:
         _drop_if_older(merged_folder(model, cache.lora_cache_dir), [model.model, model.lora])
-    return cache.get(model)
 
 
 def forget_architectures() -> None:

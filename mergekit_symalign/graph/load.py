@@ -9,11 +9,33 @@ from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor
 
-from mergekit_symalign.errors import ValueInTensorError
+from mergekit_symalign.errors import CheckpointError, ValueInTensorError
+from mergekit_symalign.graph.damaged import describe
 
 
-class LoadFinite(LoadTensor):
-    """MergeKit's `LoadTensor`, which refuses NaN and infinity. Equal loads are one task: nothing is read twice.
+class LoadStored(LoadTensor):
+    """MergeKit's `LoadTensor`, without the bookkeeping for gradients that a pickled parameter brings along."""
+
+    def execute(self) -> Optional[torch.Tensor]:
+        """
+        Raises:
+            CheckpointError: if the file does not give the tensor.
+        """
+        try:
+            x = super().execute()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # safetensors, PyTorch's unpickler and MergeKit's have errors of their own
+            raise CheckpointError(
+                f"tensor {self.tensor} of model {self.model}",
+                f"it cannot be read ({describe(error)})",
+                "Download or export this checkpoint again",
+            ) from error
+        return None if x is None else x.detach()
+
+
+class LoadFinite(LoadStored):
+    """The same, refusing NaN and infinity. Equal loads are one task: nothing is read twice.
 
     Attributes:
         label: when to schedule it, instead of by the tensor's name.

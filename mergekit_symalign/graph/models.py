@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
@@ -30,35 +31,32 @@ class Models:
 
     trust_remote_code: bool
     checkpoints: dict[ModelReference, Checkpoint] = field(default_factory=dict)
-    _layouts: dict[ModelReference, ModelLayout] = field(default_factory=dict)
 
     def open(self, models: Iterable[ModelReference]) -> None:
-        for model in dict.fromkeys(models):
-            model_type = model.config(trust_remote_code=self.trust_remote_code).model_type
-            self.checkpoints[model] = Checkpoint.open(model, model_type, self.layout(model))
+        for model in models:
+            self._opened(model)
 
-    def layout(self, model: ModelReference) -> ModelLayout:
-        if model not in self._layouts:
-            self._layouts[model] = self._resolved(model)
-        return self._layouts[model]
-
-    def _resolved(self, model: ModelReference) -> ModelLayout:
-        config = model.config(trust_remote_code=self.trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
-            raise CheckpointError(
-                f"model {model}",
-                "its config has a quantization_config: the checkpoint is quantised",
-                "Use the model's unquantised checkpoint",
-            )
-        return resolve(config, model=str(model))
+    def _opened(self, model: ModelReference) -> Checkpoint:
+        if model not in self.checkpoints:
+            config = model.config(trust_remote_code=self.trust_remote_code)
+            self.checkpoints[model] = Checkpoint.open(model, config, _resolved(config, model))
+        return self.checkpoints[model]
 
     def other_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
-        """Names under which this model's checkpoint may have a tensor, beside those that MergeKit knows.
+        """The name under which this model's checkpoint has a tensor, if it is not the tensor's own.
 
         Raises:
-            ArchitectureError, CheckpointError: no family describes this model, or it is quantised.
+            ArchitectureError, CheckpointError: no family describes this model, or it is quantised or damaged.
         """
-        return self.layout(model).other_names(info.name)
+        return self._opened(model).other_names(info)
+
+    def tied_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
+        """The stored names of the tensor that an absent one is tied to in this model.
+
+        Raises:
+            ArchitectureError, CheckpointError: as `other_names`.
+        """
+        return self._opened(model).tied_names(info)
 
     def is_superfluous(self, task: ExecuteMergeMethodTask) -> bool:
         """Whether MergeKit's architecture file asks for a tensor that models of this config do not have.
@@ -73,8 +71,11 @@ class Models:
             return not all(there)
         return not any(there) and all(layout.is_absent(name) or _may_lack(layout, name) for layout, name in layouts)
 
-    def check(self, planned: list[Planned]) -> None:
+    def check(self, planned: list[Planned]) -> dict[ModelReference, tuple[str, ...]]:
         """Everything that headers can tell about the planned tensors.
+
+        Returns:
+            The stored tensors that the merge does not read, for each model that has any.
 
         Raises:
             CheckpointError, GeometryError: naming the tensor or model and the remedy.
@@ -85,10 +86,10 @@ class Models:
                 used[model][info.name] = info
         for anchor, model in dict.fromkeys((anchor_of(task), m) for _, task in planned for m in task.model_order):
             _check_geometry(self.checkpoints[anchor], self.checkpoints[model])
-        for model, infos in used.items():
-            self.checkpoints[model].check(infos.values())
+        unread = {model: self.checkpoints[model].check(infos.values()) for model, infos in used.items()}
         for weight, task in planned:
             self._check_vocabulary(weight, task)
+        return {model: names for model, names in unread.items() if names}
 
     def _check_vocabulary(self, weight: WeightInfo, task: ExecuteMergeMethodTask) -> None:
         if not isinstance(task.gather_tensors, GatherTensors) or weight.vocabulary_axis is None:
@@ -168,6 +169,16 @@ def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
             f"its sizes differ from those of the anchor {anchor.model}: {', '.join(differences)}",
             "Merge models of the same shape",
         )
+
+
+def _resolved(config: Any, model: ModelReference) -> ModelLayout:
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"model {model}",
+            "its config has a quantization_config: the checkpoint is quantised",
+            "Use the model's unquantised checkpoint",
+        )
+    return resolve(config, model=str(model))
 
 
 def _may_lack(layout: ModelLayout, name: str) -> bool:

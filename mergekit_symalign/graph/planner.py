@@ -16,6 +16,7 @@ from mergekit_symalign.graph.config_checks import check_config, check_models
 from mergekit_symalign.graph.config_groups import listed_models
 from mergekit_symalign.graph.fresh import forget_architectures
 from mergekit_symalign.graph.layer_checks import check_layers
+from mergekit_symalign.graph.opening import require_openable
 from mergekit_symalign.graph.planning import AlignedPlan
 
 _PLAN = "_mergekit_symalign_plan"  # where a planner keeps our plan, for the tasks at the end of the merge
@@ -27,6 +28,7 @@ def before_merge(config: MergeConfiguration, options: MergeOptions) -> None:
     Raises:
         SymalignError: for what MergeKit would not explain.
     """
+    require_openable(config.referenced_models(), options)
     forget_architectures()
     check_models(config, options.trust_remote_code)
 
@@ -85,7 +87,8 @@ def _know_other_names(planner: Any, plan: Any) -> None:
 
     def known(info: Any, model: Any) -> Any:
         names = (*(info.aliases or ()), *plan.other_names(info, model))
-        return info.model_copy(update={"aliases": sequence(names) if names else None})
+        tied = (*(info.tied_names or ()), *plan.tied_names(info, model))
+        return info.model_copy(update={"aliases": sequence(names) if names else None, "tied_names": tied or None})
 
     @functools.wraps(original)
     def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:

@@ -29,6 +29,7 @@ from mergekit_symalign.graph.block import SYMMETRY_NAMES, Block
 from mergekit_symalign.graph.checkpoint_checks import merged_dtype
 from mergekit_symalign.graph.config_differences import Functions, compare_functions
 from mergekit_symalign.graph.consensus import SolveConsensus
+from mergekit_symalign.graph.leftovers import shortened
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.merge import merge_task
 from mergekit_symalign.graph.merge_report import Reports
@@ -90,14 +91,18 @@ class AlignedPlan:
             )
 
     def other_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
-        """Names under which this model's checkpoint may have a tensor, beside those that MergeKit knows."""
+        """The name under which this model's checkpoint has a tensor, if it is not the tensor's own."""
         return self._models.other_names(info, model)
+
+    def tied_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
+        """The stored names of the tensor that an absent one is tied to in this model."""
+        return self._models.tied_names(info, model)
 
     def rewrite(self, planned: list[Planned]) -> list[tuple[WeightInfo, Task]]:
         """Check everything that headers can tell, then give every block's tensors to their aligned tasks."""
         self._models.open(m for _, task in planned for m in gather_of(task).weight_info)
         planned = [(weight, task) for weight, task in planned if not self._models.is_superfluous(task)]
-        self._models.check(planned)
+        self._unread = self._models.check(planned)
         self._functions = self._compared(planned)
         streamed = any(task.parameters["objective"] == "activations" for _, task in planned)
         planned = in_order(planned) if streamed else planned
@@ -108,6 +113,7 @@ class AlignedPlan:
         for block in blocks:
             aligned.update(self._aligned(block))
         self._warn_if_inexact(planned)
+        self._warn_of_unread()
         self._head = self._report_head(planned)
         return [(weight, self._merge_task(weight, task, aligned.get(weight.name, {}))) for weight, task in planned]
 
@@ -161,6 +167,14 @@ class AlignedPlan:
                 "no longer compute what the originals computed. rotation: exact keeps their function."
             )
 
+    def _warn_of_unread(self) -> None:
+        for model, names in self._unread.items():
+            LOG.warning(
+                "model %s: the merge does not read %s: its architecture has no place for them",
+                model,
+                shortened(names),
+            )
+
     def _report_head(self, planned: list[Planned]) -> dict[str, Any]:
         """What the report says of the merge as a whole: the parameters where all tensors agree on them."""
         settings: dict[str, Any] = {}
@@ -181,6 +195,7 @@ class AlignedPlan:
             "inexact_because": reasons,
             **self._functions.facts(),
             "settings": settings,
+            "unused_tensors": {str(model): list(names) for model, names in self._unread.items()},
         }
 
     def _aligned(self, block: Block) -> dict[str, dict[ModelReference, ApplyBlock]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors
@@ -193,8 +194,9 @@ def require_embedded(calibration: Calibration, checkpoint: Checkpoint) -> None:
     """Every token must have its row in the embedding."""
     largest = max(map(max, calibration.sequences))
     for name, spec in checkpoint.layout.outside.items():
-        if spec.axes[0] == "vocabulary" and not spec.optional and name in checkpoint.headers:
-            rows = checkpoint.headers[name].shape[0]
+        header = checkpoint.stored(WeightInfo(name=name))
+        if spec.axes[0] == "vocabulary" and not spec.optional and header is not None:
+            rows = header.shape[0]
             if largest >= rows:
                 raise CalibrationError(
                     f"model {checkpoint.model}",

@@ -1,0 +1,108 @@
+"""One table of names: what each stored tensor is called in the model that transformers builds from the config."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
+
+from mergekit_symalign.errors import CheckpointError
+
+_MOVED = ("rotary_emb.inv_freq", "position_ids")  # buffers that were stored once
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where transformers puts a stored tensor.
+
+    Attributes:
+        name: of the parameter or buffer in the model.
+        piece: whether it is only a part of it, to be joined with others.
+    """
+
+    name: str
+    piece: bool
+
+
+class Names:
+    """How transformers reads the checkpoints of one config: older names, prefixes, ties, and what it ignores.
+
+    Args:
+        config: the model's transformers config.
+        model: its name, for errors.
+    """
+
+    def __init__(self, config: Any, model: str) -> None:
+        self._model = _without_weights(config, model)
+        transforms = get_model_conversion_mapping(self._model)
+        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._state = self._model.state_dict()
+
+    def place(self, stored: str) -> Place | None:
+        """Where transformers puts a tensor of this name; None if it has no place for it."""
+        prefix = self._model.base_model_prefix
+        name, pattern = rename_source_key(stored, self._renamings, self._converters, prefix, self._state)
+        if name not in self._state and stored in self._state:
+            name, pattern = stored, None
+        return Place(name, pattern is not None) if name in self._state else None
+
+    def places(self, stored: Iterable[str]) -> dict[str, Place]:
+        """Of all these tensors that have one."""
+        found = ((name, self.place(name)) for name in stored)
+        return {name: place for name, place in found if place is not None}
+
+    def prefixed(self, name: str) -> str:
+        """A tensor's name as models with a head have it, if this one lacks the prefix."""
+        return f"{self._model.base_model_prefix}.{name}"
+
+    def tied(self, name: str) -> frozenset[str]:
+        """All names in the model of the parameter that has this one."""
+        return self._ties.get(name, frozenset((name,)))
+
+    def is_left_behind(self, stored: str) -> bool:
+        """Whether old checkpoints of this model carry such a tensor, and transformers passes over it in silence."""
+        return self._silent is not None and self._silent.search(stored) is not None
+
+    @cached_property
+    def _ties(self) -> Mapping[str, frozenset[str]]:
+        groups: dict[int, set[str]] = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), set()).add(name)
+        return {name: frozenset(group) for group in groups.values() if len(group) > 1 for name in group}
+
+    @cached_property
+    def _silent(self) -> re.Pattern[str] | None:
+        """As `PreTrainedModel._adjust_missing_and_unexpected_keys` puts it together."""
+        buffers = [name for name, _ in self._model.named_buffers()]
+        patterns = set(self._model._keys_to_ignore_on_load_unexpected or ())
+        patterns |= {rf"(^|\.){re.escape(last)}$" for last in _MOVED if any(name.endswith(last) for name in buffers)}
+        return re.compile("|".join(f"({pattern})" for pattern in sorted(patterns))) if patterns else None
+
+
+def _without_weights(config: Any, model: str) -> PreTrainedModel:
+    """The model that the config describes, without memory for its weights.
+
+    Raises:
+        CheckpointError: if transformers cannot build it.
+    """
+    try:
+        model_type: Any = getattr(transformers, config.architectures[0])
+        with torch.device("meta"), no_init_weights():
+            built: PreTrainedModel = model_type._from_config(copy.deepcopy(config))
+    except Exception as error:  # whatever a value of the config leads it to
+        raise CheckpointError(
+            f"model {model}", f"transformers cannot build it from its config ({error})", "Check its config.json"
+        ) from error
+    built.tie_weights()
+    return built
