@@ -136,7 +136,7 @@ class AlignedPlan:
         return compare_functions(
             anchor,
             self._models.checkpoints,
-            self._models.layout(anchor),
+            self._models.checkpoints[anchor].layout,
             only=self._only_model(planned),
             trust_remote_code=self.options.trust_remote_code,
         )
