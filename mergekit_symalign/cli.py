@@ -7,21 +7,26 @@ from pathlib import Path
 import click
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-from mergekit_symalign import __version__, hook
+from mergekit_symalign import hook
 from mergekit_symalign.commands.apply import apply
 from mergekit_symalign.commands.barrier import barrier
+from mergekit_symalign.commands.console import show_any_name
 from mergekit_symalign.commands.inspect import inspect
 from mergekit_symalign.commands.solve import solve
 from mergekit_symalign.commands.verify import verify
+from mergekit_symalign.commands.versions import show_versions
 
 
 @click.group()
-@click.version_option(__version__, prog_name="mergekit-symalign")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=show_versions, help="Print versions."
+)
 def main() -> None:
     """Align models by the exact symmetries of their architecture, then merge them with MergeKit.
 
     After installation plain mergekit-yaml knows the aligned methods; these commands are for the rest.
     """
+    show_any_name()
     hook.install()
 
 

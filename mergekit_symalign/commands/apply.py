@@ -65,7 +65,7 @@ def run_apply(
     LoaderCache().setup(options)
     checkpoint = _checked(file, model, options, invert=invert)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch) / "model"
         device = options.device or "cpu"
         executor = Executor(_tasks(checkpoint, file, folder, options, invert, dtype), math_device=device)

@@ -125,7 +125,7 @@ def run_barrier(
     for model in (a, b):
         _require_next_token(model)
     batches = _batches(a, b, text, tokens, options)
-    with tempfile.TemporaryDirectory(prefix="symalign-barrier-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="symalign-barrier-", ignore_cleanup_errors=True) as scratch:
         aligned = Path(scratch)
         run_merge(alignment_config(model_a, model_b, parameters or {}, dtype="float32"), str(aligned), options)
         states = [_state(m.checkpoint.model, options) for m in (a, b)]

@@ -17,6 +17,7 @@ from mergekit_symalign import __version__
 from mergekit_symalign.alignment_file import AlignmentFile, Origin, block_name, save_alignment
 from mergekit_symalign.errors import AlignmentFileError, ConfigError
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.file_names import file_stem
 from mergekit_symalign.fingerprint import fingerprint
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.report import readable_errors
@@ -133,8 +134,9 @@ class Alignments:
         names: dict[tuple[str, str], int] = {}
         tasks = []
         for (folder, anchor, model), blocks in self._solved.items():
-            name = str(model).rstrip("/").split("/")[-1].replace("+", "-") or "model"
-            count = names[folder, name] = names.get((folder, name), 0) + 1
+            name = file_stem(str(model))
+            key = (folder, name.casefold())  # where names differ in case only, macOS and Windows see one file
+            count = names[key] = names.get(key, 0) + 1
             file = f"{name}.safetensors" if count == 1 else f"{name}-{count}.safetensors"
             origin = self.origin(anchor, model, self._settings)
             tasks.append(
