@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -228,20 +229,20 @@ def test_commands_say_what_they_cannot_find(command: str, tmp_path: Path) -> Non
         assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
+@contextmanager
 def nearly_full_disk() -> Iterator[None]:
-    """No file can grow beyond 2000 bytes: what has been written by then stays, as on a full disk."""
+    """No file can grow beyond 2000 bytes (nor can pytest's own output): what was written stays, as on a full disk."""
     resource = pytest.importorskip("resource", reason="Windows has no limit for the size of files")
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, most))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
 @pytest.mark.parametrize("name", ["solve", "apply", "inspect --json", "inspect --plot"])
-def test_a_full_disk_leaves_nothing_half_written(
-    name: str, llama: Pair, tmp_path: Path, nearly_full_disk: None
-) -> None:
+def test_a_full_disk_leaves_nothing_half_written(name: str, llama: Pair, tmp_path: Path) -> None:
     out, models = tmp_path / "out.png", (llama.anchor_path, llama.twin_path)
     commands = {
         "solve": ("solve", *models, "-o", out, "--quiet"),
@@ -249,7 +250,8 @@ def test_a_full_disk_leaves_nothing_half_written(
         "inspect --json": ("inspect", *models, "--json", out, "--quiet"),
         "inspect --plot": ("inspect", *models, "--plot", out, "--quiet"),
     }
-    done = command(*commands[name])
+    with nearly_full_disk():
+        done = command(*commands[name])
     assert done.exit_code == 1
     assert "too large" in done.output  # what the operating system says of it
     assert isinstance(done.exception, SystemExit)  # in one line
