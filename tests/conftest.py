@@ -55,7 +55,7 @@ def mergekit_yaml(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[s
         config: dict[str, Any] | str, out: Path, *args: str, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         file = tmp_path / "config.yml"
-        file.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+        file.write_text(config if isinstance(config, str) else yaml.safe_dump(config), "utf-8")
         command = [BIN / "mergekit-yaml", file, out, "--quiet", *args]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE | (env or {}))
 

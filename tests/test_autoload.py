@@ -22,7 +22,7 @@ from mergekit_symalign import hook
 from mergekit_symalign.errors import HostError
 
 SITE = Path(sysconfig.get_paths()["purelib"])
-LINE = (SITE / "mergekit_symalign.pth").read_text()
+LINE = (SITE / "mergekit_symalign.pth").read_text("utf-8")
 NAMES = ("rotation_match", "aligned_task_arithmetic", "aligned_ties", "aligned_slerp")
 REPOSITORY = Path(__file__).parent.parent
 LIST_METHODS = "from mergekit import merge_methods as m; print([x.spec.name for x in m.registered_methods()])"
@@ -61,16 +61,17 @@ def test_line_run_twice_puts_one_finder() -> None:
 
 
 def test_start_file_of_pep_829_names_a_function_that_installs_the_finder() -> None:
-    module, function = (SITE / "mergekit_symalign.start").read_text().strip().split(":")
+    module, function = (SITE / "mergekit_symalign.start").read_text("utf-8").strip().split(":")
     code = f"import importlib; importlib.import_module({module!r}).{function}(); " + LIST_METHODS
     site = f"import sys; sys.path.append({str(SITE)!r}); "
     found = _python(site + code, "-S")
     assert all(name in found.stdout for name in NAMES), found.stderr
 
 
-def test_costs_less_than_a_millisecond() -> None:
-    code = f"import os, sys, time; t = time.perf_counter(); exec({LINE!r}); print(time.perf_counter() - t)"
-    assert min(float(_python(code, "-S").stdout) for _ in range(5)) < 1e-3
+def test_the_line_imports_nothing() -> None:
+    """What it costs is in tests/benchmarks/timings.py: under a millisecond."""
+    code = f"import os, sys; before = set(sys.modules); exec({LINE!r}); print(sorted(set(sys.modules) - before))"
+    assert _python(code, "-S").stdout.strip() == "[]"
 
 
 def test_half_removed_package_breaks_nothing(tmp_path: Path) -> None:
@@ -85,14 +86,14 @@ def _stand_in(folder: Path) -> None:
     """A package called mergekit with one of the modules that the finder waits for."""
     (folder / "mergekit").mkdir()
     (folder / "mergekit" / "__init__.py").touch()
-    (folder / "mergekit" / "merge_methods.py").write_text("answer = 42")
+    (folder / "mergekit" / "merge_methods.py").write_text("answer = 42", "utf-8")
 
 
 def test_other_errors_are_not_swallowed(tmp_path: Path) -> None:
     _stand_in(tmp_path)
     (tmp_path / "mergekit_symalign").mkdir()
     (tmp_path / "mergekit_symalign" / "__init__.py").touch()
-    (tmp_path / "mergekit_symalign" / "autoload.py").write_text("import a_module_that_is_missing")
+    (tmp_path / "mergekit_symalign" / "autoload.py").write_text("import a_module_that_is_missing", "utf-8")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); exec({LINE!r}); import mergekit.merge_methods"
     assert "a_module_that_is_missing" in _python(code, "-S").stderr
 
@@ -117,8 +118,9 @@ def test_uninstalling_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(REPOSITORY)
     wheel = hatchling.build.build_wheel(str(tmp_path))
     venv.create(tmp_path / "env", with_pip=False)
-    python = tmp_path / "env" / "bin" / "python"
-    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    python = venv.EnvBuilder().ensure_directories(tmp_path / "env").env_exe
+    where = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    site = Path(subprocess.check_output([python, "-c", where], text=True).strip())
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
     before = sorted(site.rglob("*"))
     subprocess.run([*pip, "install", "--quiet", "--no-deps", tmp_path / wheel], check=True, capture_output=True)
@@ -147,12 +149,12 @@ def test_a_mergekit_with_other_internals(tmp_path: Path) -> None:
 
     shutil.copytree(Path(mergekit.__file__).parent, tmp_path / "site" / "mergekit")
     plan = tmp_path / "site" / "mergekit" / "plan.py"
-    plan.write_text(plan.read_text().replace("_plan(", "_make_plan("))
+    plan.write_text(plan.read_text("utf-8").replace("_plan(", "_make_plan("), "utf-8")
     models = [save(make_model("llama", i, num_hidden_layers=1), tmp_path / str(i)) for i in range(2)]
     results = {}
     for method in ("linear", "rotation_match"):
         config = merge_config(method, models[0], models, parameters={"weight": 1.0})
-        (tmp_path / f"{method}.yml").write_text(safe_dump(config))
+        (tmp_path / f"{method}.yml").write_text(safe_dump(config), "utf-8")
         command = [sys.executable, "-m", "mergekit.scripts.run_yaml", tmp_path / f"{method}.yml", tmp_path / method]
         env = OFFLINE | {"PYTHONPATH": str(tmp_path / "site")}
         results[method] = subprocess.run([*command, "--quiet"], capture_output=True, text=True, env=env, cwd=tmp_path)

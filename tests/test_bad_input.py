@@ -83,7 +83,7 @@ def _edited(source: Path, out: Path, edit: Callable[[dict[str, torch.Tensor]], N
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     if config:
         file = out / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | config), "utf-8")
     return out
 
 
@@ -402,7 +402,7 @@ def test_variants_nobody_checked(
     paths = [save(make_model(family, i), tmp_path / str(i)) for i in range(2)]
     for path in paths:
         file = path / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+        file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {key: value}), "utf-8")
     message = refused(ArchitectureError, merge_config("rotation_match", paths[0], [paths[1]]))
     assert f"config.{key} is {value!r}" in message
 

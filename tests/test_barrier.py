@@ -38,7 +38,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         WORDS.save_pretrained(path)
     start = torch.arange(3, 13).unsqueeze(1)
     texts = model.float().generate(start, max_length=24, do_sample=False, pad_token_id=0, eos_token_id=None)
-    (folder / "text.txt").write_text("\n".join(" ".join(f"w{max(3, i)}" for i in row) for row in texts.tolist()))
+    (folder / "text.txt").write_text(
+        "\n".join(" ".join(f"w{max(3, i)}" for i in row) for row in texts.tolist()), "utf-8"
+    )
     return paths | {"text": folder / "text.txt"}
 
 
@@ -59,7 +61,7 @@ def test_aligned_twin_has_the_curve_of_its_original(pair: dict[str, Path], tmp_p
         assert again == pytest.approx(plain, abs=0.01)
     assert rows[2][1] > rows[2][2] + 1  # half way to the twin as it is
     assert rows[-1][1] == pytest.approx(rows[-1][2], abs=2e-4)  # the same function at the end
-    drawn = plot.read_text()
+    drawn = plot.read_text("utf-8")
     assert drawn.count("<path") > 10
     assert "matplotlib" in drawn
 
@@ -73,7 +75,7 @@ def test_losses_are_those_of_interpolated_models(pair: dict[str, Path]) -> None:
     b_state = b.state_dict()
     half = with_weights(a, {name: (x + b_state[name]) / 2 for name, x in a.state_dict().items()})
     for row, model in ((rows[0], a), (rows[1], half), (rows[2], b)):
-        ids = [WORDS(line, return_tensors="pt")["input_ids"] for line in pair["text"].read_text().splitlines()]
+        ids = [WORDS(line, return_tensors="pt")["input_ids"] for line in pair["text"].read_text("utf-8").splitlines()]
         with torch.no_grad():
             losses = [float(model(x, labels=x).loss) for x in ids]
         assert row[1] == pytest.approx(sum(losses) / len(losses), abs=2e-4)

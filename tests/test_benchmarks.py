@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads memory from /proc")
 def test_small_benchmark_runs(tmp_path: Path) -> None:
     script = Path(__file__).parent / "benchmarks" / "run.py"
     command = [sys.executable, script, "--small", "--no-growth", "--cache", tmp_path / "cache"]

@@ -24,7 +24,7 @@ WORDS = word_tokenizer(97)
 
 def _file(folder: Path, *lines: str, name: str = "prompts.jsonl") -> Path:
     path = folder / name
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), "utf-8")
     return path
 
 

@@ -54,11 +54,11 @@ def test_card_names_method_and_paper_and_config_reproduces(paths: dict[str, Path
     ):
         out = tmp_path / config["merge_method"]
         first = merged(config, out, write_model_card=True, copy_tokenizer=True)
-        card = (out / "README.md").read_text()
+        card = (out / "README.md").read_text("utf-8")
         assert title in card
         assert f"https://arxiv.org/abs/{url}" in card
         assert AutoTokenizer.from_pretrained(out).get_vocab() == word_tokenizer(97).get_vocab()
-        again = merged(yaml.safe_load((out / "mergekit_config.yml").read_text()), tmp_path / "again" / out.name)
+        again = merged(yaml.safe_load((out / "mergekit_config.yml").read_text("utf-8")), tmp_path / "again" / out.name)
         assert all(torch.equal(x, again[name]) for name, x in first.items())
 
 
@@ -83,7 +83,7 @@ def test_refusals_on_the_command_line(paths: dict[str, Path], mergekit_yaml: Run
 def test_raw_pytorch_command_refuses(paths: dict[str, Path], tmp_path: Path) -> None:
     files = [str(paths[m] / "model.safetensors") for m in ("anchor", "twin")]
     config = {"merge_method": "rotation_match", "base_model": files[0], "models": [{"model": f} for f in files]}
-    (tmp_path / "raw.yml").write_text(yaml.safe_dump(config))
+    (tmp_path / "raw.yml").write_text(yaml.safe_dump(config), "utf-8")
     command = [BIN / "mergekit-pytorch", tmp_path / "raw.yml", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE)
     assert done.returncode == 1
@@ -125,7 +125,7 @@ def test_tokenizers_are_matched_as_ever(paths: dict[str, Path], source: str, tmp
     size = {"base": 97, "union": 101}[source]
     assert out["model.embed_tokens.weight"].shape[0] == size
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == size
+    assert json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["vocab_size"] == size
     anchor = load(paths["anchor"])
     blocks = {name: x for name, x in out.items() if ".mlp." in name or ".self_attn." in name}
     norm = sum(float(x.double().square().sum()) for x in blocks.values())
@@ -138,7 +138,7 @@ def test_tied_embeddings_stay_tied(paths: dict[str, Path], tmp_path: Path) -> No
     out = merged(_config(paths), tmp_path)
     assert "model.embed_tokens.weight" in out
     assert "lm_head.weight" not in out
-    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is True
+    assert json.loads((tmp_path / "config.json").read_text("utf-8"))["tie_word_embeddings"] is True
 
 
 def test_help_of_every_command() -> None:

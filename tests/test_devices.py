@@ -164,7 +164,7 @@ def test_only_the_assignment_moves_to_the_cpu() -> None:
     for file in (*(package / "symmetry").rglob("*.py"), *(package / "graph").rglob("*.py")):
         calls = [
             n.func.attr
-            for n in ast.walk(ast.parse(file.read_text()))
+            for n in ast.walk(ast.parse(file.read_text("utf-8")))
             if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
         ]
         count = calls.count("cpu") + calls.count("numpy")

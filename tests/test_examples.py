@@ -42,7 +42,7 @@ def _localised(text: str, folder: Path) -> str:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
 def test_example_runs(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # some write beside their output
-    config = yaml.safe_load(_localised(example.read_text(), tmp_path))
+    config = yaml.safe_load(_localised(example.read_text("utf-8"), tmp_path))
     out = merged(config, tmp_path / "out")
     assert all(x.dtype is getattr(torch, config["dtype"]) and torch.isfinite(x).all() for x in out.values())
     assert any(".self_attn." in name or ".attention." in name for name in out)
@@ -50,7 +50,7 @@ def test_example_runs(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("example", STAGED, ids=lambda p: p.stem)
 def test_stages_run(example: Path, tmp_path: Path) -> None:
-    (tmp_path / "stages.yml").write_text(_localised(example.read_text(), tmp_path))
+    (tmp_path / "stages.yml").write_text(_localised(example.read_text("utf-8"), tmp_path), "utf-8")
     command = [BIN / "mergekit-multi", "stages.yml", "-I", tmp_path / "stages", "--out-path", "out"]
     command.append("--no-copy-tokenizer")
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE)
@@ -60,8 +60,10 @@ def test_stages_run(example: Path, tmp_path: Path) -> None:
 
 def test_reasoning_vector_recipes_agree(tmp_path: Path) -> None:
     """Adding the vector as a task vector or from its own checkpoint is the same; taking it away again undoes it."""
-    added = yaml.safe_load(_localised((FOLDER / "reasoning_vector.yml").read_text(), tmp_path)) | {"dtype": "float32"}
-    taken = yaml.safe_load(_localised((FOLDER / "reasoning_vector_subtracted.yml").read_text(), tmp_path))
+    added = yaml.safe_load(_localised((FOLDER / "reasoning_vector.yml").read_text("utf-8"), tmp_path)) | {
+        "dtype": "float32"
+    }
+    taken = yaml.safe_load(_localised((FOLDER / "reasoning_vector_subtracted.yml").read_text("utf-8"), tmp_path))
     instruct, grpo = added["models"]
     sft = added["base_model"]
     with_vector = merged(added, tmp_path / "added")
@@ -85,7 +87,7 @@ def test_reasoning_vector_recipes_agree(tmp_path: Path) -> None:
 def test_first_example_through_the_command(
     tmp_path: Path, mergekit_yaml: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    text = _localised((EXAMPLES[0].parent / "aligned_task_arithmetic.yml").read_text(), tmp_path)
+    text = _localised((EXAMPLES[0].parent / "aligned_task_arithmetic.yml").read_text("utf-8"), tmp_path)
     done = mergekit_yaml(text, tmp_path / "out", "--no-copy-tokenizer")
     assert done.returncode == 0, done.stderr
     assert load(tmp_path / "out")
@@ -95,5 +97,5 @@ def test_there_are_examples_with_two_lines_on_when_to_use_them() -> None:
     assert len(EXAMPLES) >= 16
     assert STAGED
     for example in (*EXAMPLES, *STAGED):
-        lines = example.read_text().splitlines()
+        lines = example.read_text("utf-8").splitlines()
         assert [line.startswith("#") for line in lines[:3]] == [True, True, False], example

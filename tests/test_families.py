@@ -123,7 +123,7 @@ def test_mathematics_and_families_do_not_import_mergekit() -> None:
     package = Path(mergekit_symalign.__file__).parent
     for folder in ("symmetry", "families"):
         for file in (package / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 assert not any(
@@ -138,7 +138,7 @@ def test_only_the_hook_assigns_to_mergekit() -> None:
     for file in package.rglob("*.py"):
         targets = {
             target.attr
-            for node in ast.walk(ast.parse(file.read_text()))
+            for node in ast.walk(ast.parse(file.read_text("utf-8")))
             if isinstance(node, ast.Assign)
             for target in node.targets
             if isinstance(target, ast.Attribute)
@@ -147,7 +147,7 @@ def test_only_the_hook_assigns_to_mergekit() -> None:
 
 
 def test_importing_the_package_is_light() -> None:
-    source = Path(mergekit_symalign.__file__).read_text()
+    source = Path(mergekit_symalign.__file__).read_text("utf-8")
     imported = {a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import) for a in n.names}
     assert imported == {"importlib"}
     assert mergekit_symalign.resolve is resolve
@@ -155,7 +155,7 @@ def test_importing_the_package_is_light() -> None:
 
 def test_the_page_of_architectures_lists_every_family() -> None:
     """``make architectures`` writes it; this fails when a family or test model was added without running it."""
-    page = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text("utf-8")
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ") and "`" in line]
     assert [row[0].removeprefix("| ") for row in rows] == list(FAMILIES)
     listed = set(re.findall(r"`(\w+)`", page.partition("## All transformers classes")[2]))

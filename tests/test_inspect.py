@@ -62,7 +62,9 @@ def test_a_twin_shows_what_was_planted_and_totals_are_those_of_the_merge(
     config = merge_config("rotation_match", paths["anchor"], [paths["twin"]], dtype=None)
     merge = mergekit_yaml(config, tmp_path / "out")
     assert merge.returncode == 0, merge.stderr
-    merged, inspected = (json.loads(f.read_text())["models"] for f in (tmp_path / "out" / "symalign_report.json", file))
+    merged, inspected = (
+        json.loads(f.read_text("utf-8"))["models"] for f in (tmp_path / "out" / "symalign_report.json", file)
+    )
     assert merged == inspected
 
 

@@ -274,7 +274,10 @@ def test_slices_align_the_layers_that_are_merged(llama: Trio, tmp_path: Path) ->
         return merged(config | {"slices": [{"sources": sources}]}, tmp_path / f"{method}-{model}")
 
     out = {name: merge("aligned_task_arithmetic", name) for name in ("sibling", "twin")}
-    assert json.loads((tmp_path / "aligned_task_arithmetic-twin" / "config.json").read_text())["num_hidden_layers"] == 2
+    assert (
+        json.loads((tmp_path / "aligned_task_arithmetic-twin" / "config.json").read_text("utf-8"))["num_hidden_layers"]
+        == 2
+    )
     assert {name.split(".")[2] for name in out["twin"] if "layers" in name} == {"0", "1"}
     plain = merge("task_arithmetic", "twin")
     gap = squared_distance(out["twin"], out["sibling"])
@@ -370,9 +373,9 @@ def test_models_are_aligned_side_by_side_as_each_by_itself(llama: Trio, tmp_path
     for name in ("twin", "skill"):
         config = merge_config("rotation_match", llama.path("anchor"), [llama.path(name)])
         merged(config, tmp_path / name)
-        alone.append(json.loads((tmp_path / name / "symalign_report.json").read_text())["models"])
+        alone.append(json.loads((tmp_path / name / "symalign_report.json").read_text("utf-8"))["models"])
     merged(merge_config("rotation_match", llama.path("anchor"), [llama.path("twin"), llama.path("skill")]), tmp_path)
-    assert json.loads((tmp_path / "symalign_report.json").read_text())["models"] == {**alone[0], **alone[1]}
+    assert json.loads((tmp_path / "symalign_report.json").read_text("utf-8"))["models"] == {**alone[0], **alone[1]}
 
 
 @pytest.mark.usefixtures("_two_threads")

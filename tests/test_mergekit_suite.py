@@ -1,7 +1,7 @@
 """MergeKit's own tests pass in an interpreter that has this plugin installed, and they run our methods too.
 
 The tests come from MergeKit's source distribution: `$MERGEKIT_SDIST`, or `.cache/` of this repository, which
-is filled from PyPI when it lacks the installed version.
+`make suite` fills.
 """
 
 import os
@@ -11,14 +11,16 @@ import sys
 import tarfile
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-SDIST_ROOT = f"mergekit-{version('mergekit')}"
+sys.path.insert(0, str(REPOSITORY / "tests" / "mergekit_suite"))
+from download import ROOT as SDIST_ROOT  # noqa: E402
+from download import sdist  # noqa: E402
+
 # MergeKit 0.1.5 passes 518 tests without an accelerator; far fewer means that they were not collected.
 FEWEST_PASSED = 500
 # Marks that JUnit puts inside a test case.
@@ -48,15 +50,11 @@ class SuiteRun:
 
 
 def find_sdist() -> Path:
-    """Return the installed MergeKit's source distribution, downloaded if it is at neither known place."""
-    if given := os.environ.get("MERGEKIT_SDIST"):
-        return Path(given)
-    cached = REPOSITORY / ".cache" / f"{SDIST_ROOT}.tar.gz"
-    if not cached.exists():
-        requirement = SDIST_ROOT.replace("mergekit-", "mergekit==")
-        options = ["--quiet", "--no-deps", "--no-binary", "mergekit", "--dest", str(cached.parent)]
-        subprocess.run([sys.executable, "-m", "pip", "download", *options, requirement], check=True)
-    return cached
+    """Return the installed MergeKit's source distribution; fail with what to run if it is not there."""
+    found = sdist()
+    if not found.exists():
+        pytest.fail(f"{found} is missing: run `make suite`, which downloads it (or set MERGEKIT_SDIST)", pytrace=False)
+    return found
 
 
 def unpack_suite(sdist: Path, target: Path) -> Path:
@@ -91,6 +89,16 @@ def suite_run(tmp_path_factory: pytest.TempPathFactory) -> SuiteRun:
 def test_mergekit_suite_passes(suite_run: SuiteRun) -> None:
     assert suite_run.exit_code == 0, suite_run.tail
     assert len(suite_run.passed) >= FEWEST_PASSED, suite_run.tail
+
+
+def test_without_the_source_distribution_the_message_says_what_to_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And nothing is downloaded inside a test."""
+    monkeypatch.setenv("MERGEKIT_SDIST", str(tmp_path / "nothing.tar.gz"))
+    monkeypatch.setattr(subprocess, "run", None)
+    with pytest.raises(pytest.fail.Exception, match="make suite"):
+        find_sdist()
 
 
 @pytest.mark.parametrize("method", ["aligned_task_arithmetic", "rotation_match"])

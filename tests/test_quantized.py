@@ -142,12 +142,12 @@ def test_the_identity_stays_where_it_is_as_good(monkeypatch: pytest.MonkeyPatch)
 
 def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not where products may overflow, not for float64, which would lose its precision, nor on other devices."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True}, raising=False)
     assert quantized.usable(CPU, torch.bfloat16, 100_000)
     assert not quantized.usable(CPU, torch.bfloat16, 200_000)
     assert not quantized.usable(CPU, torch.float64, 100)
     assert not quantized.usable(torch.device("meta"), torch.bfloat16, 100)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_vnni": False})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_vnni": False}, raising=False)
     assert not quantized.usable(CPU, torch.bfloat16, 100)
 
 

@@ -41,7 +41,7 @@ def test_report_and_card_say_what_was_done(paths: dict[str, Path], mergekit_yaml
     out = tmp_path / "out"
     done = mergekit_yaml(_config(paths), out, "--no-copy-tokenizer")
     assert done.returncode == 0, done.stderr
-    report = json.loads((out / "symalign_report.json").read_text())
+    report = json.loads((out / "symalign_report.json").read_text("utf-8"))
     assert report["method"] == "aligned_task_arithmetic"
     assert report["anchor"] == [str(paths["anchor"])]
     assert report["exact"] is True
@@ -104,7 +104,7 @@ def test_planted_numbers_are_reported(tmp_path: Path) -> None:
     paths = [save(anchor, tmp_path / "a")]
     paths.append(save(with_weights(anchor, transform(anchor.state_dict(), layout, elements)), tmp_path / "b"))
     merged(merge_config("rotation_match", paths[0], [paths[1]]), tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text())
+    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text("utf-8"))
     for block in report["models"][str(paths[1])]["blocks"]:
         if block["block"] == "mlp":
             assert block["neurons_moved"] == 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -102,14 +100,12 @@ def test_prices_say_where_the_optimum_is(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("spread", [1, 3])
-def test_neurons_of_very_different_size_take_seconds(spread: int, dtype: torch.dtype) -> None:
-    """The sparse solver went on for minutes (600 neurons) where costs were not rounded to whole numbers."""
+def test_neurons_of_very_different_size(spread: int, dtype: torch.dtype) -> None:
+    """The optimum; that it takes seconds and not minutes is in tests/benchmarks/timings.py."""
     g = torch.Generator().manual_seed(0)
     a, b = ((spread * torch.randn(600, 1, generator=g)).exp() * torch.randn(600, 256, generator=g) for _ in range(2))
     score = (a @ b.mT).to(dtype)
-    started = time.perf_counter()
     index = best_assignment(score)
-    assert time.perf_counter() - started < 20
     assert _total(score, index) == pytest.approx(_best(score), rel=1e-6)
 
 

@@ -48,11 +48,11 @@ def study() -> Study:
 
 
 def test_evidence_says_what_the_results_say(study: Study) -> None:
-    assert (ROOT / "docs" / "evidence.md").read_text() == page(study)
+    assert (ROOT / "docs" / "evidence.md").read_text("utf-8") == page(study)
 
 
 def test_readme_says_what_the_results_say(study: Study) -> None:
-    assert readme_paragraph(study) in (ROOT / "README.md").read_text()
+    assert readme_paragraph(study) in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_the_page_follows_the_numbers(study: Study) -> None:
@@ -213,7 +213,7 @@ def test_merges_are_those_of_the_command(
     tmp_path: Path, mergekit_yaml: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     here = _merger(tmp_path).merge("transfer", "weights")
-    done = mergekit_yaml((tmp_path / "work" / "config.yml").read_text(), tmp_path / "out")
+    done = mergekit_yaml((tmp_path / "work" / "config.yml").read_text("utf-8"), tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert all(torch.equal(x, here[name]) for name, x in load_state(tmp_path / "out").items())
 
@@ -259,4 +259,4 @@ def test_measured_again_tells_what_changed(
 
 def test_results_are_readable_json() -> None:
     for path in RESULTS.glob("*.json"):
-        assert json.loads(path.read_text())["rows"]
+        assert json.loads(path.read_text("utf-8"))["rows"]

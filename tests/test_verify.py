@@ -45,7 +45,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for path in paths.values():
         word_tokenizer(97).save_pretrained(path)
     (folder / "prompts.txt").write_text(
-        "\n".join(" ".join(f"w{3 + (7 * i + j) % 94}" for j in range(20)) for i in range(9))
+        "\n".join(" ".join(f"w{3 + (7 * i + j) % 94}" for j in range(20)) for i in range(9)), "utf-8"
     )
     return paths | {"prompts": folder / "prompts.txt"}
 
@@ -166,7 +166,7 @@ def test_rounding_to_the_stored_dtype_is_tolerated(llama: dict[str, Path], tmp_p
 def test_bad_input_is_exit_code_2(llama: dict[str, Path], tmp_path: Path) -> None:
     original, twin = llama["original"], llama["twin"]
     gemma, vit, bare = (save(make_model(f, 0), tmp_path / f) for f in ("gemma2", "vit", "llama"))
-    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "empty.txt").write_text("", "utf-8")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     cases = [
         ([original, tmp_path / "absent"], "it cannot be opened"),

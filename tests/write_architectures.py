@@ -107,7 +107,7 @@ def measure(name: str, folder: Path) -> str:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         rows = [measure(name, Path(folder)) for name in FAMILIES]
-    OUT.write_text(HEAD + "\n".join(rows) + "\n" + CLASSES.format(classes=classes()))
+    OUT.write_text(HEAD + "\n".join(rows) + "\n" + CLASSES.format(classes=classes()), "utf-8")
 
 
 if __name__ == "__main__":

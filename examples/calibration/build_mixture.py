@@ -73,7 +73,7 @@ def main() -> None:
             parser.error(f"{source.path} has only {len(group)} prompts: give --each {len(group)} at most")
     mixed = chain.from_iterable(zip(*groups, strict=True))
     lines = [json.dumps({"messages": [{"role": "user", "content": prompt}]}) for prompt in mixed]
-    args.out.write_text("\n".join(lines) + "\n")
+    args.out.write_text("\n".join(lines) + "\n", "utf-8")
     print(f"wrote {len(lines)} prompts to {args.out}")
 
 

@@ -128,8 +128,8 @@ def save(model: PeftModel, out: Path) -> None:
     model.save_pretrained(out, state_dict=weights)
     (out / "README.md").unlink(missing_ok=True)
     path = out / "adapter_config.json"
-    config = json.loads(path.read_text()) | {"target_modules": sorted(PROJECTIONS)}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    config = json.loads(path.read_text("utf-8")) | {"target_modules": sorted(PROJECTIONS)}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def report(title: str, loaded: Loaded) -> None:

@@ -48,7 +48,7 @@ class Findings:
 
     @staticmethod
     def read(path: Path) -> Findings:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
         rows = {tuple(row[name] for name in KEY): row for row in content["rows"]}
         return Findings(content["settings"], content["environment"], rows)
 

@@ -48,7 +48,7 @@ class Encoders:
 
     @staticmethod
     def read() -> Encoders:
-        content: dict[str, Any] = yaml.safe_load((HERE / "fusion.yml").read_text())
+        content: dict[str, Any] = yaml.safe_load((HERE / "fusion.yml").read_text("utf-8"))
         return Encoders(**content | {"seeds": tuple(content["seeds"])})
 
 

@@ -31,7 +31,7 @@ OPTIONS = {"copy_tokenizer": False, "quiet": True, "write_model_card": False}
 
 def variants() -> dict[str, dict[str, Any] | None]:
     """Name -> parameters that are added to a merge; None: MergeKit's own method."""
-    content: dict[str, dict[str, Any] | None] = yaml.safe_load((MERGES / "variants.yml").read_text())
+    content: dict[str, dict[str, Any] | None] = yaml.safe_load((MERGES / "variants.yml").read_text("utf-8"))
     return content
 
 
@@ -76,16 +76,16 @@ class Merger:
         """Write the configuration to disk, and merge what is read from there into ``out``."""
         self.work.mkdir(parents=True, exist_ok=True)
         path = self.work / "config.yml"
-        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        path.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
         shutil.rmtree(out, ignore_errors=True)
-        content = MergeConfiguration.model_validate(yaml.safe_load(path.read_text()))
+        content = MergeConfiguration.model_validate(yaml.safe_load(path.read_text("utf-8")))
         logging.getLogger("mergekit_symalign").setLevel(logging.ERROR)  # the warning of rotation: full, each time
         run_merge(content, str(out), MergeOptions(**OPTIONS))
         return out
 
     def config(self, merge: str, variant: str, weights: Sequence[float] | None = None) -> dict[str, Any]:
         """The configuration, with directories for names."""
-        config: dict[str, Any] = yaml.safe_load((MERGES / f"{merge}.yml").read_text())
+        config: dict[str, Any] = yaml.safe_load((MERGES / f"{merge}.yml").read_text("utf-8"))
         added = variants()[variant]
         for i, entry in enumerate(config["models"]):
             entry["model"] = str(self.models[entry["model"]])

@@ -65,7 +65,7 @@ class Settings:
         Raises:
             FileNotFoundError: if there is no such file.
         """
-        content: dict[str, Any] = yaml.safe_load((HERE / f"{name}.yml").read_text())
+        content: dict[str, Any] = yaml.safe_load((HERE / f"{name}.yml").read_text("utf-8"))
         lessons = {key: Lesson(**content[key]) for key in ("base", "reference", "target", "reasoner")}
         lists = {key: tuple(content[key]) for key in ("seeds", "branches", "mixing")}
         return Settings(name=name, **content | lessons | lists)

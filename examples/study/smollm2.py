@@ -56,7 +56,7 @@ class FineTuning:
 
     @staticmethod
     def read() -> FineTuning:
-        content: dict[str, Any] = yaml.safe_load((HERE / "smollm2.yml").read_text())
+        content: dict[str, Any] = yaml.safe_load((HERE / "smollm2.yml").read_text("utf-8"))
         return FineTuning(**content | {"seeds": tuple(content["seeds"])})
 
 
@@ -128,7 +128,7 @@ class SmolLM2:
     def _prompts(self) -> Path:
         path = self.work / "prompts.txt"
         texts = (style_texts(PROMPTS, seed=2, split="train"), _pieces(text("reference", "train"))[:PROMPTS])
-        path.write_text("\n".join(texts[0] + texts[1]))
+        path.write_text("\n".join(texts[0] + texts[1]), "utf-8")
         return path
 
     def _tuned(self, name: str, texts: list[str], seed: int) -> Path:

@@ -35,7 +35,7 @@ class Store:
         wanted = json.loads(json.dumps(asdict(settings)))
         if not path.exists():
             return Store(path, wanted, {})
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
         if content["settings"] != wanted:
             raise ValueError(f"{path} was measured with other settings. Delete it to start again, or restore them.")
         return Store(path, wanted, {_key(row): row for row in content["rows"]})
@@ -58,7 +58,7 @@ class Store:
         text = f'{json.dumps(content, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text(text)
+        unfinished.write_text(text, "utf-8")
         unfinished.replace(self.path)
 
 

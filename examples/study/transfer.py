@@ -111,5 +111,5 @@ class Transfer:
             ids, _ = Mixture(self.settings.target.shares, self.settings.length).batch(PROMPTS, random.Random("prompts"))
             texts = ["".join(ALPHABET[i] for i in row) for row in ids.tolist()]
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
         return path

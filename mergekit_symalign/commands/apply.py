@@ -71,7 +71,7 @@ def run_apply(
     if not require_fits(file, checkpoint.layout, halves=halves):
         click.echo(f"{file.label}: rotation: full, so the function of the model changes", err=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".symalign-", dir=out.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".symalign-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch) / "model"
         device = options.device or "cpu"
         executor = Executor(_tasks(checkpoint, file, folder, options, invert, dtype), math_device=device)

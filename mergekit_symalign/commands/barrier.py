@@ -119,7 +119,7 @@ def run_barrier(
     for model in (a, b):
         _require_next_token(model)
     batches = _batches(a, b, text, tokens, options)
-    with tempfile.TemporaryDirectory(prefix="symalign-barrier-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="symalign-barrier-", ignore_cleanup_errors=True) as scratch:
         crimes = options.model_copy(update={"allow_crimes": True})  # Llama and Mistral: one family, so none to us
         run_merge(alignment_config(model_a, model_b, parameters or {}, dtype="float32"), scratch, crimes)
         aligned = ModelReference.parse(scratch)

@@ -32,7 +32,10 @@ def load(model_dir: Path) -> Loaded:
 
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    return Loaded(model.eval(), AutoTokenizer.from_pretrained(model_dir))
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    if tokenizer.pad_token is None:  # older transformers read none from GGUF; which one it is makes no difference
+        tokenizer.pad_token = tokenizer.eos_token
+    return Loaded(model.eval(), tokenizer)
 
 
 def exact_match(model_dir: Path, problems: Sequence[Problem], batch_size: int = 50) -> float:

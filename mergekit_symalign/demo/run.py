@@ -35,7 +35,7 @@ class Row:
         exact_match: share of held-out arithmetic problems solved.
         text_loss: nats per token on held-out texts of the target's kind.
         seconds: wall time of the merge, None for inputs.
-        peak_mib: largest resident memory of the merge, None for inputs.
+        peak_mib: largest resident memory of the merge, None for inputs and on Windows.
     """
 
     model: str
@@ -63,7 +63,7 @@ def run_demo(out: Path) -> None:
     models = {"anchor": anchor, **folders, **{name: out / name for name in configs}}
     rows = [_measured(name, folder, *costs.get(name, (None, None))) for name, folder in models.items()]
     results = {"logit_deviation_twin": deviation, "rows": [asdict(row) for row in rows]}
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     click.echo(render(rows, deviation))
 
 
@@ -104,7 +104,7 @@ def write_configs(out: Path, anchor: Path) -> dict[str, Path]:
         "aligned-twin": config("aligned_task_arithmetic", twin, align=False),  # a child of the anchor: as it is
     }
     for name, content in configs.items():
-        (out / f"{name}.yml").write_text(yaml.safe_dump(content, sort_keys=False))
+        (out / f"{name}.yml").write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
     return {name: out / f"{name}.yml" for name in configs}
 
 
@@ -136,7 +136,7 @@ def render(rows: list[Row], deviation: float) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for row in rows:
-        cost = ("", "") if row.seconds is None else (f"{row.seconds:.0f}", f"{row.peak_mib:.0f}")
+        cost = ["" if x is None else f"{x:.0f}" for x in (row.seconds, row.peak_mib)]
         lines.append(f"| {row.model} | {row.exact_match:.1%} | {row.text_loss:.2f} | {cost[0]} | {cost[1]} |")
     return "\n".join(lines)
 
@@ -147,23 +147,33 @@ def _copy_small_files(source: Path, out: Path) -> None:
             shutil.copy(source / name, out / name)
 
 
-def _merge(config: Path, out: Path, cache: Path) -> tuple[float, float]:
+def _merge(config: Path, out: Path, cache: Path) -> tuple[float, float | None]:
     """Run the unmodified ``mergekit-yaml`` in a process of its own.
 
     Returns:
-        Wall seconds, and peak resident memory in MiB.
+        Wall seconds, and peak resident memory in MiB (None on Windows).
     """
     shutil.rmtree(out, ignore_errors=True)
-    command = [str(Path(sysconfig.get_path("scripts")) / "mergekit-yaml"), str(config), str(out)]
+    program = shutil.which("mergekit-yaml", path=sysconfig.get_path("scripts")) or "mergekit-yaml"
+    command = [program, str(config), str(out), "--quiet", "--lora-merge-cache", str(cache)]
     _say(f"mergekit-yaml {config.name} {out.name}")
     start = time.perf_counter()
-    with subprocess.Popen([*command, "--quiet", "--lora-merge-cache", str(cache)]) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    with subprocess.Popen(command) as process:
+        peak = _peak_mib(process)
     if process.returncode != 0:
         raise click.ClickException(f"mergekit-yaml {config} failed with exit code {process.returncode}")
+    return time.perf_counter() - start, peak
+
+
+def _peak_mib(process: subprocess.Popen[bytes]) -> float | None:
+    """Wait for a process; its peak resident memory in MiB, where the operating system says it."""
+    if not hasattr(os, "wait4"):
+        process.wait()
+        return None
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
-    return time.perf_counter() - start, usage.ru_maxrss / unit
+    return usage.ru_maxrss / unit
 
 
 def _measured(name: str, folder: Path, seconds: float | None, peak_mib: float | None) -> Row:

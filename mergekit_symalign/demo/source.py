@@ -33,7 +33,7 @@ def unpack_smollm2(out: Path) -> Path:
         return out
     weights = find_gguf()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
         unpacked = Path(scratch) / "model"
         with quiet():
             model, tokenizer = _load(weights)

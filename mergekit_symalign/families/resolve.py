@@ -202,7 +202,7 @@ def _names(axis: str | tuple[str, ...]) -> set[str]:
 def families() -> dict[str, Family]:
     """All family files that ship with the package, by name."""
     folder = files(__package__)
-    raw = {f.name[:-5]: yaml.safe_load(f.read_text()) for f in folder.iterdir() if f.name.endswith(".yaml")}
+    raw = {f.name[:-5]: yaml.safe_load(f.read_text("utf-8")) for f in folder.iterdir() if f.name.endswith(".yaml")}
     return {name: Family.model_validate(_inherit(raw, name)) for name in sorted(raw)}
 
 

@@ -86,7 +86,7 @@ def checkpoint(cache: Path, shape: Shape, recipe: Recipe) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         _write(folder, shape, recipe)
-        (folder / "complete").write_text(name + "\n")
+        (folder / "complete").write_text(name + "\n", "utf-8")
     return folder
 
 

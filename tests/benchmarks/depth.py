@@ -48,18 +48,18 @@ def write_model(folder: Path, layers: int, seed: int) -> int:
 
 def write_prompts(path: Path, tokens: int, length: int = 128) -> None:
     words = torch.randint(1, WORDS, (tokens // length, length), generator=torch.Generator().manual_seed(0))
-    path.write_text("\n".join(" ".join(f"w{i}" for i in row) for row in words.tolist()))
+    path.write_text("\n".join(" ".join(f"w{i}" for i in row) for row in words.tolist()), "utf-8")
 
 
 def peaks(folder: Path, *options: str) -> tuple[float, float]:
     """Peaks of all resident and of anonymous memory of a solve, in MiB."""
     command = [BIN / "mergekit-symalign", "solve", folder / "anchor", folder / "model", "-o", folder / "a.safetensors"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (folder / "log").open("w") as log:
+    with (folder / "log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen([*command, "--quiet", *options], stdout=log, stderr=log, env=environment)
         resident, own = watch(process)
     if process.returncode:
-        sys.exit((folder / "log").read_text())
+        sys.exit((folder / "log").read_text("utf-8"))
     return resident / 2**20, own / 2**20
 
 

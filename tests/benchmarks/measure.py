@@ -50,15 +50,15 @@ def merge(config: dict[str, Any], out: Path, *options: str) -> Cost:
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     file = out.with_suffix(".yml")
-    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    file.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
     command = [BIN / "mergekit-yaml", file, out, "--no-copy-tokenizer", "--quiet", "-v", *options]
     log = out.with_suffix(".log")
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    with log.open("w") as sink:
+    with log.open("w", encoding="utf-8") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=sink, env=ENVIRONMENT)
         peak_rss, peak_own = watch(process)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    text = log.read_text()
+    text = log.read_text("utf-8")
     if process.returncode:
         raise RuntimeError(f"mergekit-yaml failed on {file}:\n{text[-2000:]}")
     shutil.rmtree(out)
@@ -71,7 +71,7 @@ def watch(process: subprocess.Popen[bytes]) -> tuple[float, float]:
     status, peaks = Path(f"/proc/{process.pid}/status"), [0.0, 0.0]
     while process.poll() is None:
         try:
-            now = dict(re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", status.read_text(), re.MULTILINE))
+            now = dict(re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", status.read_text("utf-8"), re.MULTILINE))
         except OSError:
             now = {}
         for i, field in enumerate(("VmHWM", "RssAnon")):

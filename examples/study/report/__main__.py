@@ -13,10 +13,10 @@ from .page import Study, page, readme_paragraph, replaced
 def write(study: Study, root: Path) -> None:
     """Write the page and its figures under ``root``, and README's paragraph if there is a README."""
     draw(study.main, root / "docs" / "figures")
-    (root / "docs" / "evidence.md").write_text(page(study))
+    (root / "docs" / "evidence.md").write_text(page(study), "utf-8")
     readme = root / "README.md"
     if readme.exists():
-        readme.write_text(replaced(readme.read_text(), readme_paragraph(study)))
+        readme.write_text(replaced(readme.read_text("utf-8"), readme_paragraph(study)), "utf-8")
 
 
 def main() -> None:

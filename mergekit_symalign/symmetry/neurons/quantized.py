@@ -12,7 +12,7 @@ come from a fixed seed, so that results are the same in every run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -26,6 +26,7 @@ from mergekit_symalign.symmetry.threads import in_parallel
 
 _CHANCE = 1e-30  # that any score is farther from the truth than its error says
 _LARGEST = 127
+_EXACT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8")  # torch's names for what a processor can do
 _SEEDS = (1, 2)  # of the dither of anchor and model
 _ROWS = 512  # of the anchor that are multiplied at once
 _PIECE = 256  # rows that are rounded together
@@ -73,8 +74,13 @@ def usable(device: torch.device, dtype: torch.dtype, columns: int) -> bool:
     """
     if device.type != "cpu" or dtype is torch.float64 or not torch.backends.mkldnn.is_available():
         return False
-    capable = torch.cpu.get_capabilities()
-    return columns * _LARGEST**2 < 2**31 and any(capable.get(x) for x in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return columns * _LARGEST**2 < 2**31 and any(_capabilities().get(x) for x in _EXACT_PRODUCTS)
+
+
+def _capabilities() -> Mapping[str, object]:
+    """What torch knows of the processor; older versions of torch know nothing, and get the slower route."""
+    found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found
 
 
 @dataclass(frozen=True)
