@@ -165,7 +165,8 @@ def _loaded(model: ModelReference, options: MergeOptions) -> Any:
     transformers_logging.set_verbosity_error()
     try:
         kind = getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
-        found = kind.from_pretrained(source.path, revision=source.revision, dtype=torch.float32)
+        settings = {"dtype": torch.float32, "attn_implementation": "eager"}  # others may lack soft caps
+        found = kind.from_pretrained(source.path, revision=source.revision, **settings)
     finally:
         transformers_logging.set_verbosity(verbosity)
         if shown:
