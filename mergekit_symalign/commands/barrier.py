@@ -191,6 +191,7 @@ def _loaded(weights: ModelReference, of: ModelReference, options: MergeOptions) 
             cache_dir=options.transformers_cache,
             trust_remote_code=options.trust_remote_code,
             dtype=torch.float32,
+            attn_implementation="eager",  # others may lack soft caps
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
