@@ -202,14 +202,14 @@ def test_an_error_of_a_solve_is_one_line(
 
 
 def test_errors_are_translated_in_one_place() -> None:
-    """Tasks, planning and kernels know nothing of command lines; graph/report.py does it for the hook."""
+    """Tasks, planning and kernels know nothing of command lines; graph/error_translation.py does it for the hook."""
     package = Path(solve.__file__).parent.parent
     users = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
         if "readable_errors" in path.read_text("utf-8")
     }
-    assert users == {"hook.py", "graph/report.py"}
+    assert users == {"hook.py", "graph/error_translation.py"}
 
 
 @pytest.mark.parametrize("kind", [GeometryError, ValueInTensorError, UnknownMethodError])
