@@ -158,8 +158,14 @@ def test_large_numbers_are_no_infinity() -> None:
 def test_models_of_a_consensus_have_to_fit() -> None:
     one, other = ({axis: [pair[i] for pair in pairs] for axis, pairs in _rows(MLP).items()} for i in range(2))
     assert len(solve_consensus([one, other], MLP, USE)) == 2
-    with pytest.raises(ShapeError, match="axis up"):
-        solve_consensus([one, other | {"up": [other["up"][0][:-1]]}], MLP, USE)
+    for changed in (other["up"][0][:-1], other["up"][0][:, 1:]):
+        with pytest.raises(ShapeError, match="model 1"):
+            solve_consensus([one, other | {"up": [changed]}], MLP, USE)
+    for models in ([one, {axis: x for axis, x in other.items() if axis != "up"}], [one, other | {"up": []}]):
+        with pytest.raises(ShapeError, match="model 1"):
+            solve_consensus(models, MLP, USE)
+    with pytest.raises(ShapeError, match="axis gate"):
+        solve_consensus([one, other], replace(MLP, neurons=4), USE)
     with pytest.raises(ShapeError, match="model 1"):
         find_consensus([one, other | {"up": [other["up"][0][:, 1:]]}], lambda sides: pytest.fail("solved"))
     with pytest.raises(ShapeError, match="there are none"):

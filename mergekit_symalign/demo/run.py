@@ -58,6 +58,7 @@ def run_demo(out: Path, *, bar: bool = False) -> None:
 
 
 def _table(out: Path, *, bar: bool) -> str:
+    """All of it: what `run_demo` prints."""
     require_writable_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()

@@ -60,7 +60,7 @@ def find_consensus(models: Sequence[Rows], align: Callable[[Sides], BlockElement
     >>> found.elements[1].actions["up"].index.tolist(), found.spread[-1]
     ([2, 0, 1], 0.0)
     """
-    _require_alike(models)
+    require_alike(models)
     starts = [_State.at_anchor(models, k, align) for k in range(len(models))]
     state = min(starts, key=lambda start: start.spread)
     spread = [state.spread]
@@ -107,7 +107,11 @@ class _State:
         return _State.moved_by(models, elements)
 
 
-def _require_alike(models: Sequence[Rows]) -> None:
+def require_alike(models: Sequence[Rows]) -> None:
+    """
+    Raises:
+        ShapeError: if there is no model, or models differ in axes or shapes.
+    """
     if not models:
         raise ShapeError("models", "there are none", "Pass the rows of at least one model")
     shapes = [{axis: [x.shape for x in rows] for axis, rows in model.items()} for model in models]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
-from mergekit_symalign.symmetry.consensus import Rows, find_consensus, rows_of_both
+from mergekit_symalign.symmetry.consensus import Rows, find_consensus, require_alike, rows_of_both
 from mergekit_symalign.symmetry.describe import describe_distances, describe_heads, describe_neurons
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import Values, require_finite, require_fitting
@@ -62,8 +62,8 @@ def solve_consensus(models: Sequence[Rows], shape: Shape, use: Symmetries) -> li
     Raises:
         ShapeError: if rows do not fit the shape.
     """
-    for rows in models:
-        require_fitting(rows_of_both(models[0], rows), shape)
+    require_alike(models)
+    require_fitting(rows_of_both(models[0], models[0]), shape)
     found = find_consensus(models, lambda sides: align_block(sides, shape, use).element)
     facts = {"consensus_rounds": len(found.spread) - 1}
     both = zip(found.elements, models, strict=True)
