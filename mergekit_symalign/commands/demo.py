@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_symalign.commands.outcome import Command
+from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.demo.run import run_demo
 
 
@@ -24,4 +24,4 @@ def demo(out: Path) -> None:
     \b
     Example: mergekit-symalign demo --out symalign-demo
     """
-    run_demo(out)
+    run_demo(out, bar=bars(quiet=False))

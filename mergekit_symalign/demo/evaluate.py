@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from mergekit_symalign.demo.data import Problem
+from mergekit_symalign.demo.progress import Tick, silent
 from mergekit_symalign.demo.source import quiet
 
 if TYPE_CHECKING:
@@ -69,13 +70,13 @@ def logit_deviation(dir_a: Path, dir_b: Path, texts: Sequence[str], batch_size: 
     return largest / (square / count - (total / count) ** 2) ** 0.5
 
 
-def matching_share(loaded: Loaded, problems: Sequence[Problem], batch_size: int = 50) -> float:
-    """The share of problems whose greedy answer equals the expected one."""
-    given = answers(loaded, problems, batch_size)
+def matching_share(loaded: Loaded, problems: Sequence[Problem], batch_size: int = 50, tick: Tick = silent) -> float:
+    """The share of problems whose greedy answer equals the expected one; ``tick`` counts them."""
+    given = answers(loaded, problems, batch_size, tick)
     return sum(text == problem.answer for text, problem in zip(given, problems, strict=True)) / len(problems)
 
 
-def answers(loaded: Loaded, problems: Sequence[Problem], batch_size: int = 50) -> list[str]:
+def answers(loaded: Loaded, problems: Sequence[Problem], batch_size: int = 50, tick: Tick = silent) -> list[str]:
     """Continue each prompt greedily up to the end token, or to one token more than the longest answer has."""
     import torch
 
@@ -88,10 +89,11 @@ def answers(loaded: Loaded, problems: Sequence[Problem], batch_size: int = 50) -
             output = model.generate(**batch, max_new_tokens=longest + 1, do_sample=False)
         new = output[:, batch["input_ids"].shape[1] :]
         given += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        tick(len(chunk))
     return given
 
 
-def mean_loss(loaded: Loaded, texts: Sequence[str], batch_size: int = 10) -> float:
+def mean_loss(loaded: Loaded, texts: Sequence[str], batch_size: int = 10, tick: Tick = silent) -> float:
     """Mean next-token cross entropy over all tokens of all texts but the first of each, in nats per token."""
     import torch
 
@@ -104,6 +106,7 @@ def mean_loss(loaded: Loaded, texts: Sequence[str], batch_size: int = 10) -> flo
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss += _summed_cross_entropy(logits, labels)
         tokens += int((labels[:, 1:] != -100).sum())
+        tick(len(chunk))
     return loss / tokens
 
 

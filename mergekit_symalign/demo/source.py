@@ -5,6 +5,7 @@ import importlib.util
 import io
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,15 +77,17 @@ def _load(weights: Path) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerBase]":
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings and progress bars of transformers, then restore them."""
+    """Silence the libraries' warnings, log messages and progress bars, then restore them."""
     from transformers.utils import logging as hf_logging
 
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.CRITICAL)
+    disabled, bars = logging.root.manager.disable, hf_logging.is_progress_bar_enabled()
+    logging.disable(logging.CRITICAL)
     hf_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        hf_logging.set_verbosity(verbosity)
+        logging.disable(disabled)
         if bars:
             hf_logging.enable_progress_bar()

@@ -20,6 +20,7 @@ from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock, packed
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by, align_mlp_by
 from mergekit_symalign.symmetry.by_activations.experts import Routing, align_experts_by
+from mergekit_symalign.symmetry.fitting import Values
 from mergekit_symalign.symmetry.heads.solve import HEAD_AXES
 from mergekit_symalign.symmetry.options import Sides
 from mergekit_symalign.symmetry.rows import compute_dtype
@@ -224,7 +225,8 @@ class SolveActivations(SolveBlock):
         return {"statistics": self.statistics, **super().arguments()}
 
     def execute(self, statistics: Any, **tensors: torch.Tensor) -> Dict[str, Any]:  # type: ignore[override]
-        return packed(solve_block(self._sides(tensors), self.shape, self.use, partial(self._align, statistics)))
+        align = partial(self._align, statistics)
+        return packed(solve_block(self._sides(tensors), self.shape, self.use, align, values=Values.finite))
 
     def _align(self, statistics: Any, sides: Sides) -> Solved:
         if EXPERTS in statistics:

@@ -11,6 +11,7 @@ from mergekit.io.tasks import GatherTensors, LoadTensor
 
 from mergekit_symalign.errors import CheckpointError, ValueInTensorError
 from mergekit_symalign.graph.damaged import describe
+from mergekit_symalign.symmetry.rows import is_finite
 
 
 class LoadStored(LoadTensor):
@@ -48,23 +49,13 @@ class LoadFinite(LoadStored):
 
     def execute(self) -> Optional[torch.Tensor]:
         x = super().execute()
-        if x is not None and not _is_finite(x):
+        if x is not None and not is_finite(x):
             raise ValueInTensorError(
                 f"tensor {self.tensor} of model {self.model}",
                 "it holds NaN or infinity",
                 "Download or export this checkpoint again; a merge would spread the bad value",
             )
         return x
-
-
-def _is_finite(x: torch.Tensor) -> bool:
-    """Whether there is neither NaN nor infinity; a sum tells at the speed of the memory, unless it overflows."""
-    if not x.is_floating_point() or x.numel() == 0:
-        return True
-    if bool(x.sum(-1).isfinite().all()):
-        return True
-    low, high = torch.aminmax(x)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 class GatherAligned(GatherTensors):

@@ -13,6 +13,7 @@ from pydantic import model_validator
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.symmetry.element import TensorAxes, rows_by_axis
+from mergekit_symalign.symmetry.fitting import Values
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Sides, Symmetries
 from mergekit_symalign.symmetry.solve import Shape, solve_block
 from mergekit_symalign.symmetry.solved import Solved
@@ -68,7 +69,7 @@ class SolveBlock(Task[Dict[str, Any]]):
 
     def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
         with one_thread():
-            solved = solve_block(self._sides(tensors), self.shape, self.use)
+            solved = solve_block(self._sides(tensors), self.shape, self.use, values=Values.finite)
         LOG.info("solved %s of %s: %s", self.model[0].tensor, self.model[0].model, json.dumps(solved.facts))
         return packed(solved)
 

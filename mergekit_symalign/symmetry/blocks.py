@@ -45,6 +45,16 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> Solved:
 
     Returns:
         The element; the route by which the order of the heads was proven, and the squared distances before and after.
+
+    >>> import torch
+    >>> from mergekit_symalign.symmetry.options import HeadShape, Symmetries
+    >>> shape = HeadShape(query_heads=2, kv_heads=2, head_dim=4, rotary=4)
+    >>> rows = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    >>> swapped = rows[[4, 5, 6, 7, 0, 1, 2, 3]]  # the two heads, in the other order
+    >>> sides = {axis: [(rows, swapped)] for axis in ("query", "key", "value", "attended")}
+    >>> found = align_attention(sides, shape, Symmetries())
+    >>> torch.equal(found.element.actions["value"](swapped, 0), rows)
+    True
     """
     own, norms = head_moments(sides, shape, use.rotation)
     problem = HeadProblem(HeadRows(sides, own, norms, shape, use))
@@ -82,6 +92,14 @@ def align_mlp(sides: Sides, shape: MlpShape, use: Symmetries) -> Solved:
 
     Returns:
         The element; of a dense MLP how many neurons each route settled, and without factors the squared distances.
+
+    >>> import torch
+    >>> from mergekit_symalign.symmetry.options import MlpShape, Symmetries
+    >>> rows = torch.eye(3)
+    >>> sides = {axis: [(rows, rows[[2, 0, 1]])] for axis in ("gate", "up", "down")}
+    >>> found = align_mlp(sides, MlpShape(3), Symmetries())
+    >>> found.element.actions["up"](rows[[2, 0, 1]], 0).equal(rows)
+    True
     """
     scale = shape.scale if use.neuron_scaling else NeuronScale.none
     if not use.permutation and scale is NeuronScale.none:

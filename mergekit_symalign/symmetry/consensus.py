@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_symalign.errors import ShapeError
 from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.fitting import ROWS
 from mergekit_symalign.symmetry.groups import Chain
 from mergekit_symalign.symmetry.options import Sides
 from mergekit_symalign.symmetry.rows import compute_dtype
@@ -47,7 +49,18 @@ def find_consensus(models: Sequence[Rows], align: Callable[[Sides], BlockElement
             up to rounding.
         align: the best element for (anchor, model) rows, such as `align_attention` and `align_mlp`.
         rounds: at most so many.
+
+    Raises:
+        ShapeError: if there is no model, or models differ in axes or shapes.
+
+    >>> from mergekit_symalign.symmetry.blocks import align_mlp
+    >>> from mergekit_symalign.symmetry.options import MlpShape, Symmetries
+    >>> models = [{axis: [torch.eye(3)[order]] for axis in ("gate", "up", "down")} for order in ([0, 1, 2], [1, 2, 0])]
+    >>> found = find_consensus(models, lambda sides: align_mlp(sides, MlpShape(3), Symmetries()).element)
+    >>> found.elements[1].actions["up"].index.tolist(), found.spread[-1]
+    ([2, 0, 1], 0.0)
     """
+    require_alike(models)
     starts = [_State.at_anchor(models, k, align) for k in range(len(models))]
     state = min(starts, key=lambda start: start.spread)
     spread = [state.spread]
@@ -92,6 +105,19 @@ class _State:
             closer = _spread_around(_moved(rows, new), self.mean) <= _spread_around(moved, self.mean)
             elements.append(new if closer else old)
         return _State.moved_by(models, elements)
+
+
+def require_alike(models: Sequence[Rows]) -> None:
+    """
+    Raises:
+        ShapeError: if there is no model, or models differ in axes or shapes.
+    """
+    if not models:
+        raise ShapeError("models", "there are none", "Pass the rows of at least one model")
+    shapes = [{axis: [x.shape for x in rows] for axis, rows in model.items()} for model in models]
+    for number, other in enumerate(shapes):
+        if other != shapes[0]:
+            raise ShapeError(f"model {number}", f"its rows are {other}, those of the first {shapes[0]}", ROWS)
 
 
 def rows_of_both(anchor: Rows, model: Rows) -> Sides:

@@ -24,7 +24,15 @@ class Rotation(str, Enum):
 
 @dataclass(frozen=True)
 class Symmetries:
-    """Which symmetries to use (the parameters of the aligned methods)."""
+    """Which symmetries to use (the parameters of the aligned methods, docs/methods.md).
+
+    Attributes:
+        permutation: match the neurons of MLPs, and experts.
+        heads: match KV heads as a whole, then query heads within their group.
+        rotation: which rotations of the heads are admitted.
+        scaling: the scale between query and key, value and output.
+        neuron_scaling: the scale between up and down projection of each neuron.
+    """
 
     permutation: bool = True
     heads: bool = True
@@ -77,7 +85,8 @@ class HeadShape:
     """The shape of an attention block.
 
     Attributes:
-        query_heads, kv_heads: counts.
+        query_heads: count.
+        kv_heads: count; a divisor of it.
         head_dim: coordinates of a head.
         rotary: how many of them turn with the position (RoPE); 0 without positions in query and key.
         interleaved: planes are ``(2i, 2i + 1)`` instead of ``(i, i + rotary/2)``.

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
-from mergekit_symalign.symmetry.consensus import Rows, find_consensus, rows_of_both
+from mergekit_symalign.symmetry.consensus import Rows, find_consensus, require_alike, rows_of_both
 from mergekit_symalign.symmetry.describe import describe_distances, describe_heads, describe_neurons
 from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.fitting import Values, require_finite, require_fitting
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Sides, Symmetries
 from mergekit_symalign.symmetry.solved import Solved
 
@@ -16,7 +17,9 @@ Shape = HeadShape | MlpShape
 Align = Callable[[Sides], Solved]
 
 
-def solve_block(sides: Sides, shape: Shape, use: Symmetries, align: Align | None = None) -> Solved:
+def solve_block(
+    sides: Sides, shape: Shape, use: Symmetries, align: Align | None = None, *, values: Values = Values.unknown
+) -> Solved:
     """The symmetry that brings one attention block or MLP of a model closest to the anchor's.
 
     Args:
@@ -24,12 +27,14 @@ def solve_block(sides: Sides, shape: Shape, use: Symmetries, align: Align | None
         shape: of the heads, or of the neurons; it says which kind of block it is.
         use: which symmetries are admitted.
         align: how it is solved, if not from the weights (`align_attention`, `align_mlp`).
+        values: whether NaN and infinity have to be looked for.
 
     Returns:
         The element, without what is the identity, and what docs/files.md says of blocks.
 
     Raises:
         ShapeError: if rows do not fit the shape.
+        ValueInTensorError: if a row holds NaN or infinity.
 
     >>> import torch
     >>> from mergekit_symalign.symmetry.options import MlpShape, Symmetries
@@ -41,6 +46,9 @@ def solve_block(sides: Sides, shape: Shape, use: Symmetries, align: Align | None
     >>> solved.facts["neurons_moved"], solved.facts["distance_after"]
     (3, 0.0)
     """
+    require_fitting(sides, shape)
+    if values is Values.unknown:
+        require_finite(sides)
     return finished((align or partial(align_block, shape=shape, use=use))(sides), sides, shape)
 
 
@@ -50,7 +58,12 @@ def solve_consensus(models: Sequence[Rows], shape: Shape, use: Symmetries) -> li
     Args:
         models: rows of each model, the one whose coordinates the mean has first.
         shape, use: as for `solve_block`.
+
+    Raises:
+        ShapeError: if rows do not fit the shape.
     """
+    require_alike(models)
+    require_fitting(rows_of_both(models[0], models[0]), shape)
     found = find_consensus(models, lambda sides: align_block(sides, shape, use).element)
     facts = {"consensus_rounds": len(found.spread) - 1}
     both = zip(found.elements, models, strict=True)

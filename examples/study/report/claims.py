@@ -6,7 +6,7 @@ from ..estimates import Estimate
 from ..findings import ALONE, DEVIATION, OWN, SKILL, SKILL_LOSS, Findings
 from ..lineage import FINE_TUNED
 from .drift import changes, exact_variants, measured
-from .markdown import DRIFT_TITLES, judged, table
+from .markdown import DRIFT_TITLES, judged, paragraphs, table
 
 ANSWERS = {"better": "confirmed here", "worse": "contradicted here"}
 HOROI, ZHANG = "Horoi et al.", "Zhang et al."
@@ -16,7 +16,15 @@ Claim = tuple[str, str, str, str]  # paper, claim, answer, numbers
 def section(findings: Findings, others: list[Claim]) -> str:
     rows = [*_transfer_claims(findings), _more_drift(findings), _full_rotation(findings), *_kinds(findings)]
     rows += [_average(findings), *others]
-    return "## The papers' claims\n\n" + table_of(rows)
+    return paragraphs("## The papers' claims", _count(rows), table_of(rows))
+
+
+def _count(rows: list[Claim]) -> str:
+    answers = ("confirmed here", "in part", "contradicted here")
+    confirmed, partly, contradicted = (sum(row[2] == answer for row in rows) for answer in answers)
+    return f"""\
+At this scale {confirmed} of {len(rows)} claims are confirmed, {partly} in part, and {contradicted} are contradicted.
+The others could not be confirmed. Each number is aligned minus plain, with its standard error."""
 
 
 def table_of(rows: list[Claim]) -> str:

@@ -7,7 +7,7 @@ from itertools import product
 
 from ..estimates import CONFIDENCE, Estimate
 from ..findings import ALONE, OWN, SKILL, SKILL_LOSS, Findings, Metric, percent, plain_number
-from .markdown import DRIFT_TITLES, VARIANT_TITLES, in_order, judged, listing, paragraphs, table
+from .markdown import DRIFT_TITLES, VARIANT_TITLES, in_order, judged, listing, opening, paragraphs, table
 
 EXACT = ("weights", "activations")
 # What an aligned merge is judged by: the sign of an improvement, and the difference to the merge without alignment.
@@ -42,7 +42,9 @@ def section(findings: Findings) -> str:
     arms = measured(findings)
     return paragraphs(
         "## 2 By how the target drifted",
-        effects(findings, arms),
+        _verdict(findings, arms),
+        _changes(findings, arms),
+        f"Lower is better for nats, higher for points. {_failures(findings, arms)} {_harm_of_full(findings, arms)}",
         _setting(findings),
         "![Share of the distance, barrier and transfer by drift](figures/drift.png)",
         _distances(findings, arms),
@@ -66,14 +68,25 @@ def changes(findings: Findings, arms: list[str], variant: str) -> list[tuple[str
     return found
 
 
-def effects(findings: Findings, arms: list[str]) -> str:
-    """What alignment harmed and improved, drift by drift."""
+def _verdict(findings: Findings, arms: list[str]) -> str:
+    """How many differences there are, how many are shown, and how many chance alone would show."""
     variants = exact_variants(findings)
-    sentences = [_effect(findings, arms, variant) for variant in variants]
+    shown = [verdict for variant in variants for *_, verdict in changes(findings, arms, variant)]
     n = len(MEASURES) * len(arms) * len(variants)
-    chance = f"That is out of {n} differences, of which chance alone would show about {(1 - CONFIDENCE) * n:.0f}."
-    said = (*sentences, chance, _failures(findings, arms), _harm_of_full(findings, arms))
-    return " ".join(sentence for sentence in said if sentence)
+    return f"""\
+{opening(shown)} Out of {n} differences between an aligned and a plain merge, {shown.count("better")} are better and
+{shown.count("worse")} worse; chance alone would show about {(1 - CONFIDENCE) * n:.0f}. For all others no difference is
+shown."""
+
+
+def _changes(findings: Findings, arms: list[str]) -> str:
+    """Every difference that is shown."""
+    rows = [
+        (VARIANT_TITLES[variant], DRIFT_TITLES[arm], what, f"{d.text(2, signed=True)}: {verdict}")
+        for variant in exact_variants(findings)
+        for what, arm, d, verdict in changes(findings, arms, variant)
+    ]
+    return table(("alignment", "target", "measure", "aligned − plain"), rows, text=3) if rows else ""
 
 
 def _failures(findings: Findings, arms: list[str]) -> str:
@@ -81,38 +94,30 @@ def _failures(findings: Findings, arms: list[str]) -> str:
     variants = ("plain", *exact_variants(findings))
     lost = [arm for arm in arms if all(findings.estimate("merge", arm, v, SKILL).mean < 1 for v in variants)]
     where = listing([f"*{DRIFT_TITLES[arm]}*" for arm in lost]) if lost else ""
-    return f"At {where} no merge solves 1 % of the skill's problems: nats there compare failures." if lost else ""
-
-
-def _effect(findings: Findings, arms: list[str], variant: str) -> str:
-    shown = changes(findings, arms, variant)
-    parts = []
-    for verb, verdict in (("harms", "worse"), ("improves", "better")):
-        cases = [
-            f"{what} at *{DRIFT_TITLES[arm]}* ({d.text(2, signed=True)})" for what, arm, d, v in shown if v == verdict
-        ]
-        parts += [f"{verb} {listing(cases)}"] if cases else []
-    nothing = f"shows no effect at any drift with {len(findings.settings['seeds'])} seeds"
-    return f"**{VARIANT_TITLES[variant].capitalize()}** {'; it '.join(parts) or nothing}."
+    return f"No merge solves 1 % of the skill's problems at {where}. Nats there compare failures." if lost else ""
 
 
 def _harm_of_full(findings: Findings, arms: list[str]) -> str:
     losses = {arm: findings.difference("merge", arm, "full", ALONE) for arm in arms}
     harmed = [f"*{DRIFT_TITLES[arm]}* ({d.text(signed=True)})" for arm, d in losses.items() if d.verdict(1) == "worse"]
-    where = f"at {listing(harmed)}" if harmed else "nowhere that these seeds can show"
-    return f"**`rotation: full`**, no symmetry under RoPE, harms the target itself (its own tasks, points) {where}."
+    if not harmed:
+        return "`rotation: full` harms the target's own tasks nowhere that these seeds can show."
+    return f"""\
+`rotation: full` is no symmetry under RoPE: it makes the target itself worse. Its own tasks change at
+{listing(harmed)}, in points (higher is better)."""
 
 
 def _setting(findings: Findings) -> str:
     settings = findings.settings
     return f"""\
-The target branches off at a share of the base training, goes on to its end with other data, and then learns what the
-target of section 1 learns. *Another initialisation*: the target descends from the next seed's base, so that each base
-serves two seeds. *Hotter* and *longer* multiply the learning rate or the steps of that lesson by
-{settings["hot_factor"]} and {settings["long_factor"]}. *Removed*: by how much alignment lowers the Frobenius
-distance to the reference over all tensors (negative: raises it; matching from activations does not look at it), or
-over the query and key projections (*Q/K*). *Barrier*: how far the loss on the base mixture rises above the straight
-line between reference and target, at the worst of {len(settings["mixing"])} averages."""
+The target branches off at a share of the base training. It goes on to the end of that training with other data, and
+then learns what the target of section 1 learns. *Another initialisation*: the target descends from the next seed's
+base, so that each base serves two seeds. *Hotter* multiplies the learning rate of that lesson by
+{settings["hot_factor"]}, *longer* its steps by {settings["long_factor"]}. *Removed* is by how much alignment lowers
+the Frobenius distance to the reference, over all tensors or over the query and key projections (*Q/K*). Negative
+numbers raise it: matching from activations does not look at the distance. *Barrier* is how far the loss on the base
+mixture rises above the straight line between reference and target, at the worst of {len(settings["mixing"])}
+averages."""
 
 
 def _distances(findings: Findings, arms: list[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..findings import DEVIATION, OWN, SKILL, SKILL_LOSS, Findings
 from ..lineage import FINE_TUNED
-from .markdown import judged, paragraphs, table
+from .markdown import judged, opening, paragraphs, table
 
 TITLES = {
     "hadamard": "value/output turned by a Hadamard matrix per head",
@@ -16,10 +16,10 @@ TITLES = {
     "layout-left": "Q/K left in the interleaved layout (another function)",
 }
 WORDS = {
-    "worse": "alignment harms",
-    "no change": "alignment changes nothing",
-    "no difference shown": "alignment shows no effect",
-    "better": "alignment improves",
+    "worse": "*Worse*",
+    "no change": "*No difference*",
+    "no difference shown": "*No difference shown*",
+    "better": "*Better*",
 }
 OTHER_MERGE = ("scaled-channels", "layout-left")  # aligned with one more symmetry; another function
 
@@ -33,15 +33,26 @@ def section(findings: Findings) -> str:
     untouched = [findings.estimate("merge", FINE_TUNED, "plain", metric) for metric in (SKILL, OWN)]
     return paragraphs(
         "## 3 Foreign coordinates",
+        _opening(findings),
         _verdict(findings, arms),
         f"""\
-The target of section 1 as tools leave it behind, merged as there. *Changed by*: largest deviation of its logits in
-any seed, in standard deviations. Where it was before, merged plainly, the target has {untouched[0].text()} % of the
-skill and {untouched[1].text()} % of its own tasks (section 1). A skill vector in foreign coordinates does little harm
-where it amounts to noise: own tasks say less here than the skill does.""",
+These are the targets of section 1 as tools leave them behind, merged as there. *Changed by* is the largest deviation of
+their logits in any seed, in standard deviations. The target that no tool had touched, merged plainly, has
+{untouched[0].text()} % of the skill and {untouched[1].text()} % of its own tasks (section 1). Own tasks say less here
+than the skill does: a skill vector that amounts to noise does them little harm.""",
         _table(findings, arms),
         "![Plain and aligned merges from foreign coordinates](figures/foreign.png)",
     )
+
+
+def _opening(findings: Findings) -> str:
+    plain, aligned = (findings.estimate("foreign", "all-three", v, SKILL_LOSS).text(2) for v in ("plain", "weights"))
+    gain = findings.difference("foreign", "all-three", "weights", SKILL_LOSS)
+    untouched = findings.estimate("merge", FINE_TUNED, "plain", SKILL_LOSS).text(2)
+    return f"""\
+{opening([gain.verdict(-1)])} Here a tool has rewritten the target without changing what it computes. With all three
+changes at once, the loss on the skill's answers is {plain} nats per character after a plain merge (lower is better).
+After an aligned merge it is {aligned}, and {untouched} where no tool had been."""
 
 
 def _verdict(findings: Findings, arms: list[str]) -> str:
@@ -50,12 +61,12 @@ def _verdict(findings: Findings, arms: list[str]) -> str:
         gain = findings.difference("foreign", arm, aligned_variant(arm), SKILL_LOSS)
         verdicts[gain.verdict(-1)].append(TITLES[arm])
     gap = _largest_gap(findings, arms)
-    said = [f"**{WORDS[verdict]}:** {'; '.join(names)}." for verdict, names in verdicts.items() if names]
+    said = [f"{WORDS[verdict]}: {'; '.join(names)}." for verdict, names in verdicts.items() if names]
+    same = f"to {gap:.1e} nats/character in every seed" if gap else "in every seed, to six digits"
     return f"""\
-Against a plain merge, by the loss on the skill's answers: {" ".join(said)} Wherever the tool has kept the function,
-the aligned merge is that of the target that no tool had touched: that loss differs
-{f"by at most {gap:.1e} nats/character in any seed" if gap else "in no seed, to six digits"} (channels, aligned by one
-more symmetry, aside)."""
+By the loss on the skill's answers, aligned against plain. {" ".join(said)} Wherever the tool has kept the function, the
+aligned merge has the loss of the merge that no tool had touched: {same}. Rescaled channels are aside: they are aligned
+by one more symmetry."""
 
 
 def _largest_gap(findings: Findings, arms: list[str]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..findings import Findings, Metric, percent, plain_number
 from .claims import ZHANG, Claim, answer
-from .markdown import headline, judged, paragraphs, table
+from .markdown import judged, opening, paragraphs, table
 
 TITLES = {
     "plain": "no matching",
@@ -37,12 +37,12 @@ def section(findings: Findings) -> str:
         "## 4 Fusion of encoders",
         _verdict(findings),
         f"""\
-Two encoders from all-MiniLM-L6-v2 (22 million parameters, BERT), one trained on neighbouring passages of the Python
-language reference, the other on names of functions and what their documentation says: {settings["steps"]} steps with
-{settings["batch"]} pairs, learning rates {settings["rates"]["mild"]:g} (*mild*) and {settings["rates"]["hot"]:g}
-(*hot*), {len(settings["seeds"])} seeds. Accuracy: the share of {settings["candidates"]} held-out texts that find
-their partner (fewer candidates where there are not that many). *Loss*: the mean of the contrastive losses on both
-kinds, nats.""",
+Both encoders come from all-MiniLM-L6-v2 (22 million parameters, BERT). One was trained on neighbouring passages of the
+Python language reference, the other on names of functions and what their documentation says. Each took
+{settings["steps"]} steps with {settings["batch"]} pairs, for {len(settings["seeds"])} seeds. The learning rates were
+{settings["rates"]["mild"]:g} (*mild*) and {settings["rates"]["hot"]:g} (*hot*). Accuracy is the share of
+{settings["candidates"]} held-out texts that find their partner (fewer candidates where there are not that many).
+*Loss* is the mean of the contrastive losses on both kinds, in nats.""",
         _alone(findings),
         *(_averages(findings, rate) for rate in settings["rates"]),
     )
@@ -66,13 +66,17 @@ def claims(findings: Findings) -> list[Claim]:
 
 
 def _verdict(findings: Findings) -> str:
-    parts = []
+    parts, verdicts = [], []
     for rate in findings.settings["rates"]:
         loss = findings.difference("average", rate, "weights", LOSS)
         share = findings.symmetric_share("average", rate, "weights")
-        said = headline(f"after {rate} training matching", {"the loss of the average": (loss, -1)})
-        parts.append(f"{said} ({judged(loss, -1, 5, ' nats')}); it removes {share.text(3)} % of the distance.")
-    return " ".join(parts)
+        verdicts.append(loss.verdict(-1))
+        parts.append(
+            f"After {rate} training it changes the loss by {loss.text(5, signed=True)} nats ({verdicts[-1]}), and "
+            f"removes {share.text(3)} % of the distance."
+        )
+    lead = "Here two fine-tuned encoders are averaged, with and without matching (lower loss is better)."
+    return " ".join((opening(verdicts), lead, *parts))
 
 
 def _alone(findings: Findings) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from ..estimates import Estimate
 
@@ -53,15 +53,12 @@ def judged(difference: Estimate, favourable: int, digits: int = 1, unit: str = "
     return f"{difference.text(digits, signed=True)}{unit}: {difference.verdict(favourable)}"
 
 
-def headline(what: str, differences: Mapping[str, tuple[Estimate, int]]) -> str:
-    """In bold what alignment did, from differences and the sign of an improvement of each: nothing, good or harm."""
-    verdicts = {name: difference.verdict(sign) for name, (difference, sign) in differences.items()}
-    done = []
-    for verb, verdict in (("harms", "worse"), ("improves", "better")):
-        names = [name for name, found in verdicts.items() if found == verdict]
-        done += [f"{verb} {listing(names)}"] if names else []
-    nothing = "changes nothing" if set(verdicts.values()) == {"no change"} else "shows no effect"
-    return f"**{what[:1].upper()}{what[1:]} {' and '.join(done) if done else nothing}**"
+def opening(verdicts: Iterable[str]) -> str:
+    """The first words of a section, in bold: what a user wants to know before the numbers."""
+    shown = {verdict for verdict in verdicts if verdict in ("better", "worse")}
+    if len(shown) == 2:
+        return "**Better in some cases, worse in others.**"
+    return f"**{shown.pop().capitalize() if shown else 'No difference'}.**"
 
 
 def paragraphs(*parts: str) -> str:

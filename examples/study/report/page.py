@@ -1,4 +1,4 @@
-"""docs/evidence.md and README's paragraph as text, from the results files."""
+"""docs/evidence.md and README's table as text, from the results files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from types import ModuleType
 
 from ..data import ALPHABET
 from ..estimates import CONFIDENCE
-from ..findings import SKILL, SKILL_LOSS, Findings
-from ..lineage import FINE_TUNED
-from . import claims, drift, foreign, fusion, smollm2, transfer
+from ..findings import SKILL, Findings
+from . import advice, claims, drift, foreign, fusion, smollm2, transfer
 from .drift import exact_variants, measured
 from .markdown import DRIFT_TITLES, listing, paragraphs
 
@@ -43,6 +42,8 @@ def page(study: Study) -> str:
     main = study.main
     parts = [
         "# Evidence: when does alignment pay, and how much?",
+        advice.rows(main),
+        advice.reading(main),
         _scale(main),
         _reading(main),
         claims.section(main, _more_claims(study)),
@@ -65,29 +66,8 @@ def _more_claims(study: Study) -> list[claims.Claim]:
 
 def readme_paragraph(study: Study) -> str:
     """What README says, between its two marks."""
-    main = study.main
-    share = main.symmetric_share("merge", FINE_TUNED, "weights")
-    skill = main.difference("merge", FINE_TUNED, "weights", SKILL)
-    plain, aligned = (main.estimate("foreign", "all-three", variant, SKILL_LOSS) for variant in ("plain", "weights"))
-    untouched = main.estimate("merge", FINE_TUNED, "plain", SKILL_LOSS)
-    shown = [change for variant in exact_variants(main) for change in drift.changes(main, [FINE_TUNED], variant)]
-    helped = any(verdict == "better" for *_, verdict in shown)
-    advice = "Models that nothing but plain fine-tuning has moved apart: a plain merge will do."
-    return paragraphs(
-        BEGIN,
-        f"""\
-{"" if helped else advice} On small Llama models trained for the purpose ({skill.n} seeds, mean ± standard error) exact
-alignment from weights lowers the distance between two fine-tunes of one base by {share.text(2)} %, and changes a
-transferred skill by {skill.text(signed=True)} points ({skill.verdict(1)}). By how the target drifted (nats: less is
-better): {drift.effects(main, measured(main))}""",
-        smollm2.summary(study.smollm2) if study.smollm2 is not None else "",
-        f"""\
-It is for models in other coordinates: after a tool has rotated the target's values, sorted its neurons and reordered
-its heads, the loss on the skill's answers is {plain.text(2)} nats per character after a plain merge,
-{aligned.text(2)} after an aligned one, and {untouched.text(2)} where no tool had been. Everything that was measured:
-[docs/evidence.md](docs/evidence.md).""",
-        END,
-    )
+    where = "docs/evidence.md"
+    return paragraphs(BEGIN, advice.rows(study.main, where), advice.reading(study.main, where), END)
 
 
 def replaced(readme: str, paragraph: str) -> str:
@@ -105,13 +85,13 @@ def replaced(readme: str, paragraph: str) -> str:
 def _scale(main: Findings) -> str:
     sizes, settings = main.settings["model"], main.settings
     return f"""\
-Written by `make study` from `examples/study/results/`; a test compares every number. The papers measured models of 8
-billion parameters. Here: Llama models with {sizes["num_hidden_layers"]} layers, width {sizes["hidden_size"]},
-{sizes["num_attention_heads"]} query heads and {sizes["num_key_value_heads"]} KV heads of {sizes["head_dim"]}
-coordinates ({_parameters(sizes) / 1e6:.2f} million parameters),
+`make study` writes this page from `examples/study/results/`; a test compares every number. The papers measured models
+of 8 billion parameters. Here they are Llama models with {sizes["num_hidden_layers"]} layers, width
+{sizes["hidden_size"]}, {sizes["num_attention_heads"]} query heads and {sizes["num_key_value_heads"]} KV heads of
+{sizes["head_dim"]} coordinates ({_parameters(sizes) / 1e6:.2f} million parameters),
 {settings["base"]["steps"]} steps of base training with {settings["batch"]}
 sequences of {settings["length"]} characters, {len(settings["seeds"])} seeds. What such models show need not hold for
-large ones; what is exact (functions that are kept or broken) does."""
+large ones. What is exact does: a function that is kept or broken."""
 
 
 def _parameters(sizes: dict[str, int]) -> int:
@@ -125,8 +105,8 @@ def _parameters(sizes: dict[str, int]) -> int:
 def _reading(main: Findings) -> str:
     env = main.environment
     return f"""\
-Numbers are means over seeds ± standard errors. Differences are taken seed by seed; *better* and *worse* mean that the
-{CONFIDENCE:.0%} interval (Student's t) leaves out zero, so about one in twenty such words is chance; *no difference
+Numbers are means over seeds ± standard errors. Differences are taken seed by seed. *Better* and *worse* mean that the
+{CONFIDENCE:.0%} interval (Student's t) leaves out zero, so about one in twenty such words is chance. *No difference
 shown* is no proof that there is none. The same seeds give the same numbers, times apart, on the same machine and
 versions (here Python {env["python"]}, torch {env["torch"]}, one thread; `make study-again` checks it).
 Merges are MergeKit configurations
@@ -141,11 +121,11 @@ def _limits(study: Study) -> str:
     fewer = [f"{DRIFT_TITLES[arm]} ({n})" for arm, n in seeds.items() if n < len(study.main.settings["seeds"])]
     parts = [
         """\
-The tasks are strings of digits of the study's own, chosen so that a model of this size masters them within minutes
-on one core and can then lose or keep them; those of `reasoning-gym` were not tried. The text is one document:
-nothing here is language as large models know it. One way of training (AdamW), one shape of model, one weight of the
-skill vector (1). Branching off early means training again from almost the start, not a long continued training as
-large models get.""",
+These are small models and short trainings, so large models may behave differently. The tasks are strings of digits of
+the study's own. A model of this size masters them within minutes on one core, and can then lose or keep them. The
+tasks of `reasoning-gym` were not tried. The text is one document: nothing here is language as large models know it.
+There is one way of training (AdamW), one shape of model, one weight of the skill vector (1). Branching off early means
+training again from almost the start, not a long continued training as large models get.""",
         f"Fewer seeds than the others have: {listing(fewer)}." if fewer else "",
         f"Planned and not measured yet: {listing(missing)}." if missing else "",
         "" if "activations" in exact_variants(study.main) else "Matching from activations is not in these results.",
@@ -163,7 +143,7 @@ def _again() -> str:
     return """\
 ## Measure it again
 
-`make study` goes on with what is missing in `examples/study/results/`; delete a file there to measure it anew, then
-everything on this page follows. `make study-again` measures the first seed of sections 1 and 3 again from nothing
+`make study` measures everything on this page. It goes on with what is missing in `examples/study/results/`; delete a
+file there to measure it anew. `make study-again` measures the first seed of sections 1 and 3 again from nothing
 and compares every number with the results. `make study-small` runs the same code on a fraction of the training, in a
 minute."""

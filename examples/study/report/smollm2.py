@@ -10,7 +10,7 @@ from ..findings import Findings, Metric, percent, plain_number
 from ..smollm2 import PROMPTS
 from .claims import HOROI, ZHANG, Claim, answer
 from .drift import EXACT
-from .markdown import VARIANT_TITLES, headline, judged, paragraphs, table
+from .markdown import VARIANT_TITLES, judged, opening, paragraphs, table
 
 FIXED = {"anchor": "SmolLM2-135M-Instruct", "skill": "skill (arithmetic, the demo's adapter)"}
 TUNED = {"target": "target (ship's log)", "second": "second fine-tune (Python language reference)"}
@@ -37,7 +37,7 @@ class Measure:
 
     def judged(self, difference: Estimate) -> str:
         if difference.n == 1:
-            return f"{self.name} {_text(difference, self.digits, signed=True)}{self.unit}"
+            return f"{_text(difference, self.digits, signed=True)}{self.unit}"
         return judged(difference, self.favourable, self.digits, self.unit)
 
 
@@ -68,29 +68,30 @@ def section(findings: Findings) -> str:
     one = "one run. Without error bars it is an illustration and no evidence for a claim."
     return paragraphs(
         "## 5 SmolLM2",
-        _verdict(findings),
+        summary(findings),
+        _differences(findings),
         f"""\
-Two fine-tunes of all weights of SmolLM2-135M-Instruct: {settings["steps"]} steps with {settings["batch"]} sequences of
-{settings["tokens"]} tokens, learning rate {settings["learning_rate"]:g}, {runs if n > 1 else one} SmolLM2 and the
-skill are the same for all seeds. Activations are those of {2 * PROMPTS} prompts, half from each text that is trained
-on.""",
+Both models are fine-tunes of all weights of SmolLM2-135M-Instruct: {settings["steps"]} steps with {settings["batch"]}
+sequences of {settings["tokens"]} tokens, learning rate {settings["learning_rate"]:g}, {runs if n > 1 else one} SmolLM2
+and the skill are the same for all seeds. Activations are from {2 * PROMPTS} prompts, half from each text that is
+trained on.""",
         _alone(findings),
         *(_merges(findings, merge) for merge in MERGES),
     )
 
 
 def summary(findings: Findings) -> str:
-    """For README: what alignment does to the average; nothing from a single run."""
+    """What alignment does to the average, for a user; nothing from a single run."""
     (loss,) = JUDGED["average"]
-    n = len(_seeds(findings, "average", "plain"))
-    if n < 2:
+    if len(_seeds(findings, "average", "plain")) < 2:
         return ""
-    parts = []
-    for variant in tried(findings):
-        difference = findings.difference("merge", "average", variant, loss.metric)
-        share = findings.symmetric_share("merge", "average", variant)
-        parts.append(f"with {VARIANT_TITLES[variant]} {loss.judged(difference)} ({_moved(share)})")
-    return f"The loss of an average of two fine-tunes of SmolLM2-135M-Instruct ({n} seeds): {', '.join(parts)}."
+    said = ["Here two fine-tunes of SmolLM2-135M-Instruct are averaged, or one gets a skill (lower loss is better)."]
+    found = {v: findings.difference("merge", "average", v, loss.metric) for v in tried(findings)}
+    for variant, d in found.items():
+        change = f"{d.text(loss.digits, signed=True)}{loss.unit}"
+        said.append(f"With {VARIANT_TITLES[variant]} the loss of the average changes by {change}.")
+    words = [f"{opening([d.verdict(loss.favourable)])[:-3]} with {VARIANT_TITLES[v]}.**" for v, d in found.items()]
+    return " ".join((*words, *said))
 
 
 def claims(findings: Findings) -> list[Claim]:
@@ -104,27 +105,15 @@ def claims(findings: Findings) -> list[Claim]:
     return rows if len(_seeds(findings, "transfer", "weights")) > 1 else []
 
 
-def _verdict(findings: Findings) -> str:
-    return " ".join(_effect(findings, merge, variant) for merge, variant in product(MERGES, tried(findings)))
-
-
-def _effect(findings: Findings, merge: str, variant: str) -> str:
-    """What a variant did to a merge, by what the merge is judged by, and to the distance."""
-    differences = {m: findings.difference("merge", merge, variant, m.metric) for m in JUDGED[merge]}
-    share = findings.symmetric_share("merge", merge, variant)
-    what = f"{merge}: {VARIANT_TITLES[variant]}"
-    if share.n > 1:
-        said = headline(what, {m.name: (d, m.favourable) for m, d in differences.items()})
-    else:
-        said = f"**{what.capitalize()}**, one run"
-    numbers = "; ".join(m.judged(d) for m, d in differences.items())
-    return f"{said} ({numbers}); {_moved(share)}."
-
-
-def _moved(share: Estimate) -> str:
-    if share.mean < 0:
-        return f"it raises the distance by {_text(-share, 0)} %"
-    return f"it removes {_text(share, 3)} % of the distance"
+def _differences(findings: Findings) -> str:
+    """What each variant did to each merge, by what the merge is judged by."""
+    rows = [
+        (MERGES[merge], VARIANT_TITLES[variant], measure.name, measure.judged(difference))
+        for merge, variant in product(MERGES, tried(findings))
+        for measure in JUDGED[merge]
+        for difference in [findings.difference("merge", merge, variant, measure.metric)]
+    ]
+    return table(("merge", "alignment", "measure", "aligned − plain"), rows, text=3)
 
 
 def _seeds(findings: Findings, merge: str, variant: str) -> dict[int, float]:

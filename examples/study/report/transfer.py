@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..findings import ALONE, COMPLEMENT, DEVIATION, LOG_LOSS, OWN, SKILL, SKILL_LOSS, Findings
 from ..lineage import FINE_TUNED as ARM
-from .markdown import VARIANT_TITLES, headline, judged, paragraphs, table
+from .markdown import VARIANT_TITLES, judged, opening, paragraphs, table
 
 
 def tried(findings: Findings, arm: str = ARM) -> list[str]:
@@ -16,35 +16,29 @@ def section(findings: Findings) -> str:
     return paragraphs(
         "## 1 Skill transfer",
         _verdict(findings),
-        """\
-Base → reference and target by separate fine-tuning; reference → reasoner by training on the skill (two steps in a
-row, the first one written down). Each merge is target + (reasoner − reference), both with weight 1, in the
-coordinates of the reference. *Own tasks*: mean exact match on the three tasks of the base and the target's own;
-*ship's log*: text of the target's style.""",
-        _abilities(findings),
-        "![Skill and own tasks of the merges](figures/transfer.png)",
         "Differences to the merge without alignment, seed by seed:",
         _differences(findings),
+        """\
+Reference and target are separate fine-tunes of one base. The reasoner is the reference, trained on the skill: two
+steps in a row, with the first one written down. Each merge is target + (reasoner − reference), both with weight 1, in
+the coordinates of the reference. *Own tasks* is the mean exact match on the base's three tasks and the target's own.
+*Ship's log* is text in the target's style.""",
+        _abilities(findings),
+        "![Skill and own tasks of the merges](figures/transfer.png)",
         _function(findings),
     )
 
 
 def _verdict(findings: Findings) -> str:
-    parts = []
-    for variant in ("weights", "activations", "full"):
-        if not findings.has("merge", ARM, variant):
-            continue
-        skill, loss, own = (findings.difference("merge", ARM, variant, m) for m in (SKILL, SKILL_LOSS, OWN))
-        said = {"the skill": (skill, 1), "the loss on its answers": (loss, -1), "the own tasks": (own, 1)}
-        parts.append(
-            f"{headline(VARIANT_TITLES[variant], said)}: skill {judged(skill, 1, 1, ' points')}, "
-            f"{judged(loss, -1, 2, ' nats/character')}; own tasks {judged(own, 1, 1, ' points')}."
-        )
+    """What a user wants to know: does alignment from weights help ordinary fine-tunes of one base?"""
+    skill, loss, own = (findings.difference("merge", ARM, "weights", m) for m in (SKILL, SKILL_LOSS, OWN))
     share = findings.symmetric_share("merge", ARM, "weights")
-    parts.append(
-        f"Exact alignment from weights removes {share.text(2)} % of the distance between target and reference."
-    )
-    return " ".join(parts)
+    verdicts = (skill.verdict(1), loss.verdict(-1), own.verdict(1))
+    return f"""\
+{opening(verdicts)} Here two models are ordinary fine-tunes of one base, and the skill of one goes to the other.
+Alignment from weights changes the skill by {skill.text(signed=True)} points (higher is better). It changes the loss on
+the skill's answers by {loss.text(2, signed=True)} nats per character (lower is better). It removes {share.text(2)} %
+of the distance between target and reference, so there was little to align."""
 
 
 def _abilities(findings: Findings) -> str:

@@ -16,6 +16,7 @@ from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite
 from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment.shortlist import Scores, shortlist_assignment
+from mergekit_symalign.symmetry.fitting import require_shape, require_square
 
 LARGE = 512  # rows from which short lists of good pairs are tried first
 
@@ -30,7 +31,14 @@ def best_assignment(score: Tensor) -> Tensor:
 
     Returns:
         ``π`` as int64 [n], on the device of ``score``.
+
+    Raises:
+        ShapeError: if ``score`` is not square.
+
+    >>> best_assignment(torch.tensor([[4.0, 5.0], [1.0, 4.0]])).tolist()  # 4 + 4 is more than 5 + 1
+    [0, 1]
     """
+    require_square("scores", score)
     identity = torch.arange(score.shape[0], device=score.device)
     rows, columns = score.max(1), score.max(0)
     if bool((rows.values <= score.diagonal()).all()):
@@ -49,7 +57,11 @@ def identity_is_optimal(unmoved: Tensor, bounds: Tensor) -> bool:
     Args:
         unmoved: [n] costs of the diagonal pairs as they are.
         bounds: [n, n] lower bounds of every pair's cost.
+
+    Raises:
+        ShapeError: if one does not fit the other.
     """
+    require_shape("bounds", bounds, (len(unmoved), len(unmoved)))
     off = bounds.masked_fill(torch.eye(len(bounds), dtype=torch.bool, device=bounds.device), torch.inf)
     return bool((unmoved <= off.amin(1)).all())
 
@@ -69,7 +81,15 @@ def lazy_assignment(
 
     Returns:
         The column of each row, int64 [n].
+
+    Raises:
+        ShapeError: if ``bounds`` is not square.
+
+    >>> true = torch.tensor([[3.0, 1.0], [1.0, 3.0]])
+    >>> lazy_assignment(true - 0.5, lambda rows, columns: true[rows, columns]).tolist()
+    [1, 0]
     """
+    require_square("bounds", bounds)
     costs = bounds.clone()
     known = torch.zeros_like(costs, dtype=torch.bool)
     rows = torch.arange(len(costs), device=costs.device)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment.auction import auction_prices
+from mergekit_symalign.symmetry.fitting import require_shape, require_square
 from mergekit_symalign.symmetry.rows import in_chunks
 from mergekit_symalign.symmetry.threads import in_parallel
 
@@ -50,12 +51,21 @@ class Scores:
             here, float64 [n, any] each,
         relative: and beyond that, as a share of its size.
         exact: from rows and columns of some pairs [pairs] to their exact scores; None: ``stored`` has them.
+
+    Raises:
+        ShapeError: if stored scores are not square, or errors do not fit them.
     """
 
     stored: Tensor
     error: tuple[Tensor, Tensor]
     relative: float = 0.0
     exact: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        require_square("scores", self.stored)
+        of_rows, of_columns = self.error
+        for x in (of_rows, of_columns):
+            require_shape("errors of scores", x, (len(self.stored), *of_rows.shape[1:2]))
 
     @staticmethod
     def known(score: Tensor) -> Scores:
@@ -115,6 +125,11 @@ def shortlist_assignment(scores: Scores, match: Matching) -> Tensor | None:
         scores: of all pairs.
         match: the optimum of a sparse problem, from rows, columns and costs (positive whole numbers) of its edges
             [edges] to the column of each row [n].
+
+    >>> from mergekit_symalign.symmetry.assignment.linear import sparse_matching
+    >>> score = torch.eye(4)[[1, 0, 3, 2]]
+    >>> shortlist_assignment(Scores.known(score), sparse_matching).tolist()
+    [1, 0, 3, 2]
     """
     n = len(scores.stored)
     diagonal = torch.arange(n, device=scores.stored.device) * (n + 1)

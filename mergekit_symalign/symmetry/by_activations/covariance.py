@@ -14,8 +14,10 @@ from operator import add
 import torch
 from torch import Tensor
 
+from mergekit_symalign.errors import ShapeError
 from mergekit_symalign.symmetry.assignment.linear import best_assignment, identity_is_optimal
 from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.bounds import whole_bounds
 from mergekit_symalign.symmetry.heads.match import HeadProblem, match_heads
@@ -51,11 +53,19 @@ class Covariance:
         cross: [n, n], ``A Bᵀ``.
         anchor: [n], squared norm of each of the anchor's coordinates.
         model: [n], the same of the model's.
+
+    Raises:
+        ShapeError: if they do not fit together.
     """
 
     cross: Tensor
     anchor: Tensor
     model: Tensor
+
+    def __post_init__(self) -> None:
+        n = len(self.anchor)
+        for name, shape in (("anchor", (n,)), ("model", (n,)), ("cross", (n, n))):
+            require_shape(f"{name} of Covariance", getattr(self, name), shape)
 
     @staticmethod
     def of_rows(side: Sequence[Pair]) -> Covariance:
@@ -105,7 +115,21 @@ def align_attention_by(seen: Covariances, weights: Sides, shape: HeadShape, use:
         weights: the rows of the same axes, and of the gains.
         shape: heads of the block.
         use: what is admitted.
+
+    Raises:
+        ShapeError: if an axis is missing or has another length than the shape says.
+
+    >>> shape = HeadShape(query_heads=2, kv_heads=2, head_dim=4, rotary=4)
+    >>> seen = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))  # coordinates, tokens
+    >>> order = [4, 5, 6, 7, 0, 1, 2, 3]  # the two heads, in the other order
+    >>> both = {axis: Covariance.of_rows([(seen, seen[order])]) for axis in HEAD_AXES}
+    >>> weights = {axis: [(seen[:, :16], seen[order, :16])] for axis in HEAD_AXES}
+    >>> found = align_attention_by(both, weights, shape, Symmetries())
+    >>> torch.allclose(found.element.actions["query"](seen[order], 0), seen, atol=1e-5)
+    True
     """
+    for axis in HEAD_AXES:
+        _require_axis(axis, seen, shape.heads(axis) * shape.head_dim)
     blended = _blended(seen, weights, shape)
     problem = HeadProblem(HeadCovariances(blended, shape, use))
     order = match_heads(problem).order if use.heads else None
@@ -140,12 +164,28 @@ def align_mlp_by(seen: Covariance, weights: Sides, shape: MlpShape, use: Symmetr
         weights: the rows of axes gate (if gated), up and down.
         shape: which factors the neurons have.
         use: what is admitted.
+
+    Raises:
+        ShapeError: if there is not a row and a column for each neuron.
+
+    >>> seen = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))  # neurons, tokens
+    >>> weights = {axis: [(torch.eye(3), torch.eye(3)[[2, 0, 1]])] for axis in ("gate", "up", "down")}
+    >>> both = Covariance.of_rows([(seen, seen[[2, 0, 1]])])
+    >>> align_mlp_by(both, weights, MlpShape(3), Symmetries()).element.actions["gate"].index.tolist()
+    [1, 2, 0]
     """
+    _require_axis("down", {"down": seen}, shape.neurons)
     scale = shape.scale if use.neuron_scaling else NeuronScale.none
     if not use.permutation and scale is NeuronScale.none:
         return Solved(BlockElement({}), BY_ACTIVATIONS)
     gate, up = match_neurons_by(seen, weights, scale, permute=use.permutation)
     return Solved(BlockElement({"gate": gate, "up": up, "down": up.dual()}), BY_ACTIVATIONS)
+
+
+def _require_axis(axis: str, seen: Covariances, length: int) -> None:
+    if axis not in seen:
+        raise ShapeError(f"axis {axis}", "nothing was measured of it", "Pass a Covariance for each axis of the block")
+    require_shape(f"what was measured of axis {axis}", seen[axis].anchor, (length,))
 
 
 def match_neurons_by(

@@ -20,6 +20,7 @@ from mergekit_symalign.symmetry.by_activations.covariance import (
     with_grain,
 )
 from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.groups import Permutation
 from mergekit_symalign.symmetry.neurons.experts import joined_experts
 from mergekit_symalign.symmetry.options import MlpShape, NeuronScale, Sides, Symmetries
@@ -38,11 +39,20 @@ class Routing:
         logits: of the router [tokens, experts].
         reached: bool [tokens, experts]; which experts a token is sent to.
         entered: [tokens, hidden size], what the experts read.
+
+    Raises:
+        ShapeError: if they do not fit together.
     """
 
     logits: Tensor
     reached: Tensor
     entered: Tensor
+
+    def __post_init__(self) -> None:
+        tokens, experts = len(self.entered), self.logits.shape[-1]
+        for name in ("logits", "reached"):
+            require_shape(f"{name} of Routing", getattr(self, name), (tokens, experts))
+        require_shape("entered of Routing", self.entered, (tokens, self.entered.shape[-1]))
 
     @staticmethod
     def joined(batches: Sequence[Routing]) -> Routing:
@@ -70,7 +80,24 @@ def align_experts_by(
         shape: experts, neurons and which factors these have.
         use: what is admitted.
         act: the nonlinearity of the gates.
+
+    Raises:
+        ShapeError: if the models saw different tokens, or have another number of experts than the shape says.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> tokens, router, rows = (torch.randn(n, 4, generator=generator) for n in (50, 2, 6))
+    >>> def routing(order):
+    ...     return Routing(tokens @ router[order].T, torch.ones(50, 2, dtype=torch.bool), tokens)
+    >>> swapped = rows[[3, 4, 5, 0, 1, 2]]  # two experts of three neurons, in the other order
+    >>> weights = {axis: [(rows, swapped)] for axis in ("gate", "up", "down")} | {"expert": [(router, router[[1, 0]])]}
+    >>> models = routing([0, 1]), routing([1, 0])
+    >>> found = align_experts_by(models, weights, MlpShape(3, experts=2), Symmetries(), torch.nn.functional.silu)
+    >>> found.element.actions["expert"].index.tolist(), found.element.actions["gate"].index.tolist()
+    ([1, 0], [3, 4, 5, 0, 1, 2])
     """
+    anchor, model = routing
+    require_shape("router logits of the anchor", anchor.logits, (len(anchor.entered), shape.experts))
+    require_shape("router logits of the model", model.logits, anchor.logits.shape)
     scale = shape.scale if use.neuron_scaling else NeuronScale.none
     if not use.permutation and scale is NeuronScale.none:
         return Solved(BlockElement({}), BY_ACTIVATIONS)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry.fitting import require_pair, require_shape
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.threads import in_parallel
 
@@ -22,10 +23,16 @@ class Moments:
     Attributes:
         cross: [heads, d, d], ``A Bᵀ`` over everything but the head's coordinates.
         model: [heads, d], squared norm of each of the model's coordinates.
+
+    Raises:
+        ShapeError: if one does not fit the other.
     """
 
     cross: Tensor
     model: Tensor
+
+    def __post_init__(self) -> None:
+        require_shape("cross of Moments", self.cross, (*self.model.shape, self.model.shape[-1]))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.cross + other.cross, self.model + other.model)
@@ -59,7 +66,12 @@ def moments(
 
     Returns:
         The moments, and the squared norm of each of the anchor's coordinates [heads, d].
+
+    Raises:
+        ShapeError: if anchor and model differ, or do not consist of so many heads.
     """
+    require_pair("rows of heads", (anchor, model))
+    require_shape("rows of heads", anchor, (len(anchor) // heads * heads, anchor.shape[1]))
     a, b = (x.unflatten(0, (heads, -1)) for x in (anchor, model))
     number = torch.arange(heads, device=anchor.device)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment.linear import best_assignment
+from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.heads.moments import Moments, of_planes, plane_correlation
 from mergekit_symalign.symmetry.heads.solve import AttentionMoments, HeadActions, dense
 
@@ -23,6 +24,10 @@ class GroupMoments:
 
     cross: Tensor
     model: Tensor
+
+    def __post_init__(self) -> None:
+        pairs, heads, d = self.model.shape
+        require_shape("cross of GroupMoments", self.cross, (pairs, *self.cross.shape[1:2], heads, d, d))
 
     def along(self, matrix: Tensor) -> Tensor:
         """Inner products with one matrix for each pair [pairs, d, d]: [pairs, anchor's heads, model's heads]."""
@@ -51,6 +56,11 @@ class PlaneMoments:
     correlation: Tensor
     model: Tensor
     planes: list[int]
+
+    def __post_init__(self) -> None:
+        pairs, heads, d = self.model.shape
+        anchors = self.correlation.shape[1:2]
+        require_shape("correlation of PlaneMoments", self.correlation, (pairs, *anchors, heads, d // 2))
 
     def along(self, matrix: Tensor) -> Tensor:
         """Inner products with one matrix for each pair that turns and scales planes."""

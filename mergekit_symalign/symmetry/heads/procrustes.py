@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.groups import HeadRotation, PlaneRotation, Scaling
 from mergekit_symalign.symmetry.heads.joint import joint_optimum, towards_identity
 from mergekit_symalign.symmetry.heads.moments import Moments, plane_correlation, plane_norm
@@ -35,7 +36,20 @@ def align_heads(first: Moments, second: Moments, *, rotate: bool, scale: bool) -
 
     Returns:
         The action on ``first``; ``second`` carries its dual.
+
+    Raises:
+        ShapeError: if the sides do not fit together.
+
+    >>> from mergekit_symalign.symmetry.heads.moments import moments
+    >>> value = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # one head of two coordinates
+    >>> turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    >>> first, _ = moments(value, 2 * turn @ value, heads=1)
+    >>> second, _ = moments(value, turn @ value / 2, heads=1)
+    >>> found = align_heads(first, second, rotate=True, scale=True)
+    >>> torch.allclose(found(2 * turn @ value, 0), value)
+    True
     """
+    _require_alike(first, second)
     both = rotate and scale
     found = _jointly(first, second) if both else _in_turn(first, second, rotate=rotate, scale=scale)
     return _unless_noise(found, first, second)
@@ -57,7 +71,19 @@ def align_planes(first: Moments, second: Moments, *, rotate: bool, scale: bool) 
 
     Returns:
         The action on the query side; the key side carries its dual. Commutes with RoPE at every position.
+
+    Raises:
+        ShapeError: if the sides do not fit together, or have half a plane.
+
+    >>> from mergekit_symalign.symmetry.heads.moments import moments
+    >>> rows = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # one head of one plane
+    >>> both, _ = moments(rows, torch.stack((-rows[1], rows[0])), heads=1)  # turned by 90 degrees
+    >>> found = align_planes(both, both, rotate=True, scale=False)
+    >>> round(float(found.angle), 4), float(found.scale)
+    (-1.5708, 1.0)
     """
+    _require_alike(first, second)
+    _require_planes(first)
     c_q, c_k = plane_correlation(first.cross), plane_correlation(second.cross)
     b, o = plane_norm(first.model), plane_norm(second.model)
     s = torch.ones_like(b)
@@ -78,7 +104,12 @@ def align_signs(first: Moments, second: Moments, *, of_heads: bool) -> Scaling:
 
     Returns:
         ±1 for every coordinate of every KV head, flattened; its own dual.
+
+    Raises:
+        ShapeError: if the sides do not fit together, or have half a plane.
     """
+    _require_alike(first, second)
+    _require_planes(first)
     cross = first.cross + second.cross
     if of_heads:
         whole = _sign(cross.diagonal(dim1=-2, dim2=-1).sum(-1))
@@ -97,7 +128,12 @@ def align_gains(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], *, sig
 
     Returns:
         One factor per coordinate [n, d] for the query gain; the key gain carries its inverse.
+
+    Raises:
+        ShapeError: if anchor's and model's gains differ in shape.
     """
+    for name, (anchor, model) in (("query gains", query), ("key gains", key)):
+        require_shape(name, model, anchor.shape)
     (q_a, q_b), (k_a, k_b) = ((a.double(), b.double()) for a, b in (query, key))
     b, o = plane_norm(q_b.square().sum(1)), plane_norm(k_b.square().sum(1))
     p, q = plane_norm((q_a * q_b).sum(1)), plane_norm((k_a * k_b).sum(1))
@@ -108,6 +144,15 @@ def align_gains(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], *, sig
         s = _alternate(s, lambda s: quartic_scale(b, o, *_along(_mixed(p, q, s), p, q)))
         s = s * _sign(_mixed(p, q, s))
     return torch.cat((s, s), dim=-1)
+
+
+def _require_alike(first: Moments, second: Moments) -> None:
+    require_shape("the second side", second.cross, first.cross.shape)
+
+
+def _require_planes(side: Moments) -> None:
+    *heads, d = side.model.shape
+    require_shape("coordinates of rotary planes", side.model, (*heads, d // 2 * 2))
 
 
 def _in_turn(first: Moments, second: Moments, *, rotate: bool, scale: bool) -> HeadRotation:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_symalign.errors import ShapeError
 from mergekit_symalign.symmetry.assignment.shortlist import Scores
 from mergekit_symalign.symmetry.distance import squared_distance
+from mergekit_symalign.symmetry.fitting import ROWS
 from mergekit_symalign.symmetry.neurons import quantized
 from mergekit_symalign.symmetry.options import NeuronScale, Pair
 from mergekit_symalign.symmetry.rows import compute_dtype
@@ -28,11 +30,23 @@ class NeuronPairs:
         fixed: rows no scale touches (gate of a gated MLP).
         scaled: rows multiplied by the neuron's factor (up).
         divided: rows divided by it (columns of down, as rows).
+
+    Raises:
+        ShapeError: if there are no rows, or not one row of each tensor for each neuron.
     """
 
     fixed: Sequence[Pair]
     scaled: Sequence[Pair]
     divided: Sequence[Pair]
+
+    def __post_init__(self) -> None:
+        if not (self.scaled and self.divided):
+            raise ShapeError("neurons", "rows of up or of down are missing", ROWS)
+        anchor, model = self.scaled[0]
+        for a, b in self.all:
+            if (a.ndim, b.ndim) != (2, 2) or a.shape[1] != b.shape[1] or (len(a), len(b)) != (len(anchor), len(model)):
+                reason = f"rows of {list(a.shape)} (anchor) and {list(b.shape)} (model) do not fit the others"
+                raise ShapeError("neurons", f"{reason}, of {len(anchor)} and {len(model)} neurons", ROWS)
 
     @property
     def neurons(self) -> int:
@@ -172,11 +186,11 @@ def _best_saving(p: Tensor, b: Tensor, q: Tensor, o: Tensor, *, signed: bool) ->
 def _products(side: Sequence[Pair], rows: Tensor | None) -> Tensor:
     if not side:
         return torch.zeros(())
-    first, _ = side[0]
+    first, other = side[0]
     if rows is None:
         rows = torch.arange(len(first), device=first.device)
     dtype = compute_dtype(first.dtype)
-    total = torch.zeros(len(rows), len(first), dtype=dtype, device=first.device)
+    total = torch.zeros(len(rows), len(other), dtype=dtype, device=first.device)
     for anchor, model in side:
         b = model.to(dtype).mT
 

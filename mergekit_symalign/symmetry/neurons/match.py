@@ -64,6 +64,13 @@ def align_neurons(pairs: NeuronPairs, *, permute: bool, scale: NeuronScale) -> M
     Args:
         pairs: rows of anchor and model.
         permute, scale: what is admitted.
+
+    >>> import torch
+    >>> from mergekit_symalign.symmetry.options import NeuronScale
+    >>> side = [(torch.eye(3), torch.eye(3)[[1, 2, 0]])]
+    >>> found = align_neurons(NeuronPairs(side, side, side), permute=True, scale=NeuronScale.none)
+    >>> found.gate.index.tolist(), found.distance  # slot 0 takes the model's neuron 2
+    ([2, 0, 1], 0.0)
     """
     found = best_permutation(pairs, scale=scale) if permute else None
     index = torch.arange(pairs.neurons, device=pairs.device) if found is None else found.index
