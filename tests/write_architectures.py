@@ -21,20 +21,21 @@ from mergekit_symalign.symmetry.options import GainScope, NeuronScale
 OUT = Path(__file__).parent.parent / "docs" / "architectures.md"
 HEAD = """# Architectures
 
-Which models can be aligned, what is exact for each, and the measurements that show it. All of them align values and outputs (rotation and
-scale), heads and neurons (permutations). Queries and keys differ, as the table says.
+Which models can be aligned, what is exact for each, and the measurements that show it. All of them align values and
+outputs (rotation and scale), heads and neurons (permutations). Queries and keys differ, as the table says.
 
-Attention may be grouped-query, multi-query or multi-head, with any head dimension; embeddings may be tied or untied.
+Attention may be grouped-query, multi-query or multi-head, with any head dimension. Embeddings may be tied or untied.
 
 Lower is better in both columns of numbers:
 
-- *Function*: how far the largest [logit](glossary.md#logits) moved after random [elements](glossary.md#element) of every block, in standard
-  deviations of the logits. Everything is in float64, so only rounding is left.
-- *Recovered*: the distance to the anchor after `rotation_match` has aligned a planted [twin](glossary.md#twin), relative to the model that
-  the twin was made from. 1 means that all of the planted difference was undone. Below 1, alignment removed a little of the noise as well.
+- *Function*: how far the largest [logit](glossary.md#logits) moved after random [elements](glossary.md#element) of
+  every block, in standard deviations of the logits. Everything is in float64, so only rounding is left.
+- *Recovered*: the distance to the anchor after `rotation_match` has aligned a planted [twin](glossary.md#twin),
+  relative to the model that the twin was made from. 1 means that the planted difference was undone. Below 1,
+  alignment removed a little of the noise as well.
 
-`make architectures` writes this page from small random models of the tests (sharpened weights, biases and norms away from 0 and 1). Merges
-ran through MergeKit in float32.
+`make architectures` writes this page from small random models of the tests (sharpened weights, biases and norms away
+from 0 and 1). Merges ran through MergeKit in float32.
 
 | test model | family | transformers class | query and key | MLP | function | recovered |
 |---|---|---|---|---|---:|---:|
