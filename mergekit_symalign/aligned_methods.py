@@ -92,7 +92,7 @@ ALIGNMENT_PARAMETERS = (
         str | None,
         ParameterScope.SHARED,
         default=None,
-        description="prompts for objective: activations: a .jsonl or .txt file, or the word default for the package's set",
+        description="prompts for objective: activations: a .jsonl or .txt file, or default for the set in the package",
     ),
     ParameterSpec(
         "calibration_tokens",

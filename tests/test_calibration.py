@@ -70,7 +70,7 @@ def test_batches_hold_every_token_once(tmp_path: Path) -> None:
     [
         ("p.csv", "w3", "neither .jsonl nor .txt"),
         ("p.jsonl", "", "holds no prompt"),
-        ("p.jsonl", '{"text": "w3"}\nnot json', "line 2: it is no JSON"),
+        ("p.jsonl", '{"text": "w3"}\nnot json', "line 2: it is not JSON"),
         ("p.jsonl", '{"question": "w3"}', "line 1: it has no text, prompt or messages"),
         ("p.jsonl", '{"text": " "}', "no tokens"),
     ],
@@ -156,7 +156,7 @@ def test_few_tokens_warn_and_stay_finite(paths: list[Path], tmp_path: Path, monk
 
 def test_a_consensus_takes_neither_prompts_nor_files(paths: list[Path], tmp_path: Path) -> None:
     prompts = _file(tmp_path, '{"text": "w3 w4"}')
-    with pytest.raises(ConfigError, match="consensus compares weights, and objective is activations"):
+    with pytest.raises(ConfigError, match="consensus compares weights, but objective is activations"):
         _merge(paths, tmp_path / "out", calibration=str(prompts), anchor="consensus")
 
 

@@ -75,10 +75,10 @@ INDEXES: dict[str, tuple[Any, str]] = {
     "numbers as files": ({"weight_map": {"a": 1}}, "weight_map"),
     "an empty weight_map": ({"weight_map": {}}, "weight_map"),
     "a file that is missing": ({"weight_map": {"a": "model-1.safetensors"}}, "model-1.safetensors"),
-    "a file outside": ({"weight_map": {"a": "../anchor/model.safetensors"}}, "no file of this directory"),
-    "an absolute path": ({"weight_map": {"a": "/etc/hostname"}}, "no file of this directory"),
-    "a drive": ({"weight_map": {"a": "C:\\x.safetensors"}}, "no file of this directory"),
-    "no safetensors file": ({"weight_map": {"a": "config.json"}}, "no safetensors file"),
+    "a file outside": ({"weight_map": {"a": "../anchor/model.safetensors"}}, "not a file of this directory"),
+    "an absolute path": ({"weight_map": {"a": "/etc/hostname"}}, "not a file of this directory"),
+    "a drive": ({"weight_map": {"a": "C:\\x.safetensors"}}, "not a file of this directory"),
+    "no safetensors file": ({"weight_map": {"a": "config.json"}}, "not a safetensors file"),
     "a tensor that is elsewhere": ({"weight_map": {"a": MAIN}}, "lacks tensor 'a'"),
 }
 

@@ -69,7 +69,7 @@ def run_apply(
     checkpoint = _checked(file, model, options, invert=invert)
     halves = has_halves(checkpoint) if dtype is None else dtype == "float16"
     if not require_fits(file, checkpoint.layout, halves=halves):
-        click.echo(f"{file.label}: rotation: full, so the function of the model changes", err=True)
+        click.echo(f"{file.label}: it was solved with rotation: full, which changes what the model computes", err=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".symalign-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch) / "model"

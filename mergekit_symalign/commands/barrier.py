@@ -156,7 +156,7 @@ def _require_next_token(model: StoredModel) -> None:
     if not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise ArchitectureError(
             f"model {model.name}",
-            f"{name} predicts no next token, and the loss on text is that of the next token",
+            f"{name} does not predict the next token, so it has no loss on text",
             "Compare language models that write text",
         )
 
@@ -165,7 +165,11 @@ def _batches(a: StoredModel, b: StoredModel, text: Path, tokens: int, options: M
     tokenizers = [tokenizer_of(model.checkpoint.model, options) for model in (a, b)]
     found: Calibration = calibrate(text, tokenizers[0], {b.name: tokenizers[1]}, tokens=tokens)
     if all(len(sequence) < 2 for sequence in found.sequences):
-        raise CalibrationError(f"--text {text}", "no text has two tokens, so none has a next one", "Give longer texts")
+        raise CalibrationError(
+            f"--text {text}",
+            "every text is shorter than two tokens, so there is no next token to predict",
+            "Give longer texts",
+        )
     for model in (a, b):
         require_embedded(found, model.checkpoint)
     return [Batch(x.ids.to(a.device), x.valid.to(a.device)) for x in found.batches()]

@@ -88,7 +88,7 @@ def measured(
     chosen = [block for block in task.blocks if layers is None or block[1] in layers]
     if not chosen:
         there = sorted({layer for _, layer, *_ in task.blocks})
-        raise click.UsageError(f"--layers: there is none of them; the models have layers 0 to {there[-1]}")
+        raise click.UsageError(f"--layers: no such layer; the models have layers 0 to {there[-1]}")
     facts_of = {facts: (name, layer, kind) for name, layer, kind, facts in chosen}
     computed = run_tasks(list(facts_of), options, "Inspecting")
     found = [(*facts_of[task], value) for task, value in computed]

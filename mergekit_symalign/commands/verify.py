@@ -90,7 +90,7 @@ def verify(
     Example: mergekit-symalign verify ./tuned ./tuned-in-anchor-coordinates
     """
     if random and prompts is not None:
-        raise click.UsageError("--random and --prompts exclude each other")
+        raise click.UsageError("give --random or --prompts, not both")
     options = MergeOptions(**models, quiet=quiet)
     verdict = run_verify(original, aligned, options, prompts=prompts, random=random, tokens=tokens, bound=tolerance)
     click.echo(verdict_line(verdict) if quiet else report(verdict))
@@ -130,7 +130,7 @@ def run_verify(
             left, left_by = layer, off
     agreement = _agreement(models, hidden, batches, quiet=options.quiet)
     if agreement.tokens == 0:
-        raise CalibrationError("prompts", "they give the models nothing to compare", "Give longer prompts")
+        raise CalibrationError("prompts", "they leave the models nothing to compare", "Give longer prompts")
     return Verdict(agreement, models[0].layers, left, left_by, bound)
 
 
@@ -187,7 +187,7 @@ def _lines(verdict: Verdict) -> Iterator[str]:
     if a.distribution:
         yield f"{'KL divergence':<22}{a.divergence / a.tokens:>12.2e} nats per token"
         yield f"{'top-1 agreement':<22}{a.same_first / a.tokens:>12.2%} of {a.tokens} tokens"
-    inside = f"within {verdict.tolerance:.2g} behind all {verdict.layers} layers"
+    inside = f"within {verdict.tolerance:.2g} after all {verdict.layers} layers"
     gone = f"beyond {verdict.tolerance:.2g} from layer {verdict.left} on ({verdict.left_by:.2e})"
     yield f"{'hidden states':<24}{inside if verdict.left is None else gone}"
 

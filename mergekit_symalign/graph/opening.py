@@ -159,7 +159,7 @@ def _from_the_hub(path: ModelPath) -> Iterator[None]:
     except Exception as error:  # huggingface_hub has errors of its own, and so have those that it calls
         raise ModelError(
             f"model {path}",
-            "it cannot be opened: there is no such directory, and the Hugging Face hub does not give it "
+            "it cannot be opened: there is no such directory, and it could not be loaded from the Hugging Face hub "
             f"({describe(error)})",
             "Correct the name, or download the model first: hf download",
         ) from error
@@ -178,7 +178,7 @@ def _require_adapter(model: ModelReference, adapter: ModelPath) -> None:
     if not LoaderCache().lora_cache_dir:
         raise ConfigError(
             f"model {model}",
-            "its adapter has to be merged into its base first, and no directory is named for the result",
+            "its adapter has to be merged into its base first, but no directory is named for the result",
             "Add --lora-merge-cache DIR",
         )
     if not Path(adapter.path).exists():
