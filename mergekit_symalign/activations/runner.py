@@ -1,9 +1,9 @@
 """Running a transformers model one layer at a time, with weights that are handed in and let go again.
 
-The model is built without weights. It runs once on the prompts with its layers replaced by recorders, which gives the
-first hidden states and the arguments that the model hands to each of its layers: masks, rotary tables, windows. Then
-the model's own layer modules are called with those, one after another, each with its own weights. What follows the last
-layer (norms, heads, soft caps) is run in the same way: the model once more, with layers that hand on the hidden states.
+The model is built without weights. It runs once on the prompts with its layers replaced by recorders. They give the
+first hidden states, and the arguments that the model hands to each layer: masks, rotary tables, windows. Then the
+model's own layer modules are called with these, one after another, each with its own weights. What follows the last
+layer (norms, heads, soft caps) runs in the same way: the model once more, with layers that hand on the hidden states.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def run_layer(
 
     Args:
         layer: its index in all of them.
-        anchor, models: what runs; the anchor's own ``seen`` is that of all models together.
+        anchor, models: what runs; the anchor's own ``seen`` holds all models' together.
         kept: of each batch, where among prompts × tokens those are that are no padding; None if all are.
 
     Returns:

@@ -1,7 +1,7 @@
 """Whether an alignment file fits a model: all of its blocks, and a symmetry of the model in each of them.
 
-Sizes are compared before any tensor is read or repeated, so that a file cannot ask for more memory than the blocks of
-the model need.
+Sizes are compared before any tensor is read or repeated. So a file cannot ask for more memory than the model's blocks
+need.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The text of an alignment file, as data that validate themselves: nothing of it is believed before it was checked.
 
-A file may come from a stranger. Its text is measured before it is parsed, parsed by a parser that admits each key once
-and finite numbers only, and then compared with the types below.
+A file may come from a stranger. Its text is measured first. Then a parser reads it that admits each key once and finite
+numbers only. Then it is compared with the types below.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def run_apply(
 
     Raises:
         ConfigError: if ``out`` holds something already.
-        AlignmentFileError: if the file does not belong to the model (for ``invert``: to a model of its family and size;
-            the aligned model's weights are not those of the fingerprint), lacks a block, or has no symmetry there.
+        AlignmentFileError: if the file does not belong to the model, lacks a block, or has no symmetry there. With
+            ``invert`` only family and size are compared: an aligned model has other weights than the fingerprint.
     """
     require_writable_folder(out)
     if out.exists() and any(out.iterdir()):

@@ -97,7 +97,7 @@ def measured(
 
 
 def configs(differences: Mapping[str, Sequence[Any]]) -> list[str]:
-    """What the two configs say otherwise of the same weights, and what follows, at most 80 columns where it fits."""
+    """Where the two configs differ about the same weights, and what follows, at most 80 columns where it fits."""
     return [
         "The two compute different functions of the same weights. Their configs differ:",
         *(f"  {key} is {a!r} in the anchor and {b!r} in the model" for key, (a, b) in differences.items()),

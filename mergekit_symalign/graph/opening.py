@@ -145,7 +145,7 @@ def _require_readable(model: ModelReference) -> None:
 
 
 def _folder(path: ModelPath) -> Path:
-    """Where a model's files are on this machine; those of the hub are downloaded."""
+    """Where a model's files are on this machine; files of the hub are downloaded."""
     if Path(path.path).exists():
         return require_directory(Path(path.path))
     with _from_the_hub(path):

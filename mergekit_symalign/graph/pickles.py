@@ -28,8 +28,8 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a file by name, on the device ``meta``; entries that are no tensors (``epoch``) are left out.
 
     Raises:
-        CheckpointError: naming the file, if it is damaged, holds other objects than tensors and plain values, or keeps
-            its tensors inside another entry, where MergeKit does not look.
+        CheckpointError: naming the file, if it is damaged, or holds other objects than tensors and plain values; also
+            if its tensors lie inside another entry, where MergeKit does not look.
     """
     state = _loaded(path)
     if not isinstance(state, dict):

@@ -1,4 +1,4 @@
-"""Planning a run on prompts inside a merge: which layers, of which models, and where its tasks hang."""
+"""Planning a run on prompts inside a merge: which layers of which models run, and what its tasks depend on."""
 
 from __future__ import annotations
 
