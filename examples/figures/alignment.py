@@ -92,7 +92,7 @@ def main() -> None:
     a = Network(np.array([1.5, -1.5, 2.0]), np.array([0.8, 0.5, -1.6]), np.array([0.8, 0.6, -1.8]), SHAPES)
     b = a.reordered(SHUFFLED)
     back = b.reordered(tuple(int(i) for i in np.argsort(SHUFFLED)))
-    figure = plt.figure(figsize=(9, 5.4))
+    figure = plt.figure(figsize=(9, 4.7))
     for bottom, label in zip(BOTTOMS, ("network A", "network B", "average"), strict=True):
         figure.text(0.072, bottom + 0.115, label, ha="center", va="center", fontsize=13)
     figure.add_artist(Line2D((0.02, 0.98), (0.353, 0.353), color=GREY, linewidth=1, linestyle=(0, (4, 4))))

@@ -140,7 +140,7 @@ class LayerRunner:
             seen: the axes whose activations are wanted.
 
         Returns:
-            The hidden states behind the layer, and the activations of each axis.
+            The hidden states after the layer, and the activations of each axis.
         """
         module = self.layers[layer]
         self._move_buffers(hidden.device)
@@ -151,7 +151,7 @@ class LayerRunner:
 
     @torch.inference_mode()
     def finish(self, batch: Batch, weights: Mapping[str, Tensor], hidden: Tensor) -> Any:
-        """Run everything behind the layers.
+        """Run everything after the layers.
 
         Args:
             batch: the prompts.
@@ -180,7 +180,7 @@ class LayerRunner:
 
 
 class _LastLayerReachedError(Exception):
-    """Nothing behind the layers is wanted: its weights are not there."""
+    """Nothing after the layers is wanted: its weights are not there."""
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def run_layer(
         kept: of each batch, where among prompts × tokens those are that are no padding; None if all are.
 
     Returns:
-        The hidden states behind the layer, of the anchor and each model; and each model's statistics.
+        The hidden states after the layer, of the anchor and each model; and each model's statistics.
     """
     streams = (replace(anchor, seen=frozenset().union(*(m.seen for m in models))), *models)
     hidden: list[list[Tensor]] = [[] for _ in streams]

@@ -35,10 +35,12 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The directory to write.")
 @click.option("--invert", is_flag=True, help="Undo the alignment: from the anchor's coordinates back to the model's.")
-@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Of all tensors.")
+@click.option(
+    "--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Store all tensors in this dtype."
+)
 @add_merge_options
 def apply(alignment: Path, model: str, out: Path, invert: bool, dtype: str | None, merge_options: MergeOptions) -> None:
-    """Write MODEL as ALIGNMENT moves it: the same function in the anchor's coordinates.
+    """Write MODEL aligned by ALIGNMENT: the same function, in the anchor's coordinates.
 
     \b
     Example: mergekit-symalign apply tuned.safetensors ./tuned -o tuned-in-anchor-coordinates

@@ -62,8 +62,16 @@ class Curve:
 @click.argument("model_a")
 @click.argument("model_b")
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="A .txt file (a text a line) or .jsonl.")
-@click.option("--points", type=click.IntRange(2), default=11, show_default=True, help="On the line, with its ends.")
-@click.option("--tokens", type=click.IntRange(2), default=DEFAULT_TOKENS, show_default=True, help="Of text, at most.")
+@click.option(
+    "--points", type=click.IntRange(2), default=11, show_default=True, help="Points on the line, both ends included."
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(2),
+    default=DEFAULT_TOKENS,
+    show_default=True,
+    help="Use this many tokens of the text at most.",
+)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="A .png, .svg or .pdf file to write.")
 @alignment_options
 @model_options

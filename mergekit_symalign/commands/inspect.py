@@ -38,9 +38,11 @@ class _Layers(click.ParamType):
 @click.command(cls=Command)
 @click.argument("anchor")
 @click.argument("model")
-@click.option("--layers", type=_Layers(), help="Only these, for example 0-7.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the numbers too.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a picture (.png or .svg).")
+@click.option("--layers", type=_Layers(), help="Look at these layers only, for example 0-7.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the numbers to this file."
+)
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw a picture (.png, .svg or .pdf).")
 @alignment_options
 @add_merge_options
 def inspect(

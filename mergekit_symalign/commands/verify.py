@@ -35,7 +35,7 @@ class Verdict:
     Attributes:
         agreement: of the outputs.
         layers: how many the models have.
-        left: the first layer behind which the hidden states differ by more than the tolerance; None if there is none.
+        left: the first layer after which the hidden states differ by more than the tolerance; None if there is none.
         left_by: their deviation there.
         tolerance: what was asked for.
     """
@@ -63,12 +63,14 @@ class Verdict:
     "--prompts", type=click.Path(path_type=Path), help="A .jsonl or .txt file; default: a set in the package."
 )
 @click.option("--random", is_flag=True, help="Random tokens (images for vision models) instead of prompts.")
-@click.option("--tokens", type=click.IntRange(1), default=DEFAULT_TOKENS, show_default=True, help="To run at most.")
+@click.option(
+    "--tokens", type=click.IntRange(1), default=DEFAULT_TOKENS, show_default=True, help="Run this many at most."
+)
 @click.option(
     "--tolerance",
     type=click.FloatRange(0),
-    help="Of logits, in standard deviations of the original's, and of each token's hidden states, relative. "
-    "Default: 0.001; for weights stored in float16 0.02, in bfloat16 0.16.",
+    help="Largest allowed deviation: of logits in standard deviations, of hidden states relative to their size. "
+    "Default: 0.001; 0.02 for weights in float16, 0.16 in bfloat16.",
 )
 @model_options
 @click.option("--quiet", is_flag=True, help="Only the verdict, and no progress bars.")
@@ -108,7 +110,7 @@ def run_verify(
     tokens: int = DEFAULT_TOKENS,
     bound: float | None = None,
 ) -> Verdict:
-    """Compare two checkpoints of one architecture, layer by layer and behind the last layer.
+    """Compare two checkpoints of one architecture, layer by layer and after the last layer.
 
     Raises:
         ModelError, ArchitectureError, CheckpointError: if a model cannot be run.

@@ -72,7 +72,7 @@ _WINDOW = ("sliding_window", "use_sliding_window")
 def config_differences(anchor: Any, model: Any, layout: ModelLayout) -> Differences:
     """The config values in which a model computes something else from the same weights than the anchor.
 
-    Values are compared after transformers has filled in its defaults. Three kinds of keys do not count: `HARMLESS` ones,
+    Values are compared after transformers has filled in its defaults. These keys do not count: `HARMLESS` ones,
     sizes that the layouts compare already, and names that transformers' code for these models does not contain.
 
     Args:
