@@ -126,7 +126,7 @@ def test_refused_before_any_work(paths: list[Path], tmp_path: Path) -> None:
     large = [save(make_model("llama", i), tmp_path / f"large{i}") for i in range(2)]
     for path in large:
         word_tokenizer(200).save_pretrained(path)
-    with pytest.raises(CalibrationError, match=r"token 150, and model\.embed_tokens\.weight has only 97 rows"):
+    with pytest.raises(CalibrationError, match=r"token 150, but model\.embed_tokens\.weight has only 97 rows"):
         _merge(large, out, calibration=str(_file(tmp_path, '{"text": "w150"}', name="large.jsonl")))
     assert not out.exists()
 

@@ -69,7 +69,7 @@ def test_a_damaged_file_is_named_by_merges_and_commands(sound: Path, tmp_path: P
 
 
 INDEXES: dict[str, tuple[Any, str]] = {
-    "a list": ([], "no JSON object"),
+    "a list": ([], "not a JSON object"),
     "no weight_map": ({"metadata": {}}, "weight_map"),
     "a list as weight_map": ({"weight_map": ["a"]}, "weight_map"),
     "numbers as files": ({"weight_map": {"a": 1}}, "weight_map"),
