@@ -38,7 +38,7 @@ class Origin:
 
     Attributes:
         anchor, model: names, for people.
-        anchor_fingerprint, model_fingerprint: of their checkpoints (fingerprint.py).
+        anchor_fingerprint, model_fingerprint: of their checkpoints (graph/fingerprint.py).
         family: the family file.
         sizes: geometry that both share, by name.
         settings: parameters of the solve; `DIFFERS` where blocks differ.

@@ -13,7 +13,7 @@ from typing import Any
 
 from mergekit_symalign import __version__, autoload, host
 from mergekit_symalign.errors import HostError, SymalignError
-from mergekit_symalign.graph.report import readable_errors
+from mergekit_symalign.graph.error_translation import readable_errors
 from mergekit_symalign.method_names import PREFIX, is_ours, misspelt
 
 _SUPPORTED = "0.1.5"

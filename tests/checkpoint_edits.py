@@ -29,7 +29,7 @@ def edited(source: Path, out: Path, edit: Callable[[State], State | None], **con
     state = edit(state) or state
     save_file({name: x.contiguous() for name, x in state.items()}, out / "model.safetensors", metadata={"format": "pt"})
     file = out / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | config), "utf-8")
     return out
 
 
@@ -46,7 +46,9 @@ def merge_output(anchor: object, model: object, out: Path, *options: str, method
     """What `mergekit-yaml` prints when it refuses a merge; nothing may be written."""
     parameters = {} if method == "rotation_match" else {"weight": 1.0}
     config = out.with_name(f"{out.name}.yml")
-    config.write_text(yaml.safe_dump(merge_config(method, str(anchor), [{"model": str(model)}], parameters=parameters)))
+    config.write_text(
+        yaml.safe_dump(merge_config(method, str(anchor), [{"model": str(model)}], parameters=parameters)), "utf-8"
+    )
     result = CliRunner().invoke(mergekit_yaml, [str(config), str(out), "--quiet", *options])
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code != 0

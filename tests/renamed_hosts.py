@@ -119,17 +119,19 @@ def _forked(work: Callable[[], dict[str, Outcome]], folder: Path) -> dict[str, O
     """The outcome of some work in a process of its own, with a MergeKit of its own."""
     result = folder / "outcome.json"
     result.unlink(missing_ok=True)
+    if not hasattr(os, "fork"):
+        raise RuntimeError("this system cannot fork")
     if (pid := os.fork()) == 0:
         try:
             sys.path.insert(0, str(folder))
-            result.write_text(json.dumps(work()))
+            result.write_text(json.dumps(work()), "utf-8")
         except BaseException as error:
             failed = {"code": None, "bytes": None, "there": False, "says": repr(error), "traceback": True}
-            result.write_text(json.dumps(dict.fromkeys(("stock", "ours", "command", "alone"), failed)))
+            result.write_text(json.dumps(dict.fromkeys(("stock", "ours", "command", "alone"), failed)), "utf-8")
         finally:
             os._exit(0)
     os.waitpid(pid, 0)
-    outcome: dict[str, Outcome] = json.loads(result.read_text())
+    outcome: dict[str, Outcome] = json.loads(result.read_text("utf-8"))
     return outcome
 
 

@@ -26,7 +26,7 @@ def _saved(model: PreTrainedModel, path: Path) -> Path:
 
 
 def _loss(model: PreTrainedModel, text: Path) -> float:
-    ids = [WORDS(line, return_tensors="pt")["input_ids"] for line in text.read_text().splitlines()]
+    ids = [WORDS(line, return_tensors="pt")["input_ids"] for line in text.read_text("utf-8").splitlines()]
     with torch.no_grad():
         return sum(float(model.eval()(x, labels=x).loss) for x in ids) / len(ids)
 
@@ -38,7 +38,7 @@ def _rows(output: str) -> list[list[float]]:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     file = tmp_path / "text.txt"
-    file.write_text("\n".join(" ".join(f"w{3 + (i * i + 5 * j) % 90}" for j in range(16)) for i in range(3)))
+    file.write_text("\n".join(" ".join(f"w{3 + (i * i + 5 * j) % 90}" for j in range(16)) for i in range(3)), "utf-8")
     return file
 
 
@@ -74,7 +74,7 @@ def test_each_end_is_what_the_model_gives(
 
 def test_text_without_a_next_token(text: Path, tmp_path: Path) -> None:
     paths = [_saved(make_model("llama", seed), tmp_path / str(seed)) for seed in range(2)]
-    text.write_text("w5\nw6\n")
+    text.write_text("w5\nw6\n", "utf-8")
     done = command(*paths, "--text", text)
     assert done.exit_code == 2
     assert "there is no next token to predict" in " ".join(done.output.split())

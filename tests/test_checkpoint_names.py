@@ -123,7 +123,7 @@ def test_barrier_and_activations_of_gpt2_as_on_the_hub(tmp_path: Path) -> None:
     for path in (*paths, older):
         word_tokenizer(97).save_pretrained(path)
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(" ".join(f"w{(7 * i + j) % 90 + 3}" for j in range(30)) for i in range(9)))
+    text.write_text("\n".join(" ".join(f"w{(7 * i + j) % 90 + 3}" for j in range(30)) for i in range(9)), "utf-8")
     tables = [
         command_output("barrier", paths[0], path, "--text", text, "--points", 3, "--quiet", code=(0,)).replace(
             str(path), ""
@@ -200,7 +200,7 @@ def test_a_tensor_that_the_index_does_not_name(tmp_path: Path) -> None:
     other = copied(paths[1], tmp_path / "m")
     names = [name for name in load(other) if name != "lm_head.weight"]
     index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
-    (other / "model.safetensors.index.json").write_text(json.dumps(index))
+    (other / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     assert "lm_head.weight" in merge_output(paths[0], other, tmp_path / "out")
 
 

@@ -148,7 +148,7 @@ def test_one_model_alone_keeps_its_own_config(name: str, tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         merged(merge_config("rotation_match", anchor, [twin]), tmp_path / "out")
     assert not [r for r in caplog.records if r.name.startswith("mergekit_symalign")]
-    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text())
+    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text("utf-8"))
     assert report["exact"] is True
     assert report["config"] == str(twin)
     assert report["config_differences"][str(twin)]
@@ -167,7 +167,7 @@ def test_a_merge_with_the_anchor_says_what_differs(name: str, tmp_path: Path, ca
         config = merge_config("rotation_match", anchor, [anchor, twin])
         merged(config, tmp_path / "out", write_model_card=True)
     (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("mergekit_symalign")]
-    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text())
+    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text("utf-8"))
     assert report["exact"] is False
     assert report["config"] == str(anchor)
     found = report["config_differences"][str(twin)]
@@ -175,11 +175,11 @@ def test_a_merge_with_the_anchor_says_what_differs(name: str, tmp_path: Path, ca
         assert f"{key} is {a!r} in the anchor and {b!r} in the model" in said
         assert key in " ".join(report["inexact_because"])
     assert "runs with the anchor's" in said
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "**Not exact**" in card
     assert next(iter(found)) in card
     assert "`rotation: full`" not in card
-    after, before = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", anchor))
+    after, before = (json.loads((path / "config.json").read_text("utf-8")) for path in (tmp_path / "out", anchor))
     assert {key: value for key, value in after.items() if before.get(key) != value} == {
         "dtype": "float32"
     } or after == before
@@ -201,7 +201,7 @@ def test_a_head_of_its_own_is_kept_with_its_config(tmp_path: Path) -> None:
     out = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).double()
     assert relative_deviation(logits(model), logits(out)) < TOLERANCE
     merged(merge_config("rotation_match", tied, [tied, twin]), tmp_path / "both")
-    assert json.loads((tmp_path / "both" / "symalign_report.json").read_text())["exact"] is False
+    assert json.loads((tmp_path / "both" / "symalign_report.json").read_text("utf-8"))["exact"] is False
     assert anchor.exists()
 
 
@@ -209,7 +209,7 @@ def test_tokens_stay_the_anchors(tmp_path: Path) -> None:
     """MergeKit copies the anchor's tokenizer; lengths are the model's."""
     anchor, twin, _ = pair("llama", tmp_path, eos_token_id=9, max_position_embeddings=64, rope_theta=100.0)
     merged(merge_config("rotation_match", anchor, [twin]), tmp_path / "out")
-    out, before = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", anchor))
+    out, before = (json.loads((path / "config.json").read_text("utf-8")) for path in (tmp_path / "out", anchor))
     assert out["eos_token_id"] == before["eos_token_id"]
     assert out["max_position_embeddings"] == 64
 
@@ -266,7 +266,7 @@ def test_a_task_vector_of_another_function(tmp_path: Path, caplog: pytest.LogCap
         tmp_path / "out",
     )
     assert "rope_parameters.rope_theta" in caplog.text
-    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text())
+    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text("utf-8"))
     assert (report["exact"], report["config"]) == (False, str(anchor))
 
 
@@ -284,7 +284,7 @@ def test_inspect_says_it_before_the_table(tmp_path: Path) -> None:
     said = done.stdout.index("rope_parameters.rope_theta is 10000.0 in the anchor and 100.0 in the model")
     assert said < done.stdout.index("layer block")
     assert "rms_norm_eps" in done.stdout
-    assert json.loads(file.read_text())["config_differences"][str(twin)]["rms_norm_eps"] == [1e-6, 1e-3]
+    assert json.loads(file.read_text("utf-8"))["config_differences"][str(twin)]["rms_norm_eps"] == [1e-6, 1e-3]
     other = save(make_model("llama", 1), tmp_path / "other")
     plain = CliRunner().invoke(main, ["inspect", str(anchor), str(other), "--layers", "0"])
     assert plain.exit_code == 0, plain.output

@@ -173,10 +173,10 @@ def test_a_module_that_there_is_not(models: dict[str, Path], refused: Callable[.
 def _renamed(source: Path, out: Path, architectures: Any) -> Path:
     """A checkpoint whose config names other architectures; none at all for `...`."""
     shutil.copytree(source, out)
-    config = json.loads((out / "config.json").read_text()) | {"architectures": architectures}
+    config = json.loads((out / "config.json").read_text("utf-8")) | {"architectures": architectures}
     if architectures is ...:
         del config["architectures"]
-    (out / "config.json").write_text(json.dumps(config))
+    (out / "config.json").write_text(json.dumps(config), "utf-8")
     return out
 
 
@@ -220,7 +220,7 @@ def test_an_override_names_the_architecture(models: dict[str, Path], tmp_path: P
     models_of = lambda paths: {"base_model": overridden(paths["a"]), "models": [{"model": overridden(paths["b"])}]}  # noqa: E731
     out = merged(config | models_of(bare), tmp_path / "out", write_model_card=True)
     assert same(out, merged(config | models_of(models), tmp_path / "named"))
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["architectures"] == ["LlamaForCausalLM"]
 
 
 def same(one: State, other: State) -> bool:
@@ -272,7 +272,7 @@ def test_nothing_near_lists_all_of_ours() -> None:
 
 
 def test_a_misspelt_method_on_the_command_line(models: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "m.yml").write_text(yaml.safe_dump(merge_config("aligned_dare", models["a"], [models["b"]])))
+    (tmp_path / "m.yml").write_text(yaml.safe_dump(merge_config("aligned_dare", models["a"], [models["b"]])), "utf-8")
     done = CliRunner().invoke(main, ["yaml", str(tmp_path / "m.yml"), str(tmp_path / "out")])
     assert done.exit_code == 1
     assert done.output.strip().splitlines()[-1].startswith("Error: merge_method aligned_dare")

@@ -57,7 +57,7 @@ def _files(folder: Path) -> dict[str, bytes | None]:
 
 
 def _below_a_file(folder: Path) -> Path:
-    (folder / "file").write_text("not a directory")
+    (folder / "file").write_text("not a directory", "utf-8")
     return folder / "file" / "out.png"
 
 
@@ -93,7 +93,7 @@ def _commands(models: tuple[Path, Path], solved: Path, out: Path, text: Path) ->
 def test_commands_try_the_destination_first(
     name: str, place: Callable[[Path], Path], models: tuple[Path, Path], solved: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "text.txt").write_text("w5 w6 w7\n")
+    (tmp_path / "text.txt").write_text("w5 w6 w7\n", "utf-8")
     out = place(tmp_path)
     before = _files(tmp_path)
     done = _run(*_commands(models, solved, out, tmp_path / "text.txt")[name])
@@ -121,8 +121,8 @@ def test_merges_try_the_destination_first(
 
 def test_a_merge_says_so_in_one_line(models: tuple[Path, Path], tmp_path: Path) -> None:
     config = merge_config("rotation_match", models[0], [models[1]], parameters={"save_alignment": str(tmp_path / "a")})
-    (tmp_path / "a").write_text("a file")
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    (tmp_path / "a").write_text("a file", "utf-8")
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config), "utf-8")
     done = _run("yaml", tmp_path / "config.yml", tmp_path / "out", "--quiet")
     assert done.exit_code == 1
     assert isinstance(done.exception, SystemExit)
@@ -150,12 +150,12 @@ def test_devices_are_no_destination(tmp_path: Path) -> None:
 
 
 def test_trying_leaves_everything_as_it_was(tmp_path: Path) -> None:
-    (tmp_path / "there").write_text("kept")
+    (tmp_path / "there").write_text("kept", "utf-8")
     require_writable(tmp_path / "there")
     require_writable(tmp_path / "a" / "b" / "c")
     require_writable_folder(tmp_path / "d" / "e")
     longest = tmp_path / (251 * "n" + ".png")  # 255 bytes, as long as a name may be
     require_writable(longest)
     with written_whole(longest) as scratch:
-        scratch.write_text("x")
+        scratch.write_text("x", "utf-8")
     assert _files(tmp_path) == {"there": b"kept", longest.name: b"x"}

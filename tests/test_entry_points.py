@@ -22,7 +22,7 @@ from models import make_model, save, with_weights
 
 from mergekit_symalign.cli import main
 from mergekit_symalign.errors import GeometryError, SymalignError, UnknownMethodError, ValueInTensorError
-from mergekit_symalign.graph import solve
+from mergekit_symalign.graph import opening, solve
 
 OFF = {"MERGEKIT_SYMALIGN_AUTOLOAD": "0"}
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -48,7 +48,7 @@ def file(paths: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
     """The configuration as a file."""
 
     def write(model: str = "b") -> Path:
-        (tmp_path / "config.yml").write_text(yaml.safe_dump(_config(paths, model)))
+        (tmp_path / "config.yml").write_text(yaml.safe_dump(_config(paths, model)), "utf-8")
         return tmp_path / "config.yml"
 
     return write
@@ -144,8 +144,9 @@ def test_only_the_hook_imports_the_methods_themselves() -> None:
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """MergeKit's multi-GPU executor with its threads, on two devices that are the CPU."""
-    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_type", lambda: "cpu")
-    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_count", lambda: 2)
+    for module in (multigpu_executor, opening):  # one schedules, the other asks whether there is any
+        monkeypatch.setattr(module, "get_torch_accelerator_type", lambda: "cpu")
+        monkeypatch.setattr(module, "get_torch_accelerator_count", lambda *_: 2)
     monkeypatch.setattr(torch.cuda, "Stream", lambda **_: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
 
@@ -195,21 +196,21 @@ def test_an_error_of_a_solve_is_one_line(
     def fail(*_: Any) -> None:
         raise GeometryError("tensor w", "it does not fit", "Use another")
 
-    monkeypatch.setattr(solve, "align", fail)
+    monkeypatch.setattr(solve, "solve_block", fail)
     done = CliRunner().invoke(mergekit_yaml, [str(file()), str(tmp_path / "out"), "--quiet", *options])
     assert done.exit_code == 1
     assert done.output.strip().splitlines()[-1] == "Error: tensor w: it does not fit. Use another."
 
 
 def test_errors_are_translated_in_one_place() -> None:
-    """Tasks, planning and kernels know nothing of command lines; graph/report.py does it for the hook."""
+    """Tasks, planning and kernels know nothing of command lines; graph/error_translation.py does it for the hook."""
     package = Path(solve.__file__).parent.parent
     users = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
         if "readable_errors" in path.read_text("utf-8")
     }
-    assert users == {"hook.py", "graph/report.py"}
+    assert users == {"hook.py", "graph/error_translation.py"}
 
 
 @pytest.mark.parametrize("kind", [GeometryError, ValueInTensorError, UnknownMethodError])

@@ -84,7 +84,7 @@ def test_what_nobody_expected_keeps_its_traceback(name: str, error: Exception, m
 @pytest.mark.parametrize("name", sorted(ARGUMENTS.keys() - {"demo"}))
 def test_a_model_that_is_not_there_is_exit_code_2(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "t").write_text("some text\n")
+    (tmp_path / "t").write_text("some text\n", "utf-8")
     arguments = [{"a": "./nothing-here", "b": "./nor-here"}.get(x, x) for x in ARGUMENTS[name]]
     done = CliRunner().invoke(main, [name, *arguments])
     assert done.exit_code == 2, done.output
@@ -119,7 +119,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     paths = [str(save(make_model("llama", i, num_hidden_layers=1), folder / str(i))) for i in range(2)]
     for path in paths:
         word_tokenizer(97).save_pretrained(path)
-    (folder / "t.txt").write_text("w1 w2 w3 w4 w5\nw6 w7 w8\n")
+    (folder / "t.txt").write_text("w1 w2 w3 w4 w5\nw6 w7 w8\n", "utf-8")
     file = str(folder / "alignment.safetensors")
     return {
         "inspect": ["inspect", *paths],

@@ -266,7 +266,7 @@ def test_rotation_full_works_and_is_not_called_exact(
     with caplog.at_level(logging.WARNING):
         merged(config | {"parameters": {"save_alignment": str(tmp_path / "again")}}, tmp_path / "out")
     assert any("rotation: full" in record.message for record in caplog.records)
-    assert json.loads((tmp_path / "out" / "symalign_report.json").read_text())["exact"] is False
+    assert json.loads((tmp_path / "out" / "symalign_report.json").read_text("utf-8"))["exact"] is False
     again = AlignmentFile.open(tmp_path / "again" / "twin.safetensors")
     assert again.origin.settings["rotation"] == "full"
     assert require_fits(again, resolve(make_model("llama", 0).config, model="m")) is False

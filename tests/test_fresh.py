@@ -67,7 +67,9 @@ def test_another_config_at_the_same_place(tmp_path: Path) -> None:
     for path in paths:
         word_tokenizer(97).save_pretrained(path)
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(" ".join(f"w{3 + (7 * i + j * j) % 94}" for j in range(20)) for i in range(15)))
+    prompts.write_text(
+        "\n".join(" ".join(f"w{3 + (7 * i + j * j) % 94}" for j in range(20)) for i in range(15)), "utf-8"
+    )
     settings = ACTIVATIONS | {"calibration": str(prompts)}
 
     def run(out: str, model: Path = paths[1]) -> State:

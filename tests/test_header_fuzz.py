@@ -87,7 +87,7 @@ INDEXES: dict[str, tuple[Any, str]] = {
 def test_a_wrong_index_is_named_by_merges_and_commands(sound: Path, tmp_path: Path, case: str) -> None:
     content, expected = INDEXES[case]
     other = copied(sound, tmp_path / "other")
-    (other / INDEX).write_text(json.dumps(content))
+    (other / INDEX).write_text(json.dumps(content), "utf-8")
     for who, output in brief_refusals(sound, other, tmp_path).items():
         assert str(other) in output, (who, output)
         assert expected in output, (who, output)

@@ -173,7 +173,7 @@ def test_an_adapter_that_is_damaged(sound: Path, adapter: Path, tmp_path: Path) 
         "config": ("adapter_config.json", "{"),
     }.items():
         other = copied(adapter, tmp_path / case)
-        (other / name).write_text(text)
+        (other / name).write_text(text, "utf-8")
         assert f"{other / name}" in merge_output(sound, f"{sound}+{other}", tmp_path / "out", *cache)
     assert not (tmp_path / "cache").exists()
 
@@ -203,7 +203,7 @@ def test_commands_open_an_adapter_as_merges_do(sound: Path, adapter: Path, tmp_p
     from mergekit.options import MergeOptions
 
     base = copied(sound, tmp_path / "base")
-    (base / "tokenizer_config.json").write_text("{}")
+    (base / "tokenizer_config.json").write_text("{}", "utf-8")
     name, cache = f"{base}+{adapter}", str(tmp_path / "cache")
     options = MergeOptions(lora_merge_cache=cache)
     model = StoredModel.open(name, options)
@@ -218,7 +218,9 @@ def test_commands_open_an_adapter_as_merges_do(sound: Path, adapter: Path, tmp_p
     command_output("solve", sound, name, "-o", alignment, *given, code=(0,))
     command_output("apply", alignment, name, "-o", applied, *given, code=(0,))
     assert load(applied).keys() == out.keys()
-    assert (applied / "tokenizer_config.json").read_text() == "{}", "the adapter's merge has no tokenizer of its own"
+    assert (applied / "tokenizer_config.json").read_text("utf-8") == "{}", (
+        "the adapter's merge has no tokenizer of its own"
+    )
     with pytest.raises(ConfigError, match="--lora-merge-cache"):
         StoredModel.open(name, MergeOptions())
 

@@ -136,7 +136,7 @@ def test_an_index_of_pickles_that_promises_too_much(paths: dict[str, Path], tmp_
     (other / "model.safetensors").unlink()
     torch.save({name: x for name, x in state.items() if name != "lm_head.weight"}, other / "pytorch_model-1.bin")
     index = '{"weight_map": {' + ", ".join(f'"{name}": "pytorch_model-1.bin"' for name in state) + "}}"
-    (other / "pytorch_model.bin.index.json").write_text(index)
+    (other / "pytorch_model.bin.index.json").write_text(index, "utf-8")
     message = merge_output(paths["a"], other, tmp_path / "out")
     assert str(other / "pytorch_model-1.bin") in message
     assert "lm_head.weight" in message

@@ -47,7 +47,7 @@ def test_pictures_do_not_show_where_models_lie(tmp_path: Path) -> None:
     paths = [save(make_model("llama", seed), tmp_path / name) for seed, name in enumerate(("first", "$second$"))]
     for path in paths:
         word_tokenizer(97).save_pretrained(path)
-    (tmp_path / "text.txt").write_text("w3 w4 w5\n")
+    (tmp_path / "text.txt").write_text("w3 w4 w5\n", "utf-8")
     for command, more in (
         ("inspect", ["--layers", "0"]),
         ("barrier", ["--text", tmp_path / "text.txt", "--points", 2]),
@@ -58,7 +58,7 @@ def test_pictures_do_not_show_where_models_lie(tmp_path: Path) -> None:
             done = CliRunner().invoke(main, [str(arg) for arg in args])
             assert done.exit_code == 0, done.output
             assert str(tmp_path.parent).encode() not in picture.read_bytes()
-        drawn = (tmp_path / f"{command}.svg").read_text()  # its texts are paths; each stands in a comment too
+        drawn = (tmp_path / f"{command}.svg").read_text("utf-8")  # its texts are paths; each stands in a comment too
         comments = "".join(part.partition("-->")[0] for part in drawn.split("<!--")[1:])
         assert "first" in comments
         assert "second" in comments

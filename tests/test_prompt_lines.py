@@ -38,6 +38,6 @@ def test_lines_are_counted_as_an_editor_counts_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"text": "a"', "NaN", '"text"'])
 def test_what_is_no_prompt_is_named(content: str, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    file.write_text(content)
+    file.write_text(content, "utf-8")
     with pytest.raises(CalibrationError, match="line 1"):
         read_prompts(file)

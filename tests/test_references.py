@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for path in paths.values():
         word_tokenizer(97).save_pretrained(path)
     (folder / "text.txt").write_text(
-        "\n".join(" ".join(f"w{3 + (5 * i + j) % 94}" for j in range(9)) for i in range(4))
+        "\n".join(" ".join(f"w{3 + (5 * i + j) % 94}" for j in range(9)) for i in range(4)), "utf-8"
     )
     adapted = f"{base}+{folder / 'adapter'}"
     return paths | {"adapted": adapted, "text": folder / "text.txt", "cache": ["--lora-merge-cache", folder / "cache"]}

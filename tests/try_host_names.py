@@ -53,7 +53,7 @@ def main() -> None:
         }
         configs = {name: folder / f"{name}.yml" for name in merges}
         for name, file in configs.items():
-            file.write_text(yaml.safe_dump(merges[name] | listed))
+            file.write_text(yaml.safe_dump(merges[name] | listed), "utf-8")
         asked = {
             "names": names(),
             "mergekit": str(Path(mergekit.__file__).parent),

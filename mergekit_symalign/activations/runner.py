@@ -101,7 +101,7 @@ class LayerRunner:
         self.model = model.eval().requires_grad_(False)
         path = layout.name(0, "").rstrip(".").rpartition(".")[0]
         self.layers: nn.ModuleList = self.model.get_submodule(path)
-        self._in_tuples = layout.family.name.startswith("deberta")  # its layers return their attention as well
+        self._in_tuples = layout.family.layers_return_tuples
 
     @torch.inference_mode()
     def record(self, batch: Batch, weights: Mapping[str, Tensor]) -> Recorded:

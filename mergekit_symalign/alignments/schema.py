@@ -41,7 +41,7 @@ def _plain_facts(facts: Mapping[str, Any]) -> Mapping[str, Any]:
     for name, value in facts.items():
         if name in _OWN:
             raise ValueError(f"{name} is not a fact that a solve reports")
-        if isinstance(value, str) != name.endswith("_route"):
+        if isinstance(value, str) != (name == "objective" or name.endswith("_route")):
             raise ValueError(f"{name} cannot be {shown(repr(value))}")
         if not isinstance(value, str) and not 0 <= value <= (_EXACT if isinstance(value, int) else _HUGE):
             raise ValueError(f"{name} cannot be {shown(repr(value))}")

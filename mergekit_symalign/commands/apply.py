@@ -19,10 +19,10 @@ from mergekit_symalign.commands.common import parsed, require_one_family
 from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.errors import CheckpointError, ConfigError
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.fingerprint import fingerprint
 from mergekit_symalign.graph.alignments import ReadBlock, has_halves, sizes_of
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.fingerprint import fingerprint
 from mergekit_symalign.graph.headers import Header
 from mergekit_symalign.graph.load import LoadFinite, LoadStored
 from mergekit_symalign.whole_file import require_writable_folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,14 +25,14 @@ from mergekit_symalign.commands.model_options import model_options
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
 from mergekit_symalign.commands.names import short_names
 from mergekit_symalign.commands.outcome import Command, bars
-from mergekit_symalign.errors import ArchitectureError, CalibrationError, ConfigError
+from mergekit_symalign.commands.plots import require_plot
+from mergekit_symalign.errors import ArchitectureError, CalibrationError
 from mergekit_symalign.families.function import config_differences
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.streaming import require_embedded, tokenizer_of
-from mergekit_symalign.whole_file import require_writable, written_whole
+from mergekit_symalign.whole_file import written_whole
 
 DEFAULT_TOKENS = 8192
-_FORMATS = (".png", ".svg", ".pdf")
 NAMES = ("as it is", "aligned")  # of the second model
 
 
@@ -203,6 +202,7 @@ def _loaded(weights: ModelReference, of: ModelReference, options: MergeOptions) 
             cache_dir=options.transformers_cache,
             trust_remote_code=options.trust_remote_code,
             dtype=torch.float32,
+            attn_implementation="eager",  # others may lack soft caps
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -248,19 +248,6 @@ def table(curves: Sequence[Curve]) -> str:
         lines.append(f"{t:>10.3g}" + "".join(f"{curve.losses[i]:>12.4f}" for curve in curves))
     lines.append(f"{'barrier':>10}" + "".join(f"{curve.height:>12.4f}" for curve in curves))
     return "\n".join([*lines, "(nats per token; barrier: highest rise above the line between the ends)"])
-
-
-def require_plot(path: Path) -> None:
-    """
-    Raises:
-        ConfigError: if this file could not be drawn.
-    """
-    where = f"--plot {path}"
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(where, "matplotlib is not installed", "pip install 'mergekit-symalign[plots]'")
-    if path.suffix not in _FORMATS:
-        raise ConfigError(where, f"it must end in one of {', '.join(_FORMATS)}", "Give it another name")
-    require_writable(path, "--plot", folder_is_made=False)
 
 
 def draw(curves: Sequence[Curve], path: Path, models: Sequence[str]) -> None:

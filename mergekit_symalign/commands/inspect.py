@@ -12,11 +12,10 @@ from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.card import symmetry_share, verdict
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options, planned_task, run_tasks
-from mergekit_symalign.commands.barrier import require_plot
 from mergekit_symalign.commands.common import require_one_family
 from mergekit_symalign.commands.names import in_a_table, short_names
 from mergekit_symalign.commands.outcome import Command
-from mergekit_symalign.commands.plots import plot_layers
+from mergekit_symalign.commands.plots import plot_layers, require_plot
 from mergekit_symalign.graph.merge_report import WriteReport, by_model
 from mergekit_symalign.whole_file import require_writable, written_whole
 

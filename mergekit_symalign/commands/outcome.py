@@ -67,7 +67,7 @@ def explained(error: Exception) -> click.ClickException | None:
     Exit code 2 says that another call would do, 1 that it would not.
     """
     if isinstance(error, click.ClickException) and isinstance(error.__cause__, SymalignError):
-        return explained(error.__cause__)  # from a merge inside a command (graph/report.py)
+        return explained(error.__cause__)  # from a merge inside a command (graph/error_translation.py)
     if isinstance(error, SymalignError):
         final = isinstance(error, _NOT_THE_CALL) and not isinstance(error, OtherModelsError)
         return click.ClickException(str(error)) if final else BadInput(str(error))

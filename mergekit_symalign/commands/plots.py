@@ -1,14 +1,30 @@
-"""The picture of `inspect`: what an alignment finds, layer by layer."""
+"""Pictures: whether they can be drawn, and that of `inspect`, what an alignment finds layer by layer."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_symalign.whole_file import written_whole
+from mergekit_symalign.errors import ConfigError
+from mergekit_symalign.whole_file import require_writable, written_whole
 
 Block = Mapping[str, Any]
+_FORMATS = (".png", ".svg", ".pdf")
+
+
+def require_plot(path: Path) -> None:
+    """
+    Raises:
+        ConfigError: if this file could not be drawn.
+    """
+    where = f"--plot {path}"
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(where, "matplotlib is not installed", "pip install 'mergekit-symalign[plots]'")
+    if path.suffix not in _FORMATS:
+        raise ConfigError(where, f"it must end in one of {', '.join(_FORMATS)}", "Give it another name")
+    require_writable(path, "--plot", folder_is_made=False)
 
 
 def plot_layers(blocks: Sequence[Block], title: str, path: Path) -> None:

@@ -11,7 +11,6 @@ from importlib import import_module
 from typing import Any
 
 from mergekit_symalign.families.resolve import ModelLayout
-from mergekit_symalign.families.schema import Positions
 
 Differences = dict[str, tuple[Any, Any]]  # config key -> the anchor's value and the model's
 
@@ -100,7 +99,7 @@ def _function(config: Any, layout: ModelLayout) -> dict[str, Any]:
     kinds = values.get("layer_types")
     if kinds and not any("sliding" in str(kind) for kind in kinds):
         dropped.update(_WINDOW)
-    padding = {"pad_token_id": values.get("pad_token_id")} if _counts_positions_from_padding(layout) else {}
+    padding = {"pad_token_id": values.get("pad_token_id")} if layout.family.positions_after_padding else {}
     return {**dict(_flat({key: x for key, x in values.items() if key not in dropped})), **rope, **padding}
 
 
@@ -131,11 +130,6 @@ def _rope_values(config: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
 def _reads_length(rope: Mapping[str, Any]) -> bool:
     """Whether an unknown kind of RoPE may read how long a prompt can be."""
     return any(key.endswith("rope_type") and kind not in _ROPE for key, kind in rope.items())
-
-
-def _counts_positions_from_padding(layout: ModelLayout) -> bool:
-    """RoBERTa's learned positions begin behind the index of its padding token."""
-    return layout.family.attention.positions is Positions.none and layout.family.name.startswith("roberta")
 
 
 def _head_stays(anchor: Any, model: Any, layout: ModelLayout) -> bool:

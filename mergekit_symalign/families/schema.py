@@ -178,6 +178,8 @@ class Family(_Data):
         task_heads: tensors of those heads, by full name; none of them is in every model.
         layer: inside a layer, by the rest of the name.
         buffers: names that old checkpoints carry beside the weights, and that are never merged.
+        layers_return_tuples: transformers' layers return their attention beside the hidden states.
+        positions_after_padding: learned positions begin after the index of the padding token.
     """
 
     name: str
@@ -194,6 +196,8 @@ class Family(_Data):
     prefix: str = ""
     task_heads: dict[str, TensorSpec] = Field(default_factory=dict)
     buffers: tuple[str, ...] = ()
+    layers_return_tuples: bool = False
+    positions_after_padding: bool = False
 
     @model_validator(mode="after")
     def _readers_exist(self) -> Family:

@@ -20,8 +20,8 @@ from mergekit_symalign.alignments.destinations import file_names, require_alignm
 from mergekit_symalign.alignments.fit import require_block, require_fitting_block, require_known_blocks
 from mergekit_symalign.errors import AlignmentFileError, ConfigError
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.fingerprint import fingerprint
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.fingerprint import fingerprint
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.whole_file import require_writable
 

@@ -42,7 +42,7 @@ def require_symmetry(
     """Refuse what is no symmetry of a block.
 
     Args:
-        element: of the block.
+        element: of the block; its tensors are on the CPU, as those of a file are.
         shape: of the block.
         full: as for `admitted`.
         largest: of the factors of an axis, and of their inverses; `LARGEST` for those that it does not name.
@@ -125,7 +125,7 @@ class _Heads:
         order, matrix = torch.arange(heads), torch.eye(d, dtype=torch.float64).repeat(heads, 1, 1)
         for step in steps_of(action):
             if isinstance(step, Permutation):
-                moved = _order_of_wholes(step.index.cpu(), heads, axis, "heads")
+                moved = _order_of_wholes(step.index, heads, axis, "heads")
                 order, matrix = order[moved], matrix[moved]
             else:
                 matrix = step.transform(matrix.flatten(0, 1)).unflatten(0, (heads, d))
@@ -145,7 +145,7 @@ class _Rows:
         index, factor = torch.arange(size), torch.ones(size, dtype=torch.float64)
         for step in steps_of(action):
             if isinstance(step, Permutation):
-                moved = step.index.long().cpu()
+                moved = step.index.long()
                 index, factor = index[moved], factor[moved]
             else:
                 factor = step.transform(factor.unsqueeze(1)).squeeze(1)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mergekit_symalign.errors import CheckpointError, ModelError
-from mergekit_symalign.fingerprint import fingerprint
+from mergekit_symalign.graph.fingerprint import fingerprint
 from mergekit_symalign.graph.headers import read_headers
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +32,7 @@ def guarded() -> Iterator[Peak]:
 def _reset() -> int | None:
     """Set the peak back to what is in use; returns that."""
     try:
-        _CLEAR.write_text("5")
+        _CLEAR.write_text("5", "utf-8")
     except OSError:
         return None
     return _kib("VmRSS") * 1024
@@ -38,11 +40,10 @@ def _reset() -> int | None:
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    try:
-        import resource
-    except ImportError:  # Windows
+    if importlib.util.find_spec("resource") is None:  # Windows
         yield
         return
+    resource = importlib.import_module("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if _STATUS.exists():
         resource.setrlimit(resource.RLIMIT_AS, (_kib("VmSize") * 1024 + LIMIT, hard))
@@ -53,5 +54,5 @@ def _limited() -> Iterator[None]:
 
 
 def _kib(name: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name + ":"))
+    line = next(line for line in _STATUS.read_text("utf-8").splitlines() if line.startswith(name + ":"))
     return int(line.split()[1])

@@ -1,0 +1,110 @@
+"""Which part of the package may import which: every room stands on rooms that come before it in the list."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "mergekit_symalign"
+NAME = "mergekit_symalign"
+GROUND = "symmetry/options symmetry/rows symmetry/threads"
+ELEMENTS = f"{GROUND} symmetry/groups symmetry/element"
+
+# From the ground up: each room, and what it may import.
+ROOMS: dict[str, str] = {
+    "errors": "",
+    "host": "",
+    "method_names": "errors",
+    "whole_file": "errors",
+    "symmetry/options": "",
+    "symmetry/threads": "",
+    "symmetry/rows": "",
+    "symmetry/groups": "errors symmetry/rows",
+    "symmetry/element": "symmetry/groups symmetry/rows",
+    "symmetry/solved": "symmetry/element",
+    "symmetry/scale": "symmetry/threads",
+    "symmetry/distance": f"{GROUND} symmetry/groups",
+    "symmetry/assignment": "errors symmetry/rows symmetry/threads",
+    "symmetry/neurons": f"errors {ELEMENTS} symmetry/scale symmetry/distance symmetry/assignment",
+    "symmetry/heads": f"errors {ELEMENTS} symmetry/scale symmetry/distance symmetry/assignment",
+    "symmetry/by_activations": f"errors {ELEMENTS} symmetry/solved symmetry/assignment symmetry/neurons symmetry/heads",
+    "symmetry/blocks": f"{ELEMENTS} symmetry/solved symmetry/distance symmetry/neurons symmetry/heads",
+    "symmetry/describe": f"{ELEMENTS} symmetry/distance",
+    "symmetry/consensus": ELEMENTS,
+    "symmetry/solve": f"errors {ELEMENTS} symmetry/solved symmetry/blocks symmetry/describe symmetry/consensus",
+    "symmetry/admitted": f"{ELEMENTS} symmetry/heads",
+    "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/admitted",
+    "families": "errors symmetry/options symmetry/element",
+    "planting": f"families {ELEMENTS} symmetry/heads",
+    "activations": "errors families symmetry/element symmetry/by_activations",
+    "alignments": f"errors families whole_file {ELEMENTS} symmetry/admitted symmetry/membership",
+    "aligned_methods": "errors families activations",
+    "methods": "aligned_methods",
+    "graph": f"errors families whole_file activations alignments aligned_methods methods {ELEMENTS} symmetry/heads "
+    "symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved symmetry/consensus",
+    "card": "methods aligned_methods graph",
+    "hook": "errors host method_names aligned_methods methods graph card",
+    "demo": "errors families planting whole_file",
+    "commands": "errors host method_names families whole_file activations alignments methods graph card hook demo",
+    "cli": "errors hook commands",
+}
+ONE_ROOM = {"alignment_file": "alignments", "autoload": "hook"}
+KNOWS_MERGEKIT = {"aligned_methods", "methods", "graph", "card", "hook", "demo", "commands", "cli"}
+
+
+def _room(parts: tuple[str, ...]) -> str:
+    """Of a module, by the parts of its name below the package."""
+    name = "/".join(parts[:2]) if parts[0] == "symmetry" else parts[0]
+    return ONE_ROOM.get(name, name)
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    """The full names of all modules that a file imports, at its top or inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            folder = node.module == NAME or PACKAGE.joinpath(*node.module.split(".")[1:]).is_dir()
+            inside = node.module.startswith(NAME) and folder
+            yield from (f"{node.module}.{alias.name}" for alias in node.names) if inside else (node.module,)
+
+
+def _imports() -> dict[str, set[str]]:
+    """Of every room, the modules that it imports."""
+    found = defaultdict(set)
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        if parts[-1] != "__init__":
+            found[_room(parts)].update(_imported(ast.parse(file.read_text("utf-8"))))
+    return dict(found)
+
+
+IMPORTS = _imports()
+
+
+def test_every_room_is_in_the_list() -> None:
+    assert set(IMPORTS) == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_stands_on_what_it_may_stand_on(room: str) -> None:
+    own = (m.split(".")[1:] for m in IMPORTS[room] if m.startswith(f"{NAME}."))
+    used = {_room(tuple(parts)) for parts in own if parts != ["__version__"]}
+    assert used - {room} <= set(ROOMS[room].split())
+
+
+def test_no_room_stands_on_a_later_one() -> None:
+    below: set[str] = set()
+    for room, may in ROOMS.items():
+        assert set(may.split()) <= below, room
+        below.add(room)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_who_knows_mergekit(room: str) -> None:
+    knows = any(m.split(".")[0] == "mergekit" for m in IMPORTS[room])
+    assert not knows or room in KNOWS_MERGEKIT
