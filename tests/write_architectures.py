@@ -31,8 +31,8 @@ Lower is better in both columns of numbers:
 - *Function*: how far the largest [logit](glossary.md#logits) moved after random [elements](glossary.md#element) of
   every block, in standard deviations of the logits. Everything is in float64, so only rounding is left.
 - *Recovered*: the distance to the anchor after `rotation_match` has aligned a planted [twin](glossary.md#twin),
-  relative to the model that the twin was made from. 1 means that the planted difference was undone. Below 1,
-  alignment removed a little of the noise as well.
+  relative to the distance of the model that the twin was made from. 1 means that the planted difference was undone.
+  Below 1, alignment removed a little of the noise as well.
 
 `make architectures` writes this page from small random models of the tests (sharpened weights, biases and norms away
 from 0 and 1). Merges ran through MergeKit in float32.
