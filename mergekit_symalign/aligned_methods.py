@@ -34,93 +34,93 @@ ROTATION_PAPER = "https://arxiv.org/abs/2502.00264"
 _UNALIGNABLE = frozenset(("passthrough",))
 
 ALIGNMENT_PARAMETERS = (
-    ParameterSpec("align", bool, ParameterScope.NON_BASE, default=True, description="false: take this model as it is"),
+    ParameterSpec("align", bool, ParameterScope.NON_BASE, default=True, description="false takes this model as it is"),
     ParameterSpec(
         "anchor",
         Literal["base", "consensus"],
         ParameterScope.SHARED,
         default="base",
-        description="base: the coordinates of base_model; consensus: those that all models agree on, turned into "
-        "base_model's",
+        description="base: align to base_model; consensus: align to what all models have in common, then turn the "
+        "result into the coordinates of base_model",
     ),
     ParameterSpec(
         "permutation",
         bool,
         ParameterScope.SHARED,
         default=True,
-        description="match the neurons of the MLPs, and experts",
+        description="reorder the neurons of the MLPs, and the experts",
     ),
     ParameterSpec(
         "heads",
         bool,
         ParameterScope.SHARED,
         default=True,
-        description="match KV heads as a whole, then query heads within their group; false keeps their order",
+        description="reorder KV heads as a whole, and query heads within their group",
     ),
     ParameterSpec(
         "rotation",
         Literal["exact", "full", "none"],
         ParameterScope.SHARED,
         default="exact",
-        description="exact: the largest rotation group that keeps the function; full: the papers' orthogonal matrix "
-        "for query and key also under RoPE, which changes the function (a warning says so), refused under QK-norm",
+        description="exact: every rotation that keeps the function; full: the papers' orthogonal matrix for query and "
+        "key, which under RoPE changes the function (with a warning; refused with QK-norm); none: no rotation",
     ),
     ParameterSpec(
         "scaling",
         bool,
         ParameterScope.SHARED,
         default=True,
-        description="the scale between query and key, value and output",
+        description="rescale query against key, and value against output",
     ),
     ParameterSpec(
         "neuron_scaling",
         bool,
         ParameterScope.SHARED,
         default=False,
-        description="the scale between up and down projection of each neuron: signed in gated MLPs, positive in plain "
-        "ones with ReLU, refused in other plain ones",
+        description="rescale each neuron's up projection against its down projection: signed in gated MLPs, positive "
+        "in plain MLPs with ReLU, refused in other plain MLPs",
     ),
     ParameterSpec(
         "objective",
         Literal["weights", "activations"],
         ParameterScope.SHARED,
         default="weights",
-        description="what is matched: the weights, or what the models compute on prompts",
+        description="what to compare: the weights, or what the models compute on prompts",
     ),
     ParameterSpec(
         "calibration",
         str | None,
         ParameterScope.SHARED,
         default=None,
-        description="prompts for objective: activations, a .jsonl or .txt file, or default: the set of the package",
+        description="prompts for objective: activations: a .jsonl or .txt file, or default for the set in the package",
     ),
     ParameterSpec(
         "calibration_tokens",
         int,
         ParameterScope.SHARED,
         default=DEFAULT_TOKENS,
-        description="how many tokens of the prompts to use at most",
+        description="use at most this many tokens of all prompts together",
     ),
     ParameterSpec(
         "calibration_sequence_length",
         int,
         ParameterScope.SHARED,
         default=DEFAULT_LENGTH,
-        description="how many tokens of each prompt to use at most",
+        description="use at most this many tokens of each prompt",
     ),
     ParameterSpec(
         "alignment",
         str | None,
         ParameterScope.NON_BASE,
         default=None,
-        description="file of a saved alignment, used instead of solving",
+        description="use this saved alignment file instead of solving",
     ),
     ParameterSpec(
         "save_alignment",
         str | None,
         ParameterScope.SHARED,
         default=None,
-        description="directory for the alignments that this merge solves, <model>.safetensors",
+        description="save this merge's alignments in this directory, as <model>.safetensors",
     ),
 )
 ALIGNMENT_NAMES = frozenset(p.name for p in ALIGNMENT_PARAMETERS)

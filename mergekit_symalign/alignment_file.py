@@ -117,7 +117,7 @@ class AlignmentFile:
                 for name, stored in found.stored.items():
                     numbers.tensor(file, name, stored)
             elif numbers.first_digest(file) != found.sha256:
-                raise ValueError("its numbers are damaged: they are not those that were saved")
+                raise ValueError("its numbers are damaged: they differ from what was saved")
         return found
 
     @staticmethod
@@ -168,7 +168,7 @@ class AlignmentFile:
             OtherModelsError: if the model is of another family or size.
         """
         if self.origin.family != family:
-            reason = f"it is for family {shown(self.origin.family)}, and model {model} is of family {family}"
+            reason = f"it is for family {shown(self.origin.family)}, but model {model} is of family {family}"
             raise OtherModelsError(self.label, reason, _OTHER)
         differences = [f"{shown(k)} {v} != {sizes.get(k)}" for k, v in self.origin.sizes.items() if sizes.get(k) != v]
         if differences:
@@ -193,7 +193,7 @@ class AlignmentFile:
         if fingerprint != wanted:
             raise OtherModelsError(
                 self.label,
-                f"it was solved for {role} {known}, and {name} has other weights (fingerprint {fingerprint[:12]}, not "
+                f"it was solved for {role} {known}, but {name} has other weights (fingerprint {fingerprint[:12]}, not "
                 f"{shown(wanted[:12])})",
                 f"Solve it again: mergekit-symalign solve ANCHOR MODEL -o {self.path}",
             )

@@ -62,9 +62,8 @@ def section(report: Mapping[str, Any]) -> str:
     lines = [
         "### Parameter alignment",
         "",
-        f"Before the merge, models were brought into the coordinates of {', '.join(report['anchor'])} by symmetries of "
-        f"the architecture, with mergekit-symalign "
-        f"{report['versions']['mergekit_symalign']}. {exact}",
+        f"Before the merge, mergekit-symalign {report['versions']['mergekit_symalign']} aligned the models to "
+        f"{', '.join(report['anchor'])} by symmetries of the architecture. {exact}",
         "",
         f"References: [{TASK_VECTORS_TITLE}]({TASK_VECTORS_PAPER}); [{ROTATION_TITLE}]({ROTATION_PAPER}).",
         "",

@@ -172,7 +172,7 @@ def _hook_planner(plan: Any) -> None:
 def _hook_merge(merge: Any) -> None:
     """The whole merge: models are checked before MergeKit looks at them, errors become readable, the card is extended.
 
-    Errors of planning and of every task come through here, those of `--multi-gpu`'s threads too.
+    Errors of planning and of every task come through here, also from the threads of `--multi-gpu`.
     """
 
     def hooked(original: Any) -> Any:

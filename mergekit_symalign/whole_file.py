@@ -45,7 +45,7 @@ def require_writable(path: Path, what: str = "output", *, folder_is_made: bool =
         if path.is_dir():
             raise ConfigError(f"{what} {path}", "it is a directory", "Name a file")
         if path.exists() and not path.is_file():
-            raise ConfigError(f"{what} {path}", "it is no regular file", "Name another file")
+            raise ConfigError(f"{what} {path}", "it is not a regular file", "Name another file")
         if not folder_is_made and not path.absolute().parent.exists():
             raise ConfigError(f"{what} {path}", "its directory does not exist", "Make the directory first")
         with _made(path.parent):

@@ -177,7 +177,7 @@ def test_a_file_of_other_models_is_refused(llama: Pair, tmp_path: Path) -> None:
     deeper = [save(make_model("llama", i, num_hidden_layers=4), tmp_path / f"deep{i}") for i in range(2)]
     refused(deeper[0], deeper[1], "layers 3 != 4")
     qwen = [save(make_model("qwen2", i), tmp_path / f"qwen{i}") for i in range(2)]
-    refused(qwen[0], qwen[1], "family llama, and model")
+    refused(qwen[0], qwen[1], "family llama, but model")
     refused(llama.anchor_path, llama.twin_path, "align is false", align=False)
 
 

@@ -117,7 +117,7 @@ def test_bad_input_is_exit_code_2(pair: dict[str, Path], tmp_path: Path, monkeyp
     cases = [
         ([a, tmp_path / "absent", *text], "it cannot be opened"),
         ([a, bert, *text], "differ in architecture"),
-        ([bert, bert, *text], "no next token"),
+        ([bert, bert, *text], "does not predict the next token"),
         ([a, bare, *text], "tokenizer cannot be loaded"),
         ([a, other, *text], "different tokens"),
         ([a, twin, "--text", tmp_path / "absent.txt"], "cannot be read"),

@@ -77,4 +77,4 @@ def test_text_without_a_next_token(text: Path, tmp_path: Path) -> None:
     text.write_text("w5\nw6\n", "utf-8")
     done = command(*paths, "--text", text)
     assert done.exit_code == 2
-    assert "none has a next one" in " ".join(done.output.split())
+    assert "there is no next token to predict" in " ".join(done.output.split())

@@ -70,7 +70,7 @@ def test_batches_hold_every_token_once(tmp_path: Path) -> None:
     [
         ("p.csv", "w3", "neither .jsonl nor .txt"),
         ("p.jsonl", "", "holds no prompt"),
-        ("p.jsonl", '{"text": "w3"}\nnot json', "line 2: it is no JSON"),
+        ("p.jsonl", '{"text": "w3"}\nnot json', "line 2: it is not JSON"),
         ("p.jsonl", '{"question": "w3"}', "line 1: it has no text, prompt or messages"),
         ("p.jsonl", '{"text": " "}', "no tokens"),
     ],
@@ -126,7 +126,7 @@ def test_refused_before_any_work(paths: list[Path], tmp_path: Path) -> None:
     large = [save(make_model("llama", i), tmp_path / f"large{i}") for i in range(2)]
     for path in large:
         word_tokenizer(200).save_pretrained(path)
-    with pytest.raises(CalibrationError, match=r"token 150, and model\.embed_tokens\.weight has only 97 rows"):
+    with pytest.raises(CalibrationError, match=r"token 150, but model\.embed_tokens\.weight has only 97 rows"):
         _merge(large, out, calibration=str(_file(tmp_path, '{"text": "w150"}', name="large.jsonl")))
     assert not out.exists()
 
@@ -156,7 +156,7 @@ def test_few_tokens_warn_and_stay_finite(paths: list[Path], tmp_path: Path, monk
 
 def test_a_consensus_takes_neither_prompts_nor_files(paths: list[Path], tmp_path: Path) -> None:
     prompts = _file(tmp_path, '{"text": "w3 w4"}')
-    with pytest.raises(ConfigError, match="consensus compares weights, and objective is activations"):
+    with pytest.raises(ConfigError, match="consensus compares weights, but objective is activations"):
         _merge(paths, tmp_path / "out", calibration=str(prompts), anchor="consensus")
 
 

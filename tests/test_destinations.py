@@ -135,7 +135,7 @@ def test_weights_are_never_overwritten_by_an_alignment(models: tuple[Path, Path]
     before = _files(models[1])
     done = _run("solve", *models, "-o", models[1] / "model.safetensors")
     assert done.exit_code == 2
-    assert "there is a file that is no alignment" in done.output
+    assert "a file is there that is not an alignment" in done.output
     assert _files(models[1]) == before
 
 
@@ -143,7 +143,7 @@ def test_devices_are_no_destination(tmp_path: Path) -> None:
     device = Path("/dev/null")
     if not device.exists():
         pytest.skip("no such device here")
-    with pytest.raises(ConfigError, match="no regular file"):
+    with pytest.raises(ConfigError, match="not a regular file"):
         require_writable(device)
     with pytest.raises(ConfigError, match="is a directory"):
         require_writable(tmp_path)

@@ -152,8 +152,8 @@ CASES: dict[str, tuple[Callable[[Content, Tensors], None], str]] = {
     "no blocks": (_all_blocks_missing, "metadata are damaged"),
     "blocks is a list": (_blocks_a_list, "metadata are damaged: blocks"),
     "a block missing": (_block_missing, "nothing for layer 2 attention"),
-    "no permutation": (_edit(_MLP, "gate", "permutation", 0, 3), "its index is no permutation"),
-    "beyond the neurons": (_edit(_MLP, "gate", "permutation", 0, 80), "its index is no permutation"),
+    "no permutation": (_edit(_MLP, "gate", "permutation", 0, 3), "its index is not a permutation"),
+    "beyond the neurons": (_edit(_MLP, "gate", "permutation", 0, 80), "its index is not a permutation"),
     "nan": (_edit(_MLP, "up", "scaling", 0, torch.nan), "axis up: .*not finite"),
     "zero": (_edit(_MLP, "up", "scaling", 0, 0.0), "axis up: .*factor of 0"),
     "another scale": (_edit(_MLP, "up", "scaling", 0, 3.0), "axis down: .*not the inverse of up"),
@@ -210,7 +210,7 @@ def test_the_digest_covers_the_text(field: str, solved: Solved, tmp_path: Path) 
     else:
         content["facts"]["layer 0 mlp"]["neurons_moved"] = 0
     save_file(solved.tensors, tmp_path / "a", metadata={ENTRY: json.dumps(content)})
-    with pytest.raises(AlignmentFileError, match="not those that were saved"):
+    with pytest.raises(AlignmentFileError, match="differ from what was saved"):
         AlignmentFile.described(tmp_path / "a")
 
 
@@ -260,7 +260,7 @@ def test_rotation_full_works_and_is_not_called_exact(
     assert done.exit_code == 0, done.output
     done = _run("apply", file, solved.twin, "-o", tmp_path / "applied", "--quiet")
     assert done.exit_code == 0, done.output
-    assert "rotation: full, so the function of the model changes" in done.output
+    assert "it was solved with rotation: full, which changes what the model computes" in done.output
     models = [{"model": solved.twin, "parameters": {"alignment": str(file)}}]
     config = merge_config("rotation_match", solved.anchor, models)
     with caplog.at_level(logging.WARNING):
@@ -332,13 +332,13 @@ def test_factors_that_no_weight_survives_are_refused(factor: float, solved: Solv
     file = solved.changed(tmp_path / "a", _scaled_neurons(factor))
     done = _run("apply", file, solved.twin, "-o", tmp_path / "out", "--quiet")
     assert done.exit_code == 1
-    assert "a factor beyond" in done.output
+    assert "a factor above" in done.output
 
 
 def test_float16_leaves_less_room(solved: Solved, tmp_path: Path) -> None:
     file = solved.changed(tmp_path / "a", _scaled_neurons(1e6))
     done = _run("apply", file, solved.twin, "-o", tmp_path / "out", "--quiet", "--dtype", "float16")
     assert done.exit_code == 1
-    assert "a factor beyond 2.6e+02" in done.output
+    assert "a factor above 2.6e+02" in done.output
     done = _run("apply", file, solved.twin, "-o", tmp_path / "out", "--quiet", "--dtype", "bfloat16")
     assert done.exit_code == 0, done.output

@@ -69,16 +69,16 @@ def test_a_damaged_file_is_named_by_merges_and_commands(sound: Path, tmp_path: P
 
 
 INDEXES: dict[str, tuple[Any, str]] = {
-    "a list": ([], "no JSON object"),
+    "a list": ([], "not a JSON object"),
     "no weight_map": ({"metadata": {}}, "weight_map"),
     "a list as weight_map": ({"weight_map": ["a"]}, "weight_map"),
     "numbers as files": ({"weight_map": {"a": 1}}, "weight_map"),
     "an empty weight_map": ({"weight_map": {}}, "weight_map"),
     "a file that is missing": ({"weight_map": {"a": "model-1.safetensors"}}, "model-1.safetensors"),
-    "a file outside": ({"weight_map": {"a": "../anchor/model.safetensors"}}, "no file of this directory"),
-    "an absolute path": ({"weight_map": {"a": "/etc/hostname"}}, "no file of this directory"),
-    "a drive": ({"weight_map": {"a": "C:\\x.safetensors"}}, "no file of this directory"),
-    "no safetensors file": ({"weight_map": {"a": "config.json"}}, "no safetensors file"),
+    "a file outside": ({"weight_map": {"a": "../anchor/model.safetensors"}}, "not a file of this directory"),
+    "an absolute path": ({"weight_map": {"a": "/etc/hostname"}}, "not a file of this directory"),
+    "a drive": ({"weight_map": {"a": "C:\\x.safetensors"}}, "not a file of this directory"),
+    "no safetensors file": ({"weight_map": {"a": "config.json"}}, "not a safetensors file"),
     "a tensor that is elsewhere": ({"weight_map": {"a": MAIN}}, "lacks tensor 'a'"),
 }
 

@@ -149,8 +149,8 @@ def test_experts_move_as_wholes() -> None:
         (NeuronScale.none, 2.0, "cannot have a scaling"),
         (NeuronScale.positive, -2.0, "only positive"),
         (NeuronScale.signed, 0.0, "a factor of 0"),
-        (NeuronScale.signed, 1e30, "a factor beyond"),
-        (NeuronScale.signed, 1e-30, "a factor beyond"),
+        (NeuronScale.signed, 1e30, "a factor above"),
+        (NeuronScale.signed, 1e-30, "a factor above"),
     ],
 )
 def test_factors_of_neurons(scale: NeuronScale, factor: float, match: str) -> None:
@@ -158,7 +158,7 @@ def test_factors_of_neurons(scale: NeuronScale, factor: float, match: str) -> No
     _refused({"up": up, "down": up.dual()}, MlpShape(3, scale=scale), match)
     fits = Scaling(torch.full((3,), 2.0, dtype=torch.float64))
     require_symmetry(BlockElement({"up": fits, "down": fits.dual()}), MlpShape(3))
-    _refused({"up": fits, "down": fits.dual()}, MlpShape(3), "a factor beyond", largest={"up": 1.5})
+    _refused({"up": fits, "down": fits.dual()}, MlpShape(3), "a factor above", largest={"up": 1.5})
 
 
 def test_huge_angles_are_angles() -> None:

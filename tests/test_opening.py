@@ -86,7 +86,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "no weights": (_without("model.safetensors"), ("it has no weights", "model.safetensors")),
     "other weights": (_renamed, ("consolidated.safetensors", "MergeKit does not read")),
     "config cut short": (_text("config.json", '{"model_type": "lla'), ("config.json", "cannot be read as JSON")),
-    "config is a list": (_text("config.json", "[]"), ("config.json", "no JSON object")),
+    "config is a list": (_text("config.json", "[]"), ("config.json", "not a JSON object")),
     "unknown model type": (_text("config.json", '{"model_type": "nonsense"}'), ("cannot be opened", "nonsense")),
     "bad value": (_text("config.json", '{"model_type": "llama", "hidden_size": "x"}'), ("cannot be opened",)),
 }

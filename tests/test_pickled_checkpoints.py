@@ -74,7 +74,7 @@ REFUSED: dict[str, tuple[Callable[[State], Any], str]] = {
     "nested": (lambda state: {"state_dict": state, "epoch": 3}, "inside the entry 'state_dict'"),
     "nested under another name": (lambda state: {"model": state}, "inside the entry 'model'"),
     "list": (lambda state: list(state.values()), "it holds a list"),
-    "no tensor": (lambda state: {"epoch": 3}, "it holds no tensor"),
+    "no tensor": (lambda state: {"epoch": 3}, "it holds no tensors"),
 }
 
 

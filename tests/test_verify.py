@@ -129,7 +129,7 @@ def test_damaged_checkpoints_fail(llama: dict[str, Path], tmp_path: Path) -> Non
         "short": {name: state[name][:-1]},
         "head": {"lm_head.weight": state["lm_head.weight"] * 1.01},
     }
-    expected = {"swapped": "from layer 1 on", "nan": "NaN", "short": "its shape is", "head": "behind all 3 layers"}
+    expected = {"swapped": "from layer 1 on", "nan": "NaN", "short": "its shape is", "head": "after all 3 layers"}
     for kind, changed in damages.items():
         out = tmp_path / kind
         shutil.copytree(llama["twin"], out)
@@ -178,7 +178,7 @@ def test_bad_input_is_exit_code_2(llama: dict[str, Path], tmp_path: Path) -> Non
         ([original, twin, "--prompts", tmp_path / "absent.txt"], "cannot be read"),
         ([original, twin, "--prompts", tmp_path / "bad.txt"], "cannot be read"),
         ([original, twin, "--prompts", tmp_path / "empty.txt"], "holds no prompt"),
-        ([original, twin, "--prompts", llama["prompts"], "--random"], "exclude each other"),
+        ([original, twin, "--prompts", llama["prompts"], "--random"], "not both"),
         ([original], "Missing argument"),
     ]
     for args, message in cases:

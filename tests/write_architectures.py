@@ -21,13 +21,21 @@ from mergekit_symalign.symmetry.options import GainScope, NeuronScale
 OUT = Path(__file__).parent.parent / "docs" / "architectures.md"
 HEAD = """# Architectures
 
-Written by `make architectures` from measurements on the small random models of the tests (sharpened weights, biases and
-norms away from 0 and 1). *Function*: largest logit deviation of a model after random elements of every block, in
-standard deviations of the logits, everything in float64. *Recovered*: distance to the anchor of a planted twin after
-`rotation_match` through MergeKit (float32), relative to that of the sibling it was planted in; below 1 because
-alignment removes a little of the noise as well.
+Which models can be aligned, what is exact for each, and the measurements that show it. All of them align values and
+outputs (rotation and scale), heads and neurons (permutations). Queries and keys differ, as the table says.
 
-Value/output rotation and scale, head permutations and neuron permutations are used in every family.
+Attention may be grouped-query, multi-query or multi-head, with any head dimension. Embeddings may be tied or untied.
+
+Lower is better in both columns of numbers:
+
+- *Function*: how far the largest [logit](glossary.md#logits) moved after random [elements](glossary.md#element) of
+  every block, in standard deviations of the logits. Everything is in float64, so only rounding is left.
+- *Recovered*: the distance to the anchor after `rotation_match` has aligned a planted [twin](glossary.md#twin),
+  relative to the distance of the model that the twin was made from. 1 means that the planted difference was undone.
+  Below 1, alignment removed a little of the noise as well.
+
+`make architectures` writes this page from small random models of the tests (sharpened weights, biases and norms away
+from 0 and 1). Merges ran through MergeKit in float32.
 
 | test model | family | transformers class | query and key | MLP | function | recovered |
 |---|---|---|---|---|---:|---:|
@@ -40,7 +48,7 @@ CLASSES = """
 {classes}
 
 Anything else is refused with this list. Inside a family, variants that nobody has checked (another activation, another
-kind of RoPE, clamped queries, …) are refused too, with the config key and its value.
+kind of RoPE, clamped queries, …) are refused too. The message names the config key and its value.
 """
 
 

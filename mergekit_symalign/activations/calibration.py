@@ -132,7 +132,7 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"calibration {path}, line {number}", f"it is no JSON ({error})", _FORMS) from error
+        raise CalibrationError(f"calibration {path}, line {number}", f"it is not JSON ({error})", _FORMS) from error
     for key, kind in (("messages", list), ("prompt", str), ("text", str)):
         if isinstance(entry, dict) and isinstance(entry.get(key), kind):
             return entry[key]

@@ -1,9 +1,9 @@
 """Running a transformers model one layer at a time, with weights that are handed in and let go again.
 
-The model is built without weights. It runs once on the prompts with its layers replaced by recorders, which gives the
-first hidden states and the arguments that the model hands to each of its layers: masks, rotary tables, windows. Then
-the model's own layer modules are called with those, one after another, each with its own weights. What follows the last
-layer (norms, heads, soft caps) is run in the same way: the model once more, with layers that hand on the hidden states.
+The model is built without weights. It runs once on the prompts with its layers replaced by recorders. They give the
+first hidden states, and the arguments that the model hands to each layer: masks, rotary tables, windows. Then the
+model's own layer modules are called with these, one after another, each with its own weights. What follows the last
+layer (norms, heads, soft caps) runs in the same way: the model once more, with layers that hand on the hidden states.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class LayerRunner:
             seen: the axes whose activations are wanted.
 
         Returns:
-            The hidden states behind the layer, and the activations of each axis.
+            The hidden states after the layer, and the activations of each axis.
         """
         module = self.layers[layer]
         self._move_buffers(hidden.device)
@@ -151,7 +151,7 @@ class LayerRunner:
 
     @torch.inference_mode()
     def finish(self, batch: Batch, weights: Mapping[str, Tensor], hidden: Tensor) -> Any:
-        """Run everything behind the layers.
+        """Run everything after the layers.
 
         Args:
             batch: the prompts.
@@ -180,7 +180,7 @@ class LayerRunner:
 
 
 class _LastLayerReachedError(Exception):
-    """Nothing behind the layers is wanted: its weights are not there."""
+    """Nothing after the layers is wanted: its weights are not there."""
 
 
 @contextmanager

@@ -58,11 +58,11 @@ def run_layer(
 
     Args:
         layer: its index in all of them.
-        anchor, models: what runs; the anchor's own ``seen`` is that of all models together.
+        anchor, models: what runs; the anchor's own ``seen`` holds all models' together.
         kept: of each batch, where among prompts × tokens those are that are no padding; None if all are.
 
     Returns:
-        The hidden states behind the layer, of the anchor and each model; and each model's statistics.
+        The hidden states after the layer, of the anchor and each model; and each model's statistics.
     """
     streams = (replace(anchor, seen=frozenset().union(*(m.seen for m in models))), *models)
     hidden: list[list[Tensor]] = [[] for _ in streams]

@@ -75,7 +75,9 @@ def require_alignment_or_nothing(path: Path, what: str = "output") -> None:
     except (OSError, SafetensorError):
         replaceable = False
     if not replaceable:
-        raise ConfigError(f"{what} {path}", "there is a file that is no alignment", "Name another file, or remove it")
+        raise ConfigError(
+            f"{what} {path}", "a file is there that is not an alignment", "Name another file, or remove it"
+        )
 
 
 def _numbered(stem: str) -> Iterator[str]:

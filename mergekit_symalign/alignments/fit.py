@@ -1,7 +1,7 @@
 """Whether an alignment file fits a model: all of its blocks, and a symmetry of the model in each of them.
 
-Sizes are compared before any tensor is read or repeated, so that a file cannot ask for more memory than the blocks of
-the model need.
+Sizes are compared before any tensor is read or repeated. So a file cannot ask for more memory than the model's blocks
+need.
 """
 
 from __future__ import annotations
@@ -106,13 +106,13 @@ def _check_sizes(file: AlignmentFile, axis: str, steps: Steps, kinds: Admitted) 
         raise SymmetryError(where, reason, _REMEDY)
     for kind, references in steps:
         if kind not in kinds:
-            reason = f"it cannot have a {shown(kind)} (but {' or '.join(kinds)})"
+            reason = f"it cannot have a {shown(kind)} (only {' or '.join(kinds)})"
             raise SymmetryError(where, reason, _REMEDY)
         found = tuple(file.stored[name].repeated(repeats) for name, repeats in references)
         if found != kinds[kind]:
             raise SymmetryError(where, f"its {kind} has shapes {found}, not {kinds[kind]}", _REMEDY)
         if any(file.stored[name].is_index != (kind == Permutation.kind) for name, _ in references):
-            raise SymmetryError(where, f"its {kind} has numbers of a wrong type", _REMEDY)
+            raise SymmetryError(where, f"its {kind} has numbers of the wrong type", _REMEDY)
 
 
 def _largest(layout: ModelLayout, kind: BlockKind, *, halves: bool) -> dict[str, float]:

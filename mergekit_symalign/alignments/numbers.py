@@ -137,7 +137,7 @@ def tensor(file: Any, name: str, stored: Stored) -> Tensor:
     """
     x: Tensor = file.get_tensor(name)
     if stored.sha256 is not None and _bytes_digest(x) != stored.sha256:
-        raise ValueError("its numbers are damaged: they are not those that were saved")
+        raise ValueError("its numbers are damaged: they differ from what was saved")
     return x
 
 

@@ -1,7 +1,7 @@
 """The text of an alignment file, as data that validate themselves: nothing of it is believed before it was checked.
 
-A file may come from a stranger. Its text is measured before it is parsed, parsed by a parser that admits each key once
-and finite numbers only, and then compared with the types below.
+A file may come from a stranger. Its text is measured first. Then a parser reads it that admits each key once and finite
+numbers only. Then it is compared with the types below.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _plain_facts(facts: Mapping[str, Any]) -> Mapping[str, Any]:
     """What reports sum, compare and take roots of."""
     for name, value in facts.items():
         if name in _OWN:
-            raise ValueError(f"{name} is no fact of a solve")
+            raise ValueError(f"{name} is not a fact that a solve reports")
         if isinstance(value, str) != (name == "objective" or name.endswith("_route")):
             raise ValueError(f"{name} cannot be {shown(repr(value))}")
         if not isinstance(value, str) and not 0 <= value <= (_EXACT if isinstance(value, int) else _HUGE):
@@ -107,7 +107,7 @@ def parsed(text: str) -> FirstContent:
     raw = _loaded(text)
     version = raw.get("format")
     if type(version) is not int or version < 1:
-        raise ValueError("it names no format")
+        raise ValueError("it gives no format")
     if version > FORMAT:
         raise NewerFormatError(f"its format is {version}, newer than the {FORMAT} that this version reads")
     try:
@@ -115,9 +115,9 @@ def parsed(text: str) -> FirstContent:
     except ValidationError as error:
         raise ValueError(_first_of(error)) from None
     if isinstance(content, Content) and digest(raw) != content.sha256:
-        raise ValueError("they are not those that were saved")
+        raise ValueError("they differ from what was saved")
     if foreign := {*content.facts, *content.origin.settings_by_block} - content.blocks.keys():
-        raise ValueError(f"they describe {shown(min(foreign))}, which is no block of the file")
+        raise ValueError(f"they describe {shown(min(foreign))}, which is not a block of the file")
     return content
 
 
@@ -149,7 +149,7 @@ def _loaded(text: str) -> dict[str, Any]:
         raise ValueError(f"they are nested more than {_DEPTH} deep")
     raw = json.loads(text, object_pairs_hook=_once_each, parse_constant=_no_number)
     if not isinstance(raw, dict):
-        raise ValueError("they are no JSON object")
+        raise ValueError("they are not a JSON object")
     return raw
 
 
@@ -166,12 +166,12 @@ def _depth(text: str) -> int:
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key is given twice")
     return result
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _first_of(error: ValidationError) -> str:

@@ -35,10 +35,12 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The directory to write.")
 @click.option("--invert", is_flag=True, help="Undo the alignment: from the anchor's coordinates back to the model's.")
-@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Of all tensors.")
+@click.option(
+    "--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Store all tensors in this dtype."
+)
 @add_merge_options
 def apply(alignment: Path, model: str, out: Path, invert: bool, dtype: str | None, merge_options: MergeOptions) -> None:
-    """Write MODEL as ALIGNMENT moves it: the same function in the anchor's coordinates.
+    """Write MODEL aligned by ALIGNMENT: the same function, in the anchor's coordinates.
 
     \b
     Example: mergekit-symalign apply tuned.safetensors ./tuned -o tuned-in-anchor-coordinates
@@ -58,8 +60,8 @@ def run_apply(
 
     Raises:
         ConfigError: if ``out`` holds something already.
-        AlignmentFileError: if the file does not belong to the model (for ``invert``: to a model of its family and size;
-            the aligned model's weights are not those of the fingerprint), lacks a block, or has no symmetry there.
+        AlignmentFileError: if the file does not belong to the model, lacks a block, or has no symmetry there. With
+            ``invert`` only family and size are compared: an aligned model has other weights than the fingerprint.
     """
     require_writable_folder(out)
     if out.exists() and any(out.iterdir()):
@@ -69,7 +71,7 @@ def run_apply(
     checkpoint = _checked(file, model, options, invert=invert)
     halves = has_halves(checkpoint) if dtype is None else dtype == "float16"
     if not require_fits(file, checkpoint.layout, halves=halves):
-        click.echo(f"{file.label}: rotation: full, so the function of the model changes", err=True)
+        click.echo(f"{file.label}: it was solved with rotation: full, which changes what the model computes", err=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".symalign-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch) / "model"

@@ -61,8 +61,16 @@ class Curve:
 @click.argument("model_a")
 @click.argument("model_b")
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="A .txt file (a text a line) or .jsonl.")
-@click.option("--points", type=click.IntRange(2), default=11, show_default=True, help="On the line, with its ends.")
-@click.option("--tokens", type=click.IntRange(2), default=DEFAULT_TOKENS, show_default=True, help="Of text, at most.")
+@click.option(
+    "--points", type=click.IntRange(2), default=11, show_default=True, help="Points on the line, both ends included."
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(2),
+    default=DEFAULT_TOKENS,
+    show_default=True,
+    help="Use this many tokens of the text at most.",
+)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="A .png, .svg or .pdf file to write.")
 @alignment_options
 @model_options
@@ -155,7 +163,7 @@ def _require_next_token(model: StoredModel) -> None:
     if not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise ArchitectureError(
             f"model {model.name}",
-            f"{name} predicts no next token, and the loss on text is that of the next token",
+            f"{name} does not predict the next token, so it has no loss on text",
             "Compare language models that write text",
         )
 
@@ -164,7 +172,11 @@ def _batches(a: StoredModel, b: StoredModel, text: Path, tokens: int, options: M
     tokenizers = [tokenizer_of(model.checkpoint.model, options) for model in (a, b)]
     found: Calibration = calibrate(text, tokenizers[0], {b.name: tokenizers[1]}, tokens=tokens)
     if all(len(sequence) < 2 for sequence in found.sequences):
-        raise CalibrationError(f"--text {text}", "no text has two tokens, so none has a next one", "Give longer texts")
+        raise CalibrationError(
+            f"--text {text}",
+            "every text is shorter than two tokens, so there is no next token to predict",
+            "Give longer texts",
+        )
     for model in (a, b):
         require_embedded(found, model.checkpoint)
     return [Batch(x.ids.to(a.device), x.valid.to(a.device)) for x in found.batches()]

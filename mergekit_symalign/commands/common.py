@@ -41,7 +41,7 @@ def require_one_family(names: Sequence[str], options: MergeOptions) -> None:
     if families[anchor] != families[model]:
         raise GeometryError(
             f"model {model}",
-            f"it is of family {families[model]}, the anchor {anchor} of {families[anchor]}",
+            f"it is of family {families[model]}, but the anchor {anchor} is of family {families[anchor]}",
             "Compare models of one architecture",
         )
     require_openable(models.values(), options)

@@ -37,9 +37,11 @@ class _Layers(click.ParamType):
 @click.command(cls=Command)
 @click.argument("anchor")
 @click.argument("model")
-@click.option("--layers", type=_Layers(), help="Only these, for example 0-7.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the numbers too.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write a picture (.png or .svg).")
+@click.option("--layers", type=_Layers(), help="Look at these layers only, for example 0-7.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the numbers to this file."
+)
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw a picture (.png, .svg or .pdf).")
 @alignment_options
 @add_merge_options
 def inspect(
@@ -87,7 +89,7 @@ def measured(
     chosen = [block for block in task.blocks if layers is None or block[1] in layers]
     if not chosen:
         there = sorted({layer for _, layer, *_ in task.blocks})
-        raise click.UsageError(f"--layers: there is none of them; the models have layers 0 to {there[-1]}")
+        raise click.UsageError(f"--layers: no such layer; the models have layers 0 to {there[-1]}")
     facts_of = {facts: (name, layer, kind) for name, layer, kind, facts in chosen}
     computed = run_tasks(list(facts_of), options, "Inspecting")
     found = [(*facts_of[task], value) for task, value in computed]
@@ -96,7 +98,7 @@ def measured(
 
 
 def configs(differences: Mapping[str, Sequence[Any]]) -> list[str]:
-    """What the two configs say otherwise of the same weights, and what follows, at most 80 columns where it fits."""
+    """Where the two configs differ about the same weights, and what follows, at most 80 columns where it fits."""
     return [
         "The two compute different functions of the same weights. Their configs differ:",
         *(f"  {key} is {a!r} in the anchor and {b!r} in the model" for key, (a, b) in differences.items()),

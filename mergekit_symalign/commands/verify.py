@@ -35,7 +35,7 @@ class Verdict:
     Attributes:
         agreement: of the outputs.
         layers: how many the models have.
-        left: the first layer behind which the hidden states differ by more than the tolerance; None if there is none.
+        left: the first layer after which the hidden states differ by more than the tolerance; None if there is none.
         left_by: their deviation there.
         tolerance: what was asked for.
     """
@@ -63,12 +63,14 @@ class Verdict:
     "--prompts", type=click.Path(path_type=Path), help="A .jsonl or .txt file; default: a set in the package."
 )
 @click.option("--random", is_flag=True, help="Random tokens (images for vision models) instead of prompts.")
-@click.option("--tokens", type=click.IntRange(1), default=DEFAULT_TOKENS, show_default=True, help="To run at most.")
+@click.option(
+    "--tokens", type=click.IntRange(1), default=DEFAULT_TOKENS, show_default=True, help="Run this many at most."
+)
 @click.option(
     "--tolerance",
     type=click.FloatRange(0),
-    help="Of logits, in standard deviations of the original's, and of each token's hidden states, relative. "
-    "Default: 0.001; for weights stored in float16 0.02, in bfloat16 0.16.",
+    help="Largest allowed deviation: of logits in standard deviations, of hidden states relative to their size. "
+    "Default: 0.001; 0.02 for weights in float16, 0.16 in bfloat16.",
 )
 @model_options
 @click.option("--quiet", is_flag=True, help="Only the verdict, and no progress bars.")
@@ -90,7 +92,7 @@ def verify(
     Example: mergekit-symalign verify ./tuned ./tuned-in-anchor-coordinates
     """
     if random and prompts is not None:
-        raise click.UsageError("--random and --prompts exclude each other")
+        raise click.UsageError("give --random or --prompts, not both")
     options = MergeOptions(**models, quiet=quiet)
     verdict = run_verify(original, aligned, options, prompts=prompts, random=random, tokens=tokens, bound=tolerance)
     click.echo(verdict_line(verdict) if quiet else report(verdict))
@@ -108,7 +110,7 @@ def run_verify(
     tokens: int = DEFAULT_TOKENS,
     bound: float | None = None,
 ) -> Verdict:
-    """Compare two checkpoints of one architecture, layer by layer and behind the last layer.
+    """Compare two checkpoints of one architecture, layer by layer and after the last layer.
 
     Raises:
         ModelError, ArchitectureError, CheckpointError: if a model cannot be run.
@@ -130,7 +132,7 @@ def run_verify(
             left, left_by = layer, off
     agreement = _agreement(models, hidden, batches, quiet=options.quiet)
     if agreement.tokens == 0:
-        raise CalibrationError("prompts", "they give the models nothing to compare", "Give longer prompts")
+        raise CalibrationError("prompts", "they leave the models nothing to compare", "Give longer prompts")
     return Verdict(agreement, models[0].layers, left, left_by, bound)
 
 
@@ -187,7 +189,7 @@ def _lines(verdict: Verdict) -> Iterator[str]:
     if a.distribution:
         yield f"{'KL divergence':<22}{a.divergence / a.tokens:>12.2e} nats per token"
         yield f"{'top-1 agreement':<22}{a.same_first / a.tokens:>12.2%} of {a.tokens} tokens"
-    inside = f"within {verdict.tolerance:.2g} behind all {verdict.layers} layers"
+    inside = f"within {verdict.tolerance:.2g} after all {verdict.layers} layers"
     gone = f"beyond {verdict.tolerance:.2g} from layer {verdict.left} on ({verdict.left_by:.2e})"
     yield f"{'hidden states':<24}{inside if verdict.left is None else gone}"
 

@@ -1,7 +1,7 @@
 """Seeded data of the demo: running totals (the skill) and entries of a ship's log (the target's style).
 
-Both generators are deterministic. Which split an item belongs to follows from a checksum of its text alone,
-so training and held-out items are disjoint whatever the seeds and the sizes.
+Both generators are deterministic. A checksum of an item's text alone decides its split. So training and held-out items
+are disjoint whatever the seeds and the sizes.
 """
 
 import random

@@ -71,8 +71,8 @@ _WINDOW = ("sliding_window", "use_sliding_window")
 def config_differences(anchor: Any, model: Any, layout: ModelLayout) -> Differences:
     """The config values in which a model computes something else from the same weights than the anchor.
 
-    Compared are values after transformers has filled in its defaults. A key counts unless it is `HARMLESS`, a size
-    that the layouts compare already, or a name that transformers' code for these models does not contain.
+    Values are compared after transformers has filled in its defaults. These keys do not count: `HARMLESS` ones,
+    sizes that the layouts compare already, and names that transformers' code for these models does not contain.
 
     Args:
         anchor, model: transformers configs of one family.
@@ -143,7 +143,7 @@ def _is_harmless(key: str) -> bool:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values that are not harmless, those of nested configs by dotted key."""
+    """The values that are not harmless; values of nested configs have a dotted key."""
     for key, x in values.items():
         if _is_harmless(key):
             continue
@@ -163,7 +163,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _read_names(config: Any, keys: Mapping[str, Any]) -> Iterator[str]:
-    """The keys that the code of the config's model can read: its own, and for keys of its class that of all models."""
+    """The keys that the model's own code can read; for keys of the config's class, the code of all models."""
     own = _own_code(config)
     declared = getattr(type(config), "__dataclass_fields__", keys)
     aliases: dict[str, list[str]] = {}

@@ -25,14 +25,14 @@ def named_architecture(config: Any, *, model: str, supported: Collection[str]) -
         return names[0]
     candidates = _candidates(config, supported)
     if names:
-        reason = f"its config.json names {len(names)} architectures ({', '.join(map(str, names))}), and it can have one"
+        reason = f"its config.json names {len(names)} architectures ({', '.join(map(str, names))}), but a model has one"
         candidates = [name for name in names if name in supported] or candidates
     else:
         reason = "its config.json names no architecture, so nothing says which tensors it has"
     shown = candidates or ["LlamaForCausalLM"]
     example = " or ".join(f'"architectures": ["{name}"]' for name in shown)
     raise ArchitectureError(
-        f"model {model}", reason, f"Write {example}{'' if candidates else ' (or what it is)'} into its config.json"
+        f"model {model}", reason, f"Write {example}{'' if candidates else ' (or the right class)'} into its config.json"
     )
 
 

@@ -100,7 +100,7 @@ class TensorSpec(_Data):
             tensor of a block by its name alone (`is_block_tensor`); loads find names as transformers does.
         offset: what is added to the stored numbers to get the weights (1 for gains stored as γ − 1).
         read_by: for a norm: the tensors of the same layer (or the model) that read its output.
-        in_front: stored behind the layers, and yet needed to run the first of them.
+        in_front: stored after the layers, and yet needed to run the first of them.
     """
 
     axes: tuple[Union[Axis, tuple[Axis, ...]], ...]
@@ -179,7 +179,7 @@ class Family(_Data):
         layer: inside a layer, by the rest of the name.
         buffers: names that old checkpoints carry beside the weights, and that are never merged.
         layers_return_tuples: transformers' layers return their attention beside the hidden states.
-        positions_after_padding: learned positions begin behind the index of the padding token.
+        positions_after_padding: learned positions begin after the index of the padding token.
     """
 
     name: str

@@ -196,7 +196,7 @@ class Alignments:
 
 
 def agreed_settings(by_block: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The settings that all blocks share, `DIFFERS` where they do not, and those of each block that then differ."""
+    """The settings that all blocks share, `DIFFERS` where they do not, and the differing ones of each block."""
     names = list(dict.fromkeys(name for settings in by_block.values() for name in settings))
     values = {name: {json.dumps(settings.get(name)) for settings in by_block.values()} for name in names}
     agreed = {name: json.loads(next(iter(of))) if len(of) == 1 else DIFFERS for name, of in values.items()}

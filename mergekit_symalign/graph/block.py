@@ -98,13 +98,13 @@ class Block:
         if self.agreed("objective") == "activations":
             raise ConfigError(
                 "parameter anchor",
-                "consensus compares weights, and objective is activations",
+                "consensus compares weights, but objective is activations",
                 "Use anchor: base with activations, or objective: weights",
             )
         if given := [m for m in moved if self.agreed("alignment", m) is not None]:
             raise ConfigError(
                 f"parameter alignment of model {given[0]}",
-                "the file leads to the coordinates of the anchor, and anchor: consensus looks for others",
+                "the file aligns to the anchor, but anchor: consensus aligns to what all models have in common",
                 "Leave out one of the two",
             )
 

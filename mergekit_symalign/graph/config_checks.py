@@ -78,8 +78,8 @@ def _check_sources(group: Group, method: AlignedMethod) -> None:
     if anchor is None:
         raise ConfigError(
             f"base_model ({group.where})",
-            f"{method.spec.name} aligns every model to base_model, and none is given",
-            "Add base_model: the model whose coordinates the output shall have",
+            f"{method.spec.name} aligns every model to base_model, but none is given",
+            "Add base_model: the model that all others are aligned to",
         )
     if not set(group.models) - {anchor}:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What the configs of a merge's models say otherwise of the same weights, and whose config the output has."""
+"""Where the configs of a merge's models say different things of the same weights, and whose config the output has."""
 
 from __future__ import annotations
 

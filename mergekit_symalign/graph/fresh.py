@@ -18,8 +18,8 @@ LOG = logging.getLogger(__name__)
 def forget_loader(model: ModelReference) -> None:
     """Let MergeKit open a model anew.
 
-    MergeKit keeps the loaders of all models by name as long as the process lives, and a model that it has merged with
-    its adapter as long as its directory is there. Both may be older than the files behind the name.
+    MergeKit keeps the loaders of all models by name as long as the process lives. It keeps a model that it has merged
+    with its adapter as long as the directory is there. Both may be older than the files behind the name.
     """
     cache = LoaderCache()
     cache.loaders.pop(model, None)

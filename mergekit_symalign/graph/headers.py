@@ -137,9 +137,9 @@ def _check_entry(name: str, entry: Any) -> None:
         raise ValueError(f"the entry of {name} has no dtype")
     shape, offsets = _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
     if shape is None:
-        raise ValueError(f"the shape of {name} is no list of lengths")
+        raise ValueError(f"the shape of {name} is not a list of lengths")
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"the data_offsets of {name} are no beginning and end")
+        raise ValueError(f"the data_offsets of {name} are not a beginning and an end")
     bits = _BITS.get(entry["dtype"])
     if bits is not None and 8 * (offsets[1] - offsets[0]) != bits * _size(shape):
         raise ValueError(f"the shape, dtype and data_offsets of {name} contradict each other")

@@ -58,7 +58,7 @@ def _check_ranges(group: Group, depths: Mapping[ModelReference, int]) -> None:
         first, end = source.layer_range
         depth = depths[source.model]
         if not 0 <= first < end <= depth:
-            what = "is empty" if 0 <= end <= first <= depth else "names layers that there are not"
+            what = "is empty" if 0 <= end <= first <= depth else "names layers that do not exist"
             raise ConfigError(
                 f"{group.where}: layer_range [{first}, {end}] of model {source.model}",
                 f"it {what}; the model has {depth} layers, numbered from 0",

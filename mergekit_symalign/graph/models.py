@@ -143,7 +143,7 @@ def check_same_neurons(
             activations = " and ".join(f"{m} has {checkpoints[m].layout.activation}" for m in (anchor, model))
             raise ConfigError(
                 "parameter neuron_scaling",
-                f"{activations}, and a scale of the neurons passes only one of these activations",
+                f"{activations}, and only one of these activations lets a scale of the neurons pass",
                 "Leave neuron_scaling out",
             )
 
@@ -154,19 +154,19 @@ def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
     if ours.family.name != theirs.family.name:
         raise GeometryError(
             f"model {other.model}",
-            f"it is of family {ours.family.name}, the anchor {anchor.model} of {theirs.family.name}",
+            f"it is of family {ours.family.name}, but the anchor {anchor.model} is of family {theirs.family.name}",
             "Merge models of one architecture",
         )
     if surplus := ours.inside.keys() ^ theirs.inside.keys():
         raise GeometryError(
             f"model {other.model}",
-            f"its layers and those of the anchor {anchor.model} differ in {', '.join(sorted(surplus))}",
+            f"its layers differ from the anchor {anchor.model} in {', '.join(sorted(surplus))}",
             "Merge models whose configs agree on biases and norms",
         )
     if differences := ours.geometry.differences(theirs.geometry):
         raise GeometryError(
             f"model {other.model}",
-            f"its sizes differ from those of the anchor {anchor.model}: {', '.join(differences)}",
+            f"its sizes differ from the anchor {anchor.model}: {', '.join(differences)}",
             "Merge models of the same shape",
         )
 

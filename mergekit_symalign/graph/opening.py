@@ -145,7 +145,7 @@ def _require_readable(model: ModelReference) -> None:
 
 
 def _folder(path: ModelPath) -> Path:
-    """Where a model's files are on this machine; those of the hub are downloaded."""
+    """Where a model's files are on this machine; files of the hub are downloaded."""
     if Path(path.path).exists():
         return require_directory(Path(path.path))
     with _from_the_hub(path):
@@ -159,7 +159,7 @@ def _from_the_hub(path: ModelPath) -> Iterator[None]:
     except Exception as error:  # huggingface_hub has errors of its own, and so have those that it calls
         raise ModelError(
             f"model {path}",
-            "it cannot be opened: there is no such directory, and the Hugging Face hub does not give it "
+            "it cannot be opened: there is no such directory, and it could not be loaded from the Hugging Face hub "
             f"({describe(error)})",
             "Correct the name, or download the model first: hf download",
         ) from error
@@ -178,7 +178,7 @@ def _require_adapter(model: ModelReference, adapter: ModelPath) -> None:
     if not LoaderCache().lora_cache_dir:
         raise ConfigError(
             f"model {model}",
-            "its adapter has to be merged into its base first, and no directory is named for the result",
+            "its adapter has to be merged into its base first, but no directory is named for the result",
             "Add --lora-merge-cache DIR",
         )
     if not Path(adapter.path).exists():

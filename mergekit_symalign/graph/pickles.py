@@ -28,12 +28,12 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a file by name, on the device ``meta``; entries that are no tensors (``epoch``) are left out.
 
     Raises:
-        CheckpointError: naming the file, if it is damaged, holds other objects than tensors and plain values, or keeps
-            its tensors inside another entry, where MergeKit does not look.
+        CheckpointError: naming the file, if it is damaged, or holds other objects than tensors and plain values; also
+            if its tensors lie inside another entry, where MergeKit does not look.
     """
     state = _loaded(path)
     if not isinstance(state, dict):
-        raise CheckpointError(str(path), f"it holds a {type(state).__name__} in place of tensors by name", _CONVERT)
+        raise CheckpointError(str(path), f"it holds a {type(state).__name__} instead of named tensors", _CONVERT)
     tensors = {name: x for name, x in state.items() if isinstance(name, str) and isinstance(x, torch.Tensor)}
     nested = [name for name, x in state.items() if isinstance(x, dict) and _has_tensor(x)]
     if nested and (not tensors or "state_dict" in nested):
@@ -41,7 +41,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
             str(path), f"its tensors lie inside the entry {nested[0]!r}, where MergeKit does not read them", _CONVERT
         )
     if not tensors:
-        raise CheckpointError(str(path), "it holds no tensor", "Name a checkpoint with weights")
+        raise CheckpointError(str(path), "it holds no tensors", "Name a checkpoint with weights")
     return tensors
 
 

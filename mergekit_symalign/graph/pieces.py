@@ -22,7 +22,7 @@ def is_large(x: Tensor) -> bool:
 
 
 def in_pieces(work: Callable[[int, int], Tensor], shape: torch.Size, dim: int, most: int) -> Tensor:
-    """The tensor of which ``work(start, length)`` gives a range of dimension ``dim``.
+    """A tensor, computed in ranges of dimension ``dim`` by ``work(start, length)``.
 
     Args:
         work: of a range; what it gives must not depend on where the ranges begin and end.

@@ -36,8 +36,9 @@ def before_merge(config: MergeConfiguration, options: MergeOptions) -> None:
 def plan_aligned(planner: Any, original: Any) -> None:
     """MergeKit's own plan between our checks of the configuration and our rewriting of its tasks.
 
-    MergeKit plans on a copy of the configuration: planning writes the base model into the sources, and where MergeKit
-    then saves the configuration itself (mergekit-multi, `run_merge`), the anchor would look like a listed model.
+    MergeKit plans on a copy of the configuration, because planning writes the base model into the sources. Where
+    MergeKit then saves the configuration itself (mergekit-multi, `run_merge`), the anchor would look like a listed
+    model.
     """
     method, listed = planner._method, listed_models(planner.config)
     check_config(planner.config, method)

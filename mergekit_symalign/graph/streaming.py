@@ -1,4 +1,4 @@
-"""Planning a run on prompts inside a merge: which layers, of which models, and where its tasks hang."""
+"""Planning a run on prompts inside a merge: which layers of which models run, and what its tasks depend on."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def plan_streaming(
     if len(anchors) != 1:
         raise ConfigError(
             "parameter objective",
-            "the slices have different anchors, and activations are compared with one",
+            "the slices have different anchors, but activations are compared with one anchor only",
             "Use objective: weights, or one base_model",
         )
     anchor = next(iter(anchors))
@@ -200,7 +200,7 @@ def require_embedded(calibration: Calibration, checkpoint: Checkpoint) -> None:
             if largest >= rows:
                 raise CalibrationError(
                     f"model {checkpoint.model}",
-                    f"the prompts have token {largest}, and {name} has only {rows} rows",
+                    f"the prompts contain token {largest}, but {name} has only {rows} rows",
                     "Check that the tokenizers belong to these models",
                 )
 

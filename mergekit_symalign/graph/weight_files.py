@@ -36,7 +36,7 @@ def require_directory(path: Path) -> Path:
     gguf = path.suffix.lower() == ".gguf"
     raise ModelError(
         f"model {path}",
-        "it is a GGUF file, which cannot be merged" if gguf else "it is a file, and a model is a directory",
+        "it is a GGUF file, which cannot be merged" if gguf else "it is a file, but a model is a directory",
         "Use the original checkpoint, or convert it to safetensors" if gguf else f"Name its directory: {path.parent}",
     )
 
@@ -63,7 +63,7 @@ def _check_shard(index: Path, shard: str) -> None:
     if not _is_inside(shard):
         raise CheckpointError(
             str(index),
-            f"it names {shown(shard)}, which is no file of this directory",
+            f"it names {shown(shard)}, which is not a file of this directory",
             "Download or export the index again",
         )
     try:
@@ -75,7 +75,7 @@ def _check_shard(index: Path, shard: str) -> None:
             str(index), f"it names {shown(shard)}, and this file is missing", "Download or export the checkpoint again"
         )
     if index.name.startswith(_MAIN[0]) and not shard.lower().endswith(".safetensors"):
-        raise damaged(index, f"it names {shown(shard)}, which is no safetensors file")
+        raise damaged(index, f"it names {shown(shard)}, which is not a safetensors file")
 
 
 def _is_inside(shard: str) -> bool:

@@ -72,7 +72,7 @@ def _check_steps(axis: str, action: AxisAction, kinds: Admitted) -> None:
     _require(bool(kinds), axis, "the block has no such axis")
     _require(0 < len(steps) <= STEPS, axis, f"it has {len(steps)} steps, not 1 to {STEPS}")
     for step in steps:
-        _require(step.kind in kinds, axis, f"it cannot have a {step.kind} (but {' or '.join(kinds)})")
+        _require(step.kind in kinds, axis, f"it cannot have a {step.kind} (only {' or '.join(kinds)})")
         found = tuple(tuple(x.shape) for x in step.tensors())
         _require(found == kinds[step.kind], axis, f"its {step.kind} has shapes {found}, not {kinds[step.kind]}")
         if isinstance(step, Permutation):
@@ -84,7 +84,7 @@ def _check_steps(axis: str, action: AxisAction, kinds: Admitted) -> None:
 def _check_index(axis: str, index: Tensor) -> None:
     _require(not index.is_floating_point() and not index.is_complex(), axis, f"its index is of type {index.dtype}")
     known = torch.arange(len(index), device=index.device)
-    _require(bool((index.long().sort().values == known).all()), axis, "its index is no permutation")
+    _require(bool((index.long().sort().values == known).all()), axis, "its index is not a permutation")
 
 
 def _check_numbers(axis: str, step: AxisAction) -> None:
@@ -155,7 +155,7 @@ class _Rows:
 
 def _check_size(axis: str, sizes: Tensor, largest: float) -> None:
     inside = bool(((sizes <= largest) & (sizes >= 1 / largest)).all())
-    _require(inside, axis, f"it has a factor beyond {largest:.1e} or below {1 / largest:.1e}")
+    _require(inside, axis, f"it has a factor above {largest:.1e} or below {1 / largest:.1e}")
 
 
 def _order_of_wholes(index: Tensor, wholes: int, axis: str, what: str) -> Tensor:
@@ -227,7 +227,7 @@ def _check_mlp(actions: Mapping[str, AxisAction], shape: MlpShape, largest: Mapp
     if shape.gated or "gate" in actions:
         _require(bool((gate.index == up.index).all()), "gate", "its neurons are not in the order of the up rows")
     positive = shape.scale is not NeuronScale.positive or bool((up.factor > 0).all())
-    _require(positive, "up", "behind this activation only positive factors keep the function")
+    _require(positive, "up", "with this activation only positive factors keep the function")
     of_expert = expert.index.repeat_interleave(shape.neurons)
     _require(bool((up.index // shape.neurons == of_expert).all()), "up", "a neuron leaves its expert")
 
