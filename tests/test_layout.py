@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mergekit_symalign"
 NAME = "mergekit_symalign"
 GROUND = "symmetry/options symmetry/rows symmetry/threads"
-ELEMENTS = f"{GROUND} symmetry/groups symmetry/element"
+ELEMENTS = f"{GROUND} symmetry/fitting symmetry/groups symmetry/element"
 
 # From the ground up: each room, and what it may import.
 ROOMS: dict[str, str] = {
@@ -23,18 +23,19 @@ ROOMS: dict[str, str] = {
     "symmetry/options": "",
     "symmetry/threads": "",
     "symmetry/rows": "",
+    "symmetry/fitting": "errors symmetry/options symmetry/rows",
     "symmetry/groups": "errors symmetry/rows",
     "symmetry/element": "symmetry/groups symmetry/rows",
     "symmetry/solved": "symmetry/element",
     "symmetry/scale": "symmetry/threads",
     "symmetry/distance": f"{GROUND} symmetry/groups",
-    "symmetry/assignment": "errors symmetry/rows symmetry/threads",
+    "symmetry/assignment": "errors symmetry/rows symmetry/threads symmetry/fitting",
     "symmetry/neurons": f"errors {ELEMENTS} symmetry/scale symmetry/distance symmetry/assignment",
     "symmetry/heads": f"errors {ELEMENTS} symmetry/scale symmetry/distance symmetry/assignment",
     "symmetry/by_activations": f"errors {ELEMENTS} symmetry/solved symmetry/assignment symmetry/neurons symmetry/heads",
     "symmetry/blocks": f"{ELEMENTS} symmetry/solved symmetry/distance symmetry/neurons symmetry/heads",
     "symmetry/describe": f"{ELEMENTS} symmetry/distance",
-    "symmetry/consensus": ELEMENTS,
+    "symmetry/consensus": f"errors {ELEMENTS}",
     "symmetry/solve": f"errors {ELEMENTS} symmetry/solved symmetry/blocks symmetry/describe symmetry/consensus",
     "symmetry/admitted": f"{ELEMENTS} symmetry/heads",
     "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/admitted",
