@@ -193,7 +193,7 @@ def test_two_devices_merge_what_one_merges(paths: dict[str, Path], tmp_path: Pat
 def test_an_error_of_a_solve_is_one_line(
     options: list[str], file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise GeometryError("tensor w", "it does not fit", "Use another")
 
     monkeypatch.setattr(solve, "solve_block", fail)

@@ -380,7 +380,7 @@ def test_models_are_aligned_side_by_side_as_each_by_itself(llama: Trio, tmp_path
 
 @pytest.mark.usefixtures("_two_threads")
 def test_errors_of_a_solve_beside_another_come_out_of_its_thread(llama: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise GeometryError("tensor w", "it does not fit", "Use another")
 
     monkeypatch.setattr(solve, "solve_block", fail)

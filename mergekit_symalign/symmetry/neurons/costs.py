@@ -32,7 +32,7 @@ class NeuronPairs:
         divided: rows divided by it (columns of down, as rows).
 
     Raises:
-        ShapeError: if there are no rows, or not one row of each tensor for each neuron.
+        ShapeError: if there are no rows of up, or not one row of each tensor for each neuron.
     """
 
     fixed: Sequence[Pair]
@@ -40,8 +40,8 @@ class NeuronPairs:
     divided: Sequence[Pair]
 
     def __post_init__(self) -> None:
-        if not (self.scaled and self.divided):
-            raise ShapeError("neurons", "rows of up or of down are missing", ROWS)
+        if not self.scaled:
+            raise ShapeError("neurons", "there are no rows of up", ROWS)
         anchor, model = self.scaled[0]
         for a, b in self.all:
             if (a.ndim, b.ndim) != (2, 2) or a.shape[1] != b.shape[1] or (len(a), len(b)) != (len(anchor), len(model)):
