@@ -77,7 +77,7 @@ def test_merges_and_commands_read_older_names(tmp_path: Path, case: str) -> None
     models = [make_model(family, i, **depth) for i in range(2)]
     a, b = (save(model, tmp_path / str(i)) for i, model in enumerate(models))
     older = edited(b, tmp_path / "older", rename)
-    assert _computes_the_same(older, models[1].float()), "transformers reads it, so this test is about us"
+    _require_that_transformers_reads(older, models[1].float())
 
     expected = merged(merge_config("rotation_match", a, [b]), tmp_path / "expected")
     out = merged(merge_config("rotation_match", a, [older]), tmp_path / "out")
@@ -92,11 +92,19 @@ def test_merges_and_commands_read_older_names(tmp_path: Path, case: str) -> None
     assert _computes_the_same(applied, models[1])
 
 
+def _require_that_transformers_reads(path: Path, model: PreTrainedModel) -> None:
+    """What transformers does not read itself, we need not read either. The newest one reads all that is tried here."""
+    if not _computes_the_same(path, model):
+        assert AN_OLDER_TRANSFORMERS, "transformers reads it, so this test is about us"
+        pytest.skip("this version of transformers does not read these names")
+
+
 def _computes_the_same(path: Path, model: PreTrainedModel) -> bool:
     loaded = type(model).from_pretrained(path, dtype=torch.float64)
     return relative_deviation(logits(model.double()), logits(loaded.eval())) < 1e-4
 
 
+AN_OLDER_TRANSFORMERS = Version(transformers.__version__) < Version("5.24")
 IN_PIECES = ("mixtral", "qwen3-moe", "olmoe")  # MergeKit joins experts only under their own names
 ONE_OF_A_CLASS = {class_name: family for family, (class_name, _) in FAMILIES.items() if family not in IN_PIECES}
 
@@ -110,6 +118,8 @@ def test_every_family_with_and_without_the_prefix_of_its_base_model(tmp_path: Pa
     has_prefix = any(name.startswith(f"{prefix}.") for name in load(path))
     other = edited(path, tmp_path / "other", (_without_prefix if has_prefix else _with_prefix)(prefix))
     assert load(other).keys() != load(path).keys()
+    if AN_OLDER_TRANSFORMERS:
+        _require_that_transformers_reads(other, model.float())
     options = MergeOptions()
     one, two = StoredModel.open(str(path), options), StoredModel.open(str(other), options)
     for mine, theirs in ((one.outside(), two.outside()), (one.layer(2), two.layer(2))):

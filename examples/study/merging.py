@@ -79,8 +79,13 @@ class Merger:
         path.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
         shutil.rmtree(out, ignore_errors=True)
         content = MergeConfiguration.model_validate(yaml.safe_load(path.read_text("utf-8")))
-        logging.getLogger("mergekit_symalign").setLevel(logging.ERROR)  # the warning of rotation: full, each time
-        run_merge(content, str(out), MergeOptions(**OPTIONS))
+        log = logging.getLogger("mergekit_symalign")
+        level = log.level
+        log.setLevel(logging.ERROR)  # without the warning of rotation: full, each time
+        try:
+            run_merge(content, str(out), MergeOptions(**OPTIONS))
+        finally:
+            log.setLevel(level)
         return out
 
     def config(self, merge: str, variant: str, weights: Sequence[float] | None = None) -> dict[str, Any]:

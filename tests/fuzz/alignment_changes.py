@@ -20,6 +20,7 @@ from mergekit_symalign.alignments.schema import digest
 Content = dict[str, Any]
 Tensors = dict[str, Tensor]
 _Place = tuple[Any, ...]
+_COMPLEX = (torch.complex64,) if hasattr(safetensors_torch, "_TYPES") and "C64" in safetensors_torch._TYPES else ()
 
 
 def changed(rng: random.Random, raw: bytes, content: Content, tensors: Tensors, path: Path) -> str:
@@ -302,7 +303,7 @@ def _shape(rng: random.Random, content: Content, tensors: Tensors) -> None:
 def _dtype(rng: random.Random, content: Content, tensors: Tensors) -> None:
     name = rng.choice(sorted(tensors))
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int32, torch.int64)
-    more = (torch.bool, torch.uint8, torch.int16, torch.complex64, torch.float8_e4m3fn)
+    more = (torch.bool, torch.uint8, torch.int16, *_COMPLEX, torch.float8_e4m3fn)
     tensors[name] = tensors[name].to(rng.choice(dtypes + more))
 
 
