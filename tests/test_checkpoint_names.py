@@ -14,6 +14,7 @@ from checkpoint_edits import command_output, copied, edited, merge_output
 from conftest import State, load, merge_config, merged
 from mergekit.options import MergeOptions
 from models import FAMILIES, logits, make_model, relative_deviation, save, word_tokenizer
+from packaging.version import Version
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
 from mergekit_symalign.commands.models import StoredModel
