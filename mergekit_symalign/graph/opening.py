@@ -66,7 +66,7 @@ def require_openable(models: Iterable[ModelReference], options: MergeOptions) ->
         _require_readable(model)
         forget_loader(model)
     for model in models:
-        open_headers(model)
+        _opened(model)
 
 
 def open_headers(model: ModelReference) -> Headers:
@@ -75,13 +75,20 @@ def open_headers(model: ModelReference) -> Headers:
     Raises:
         ModelError, CheckpointError, ConfigError: if it cannot be opened.
     """
-    cache = LoaderCache()
-    if model not in cache.loaders:
+    if model not in LoaderCache().loaders:
         _require_readable(model)
-        if model.lora is not None:
-            _merge_adapter(model)
+    folder = _opened(model)
     with opening(str(model)):
-        return read_headers(Path(cache.get(model).index.base_path))
+        return read_headers(folder)
+
+
+def _opened(model: ModelReference) -> Path:
+    """The directory that MergeKit's loader reads, of a model whose files were found readable."""
+    cache = LoaderCache()
+    if model.lora is not None and model not in cache.loaders:
+        _merge_adapter(model)
+    with opening(str(model)):
+        return Path(cache.get(model).index.base_path)
 
 
 def require_device(device: str | None) -> None:
