@@ -77,6 +77,7 @@ study: $(VENV)/installed
 	$(STUDY) full
 	$(STUDY) fusion
 	$(STUDY) smollm2
+	$(STUDY) vits
 	$(STUDY).report
 
 # The first seed's plain fine-tuning measured again from nothing: every number has to come out as it stands in the results.

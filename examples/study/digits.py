@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal

@@ -60,7 +60,7 @@ class Merger:
         Args:
             weights: in place of those in the file, one for each listed model.
         """
-        return load_state(self._run(self.config(merge, variant, weights), self.work / "merged"))
+        return load_state(self.run(self.config(merge, variant, weights), self.work / "merged"))
 
     def aligned(self, variant: str) -> Merger:
         """The same models with the target rewritten in the reference's coordinates; plain merges of them are aligned.
@@ -70,9 +70,9 @@ class Merger:
         if variant == "plain":
             return self
         folder = self.work / f"{self.models['target'].name}-{variant}"
-        return replace(self, models={**self.models, "target": self._run(self.config("rewrite", variant), folder)})
+        return replace(self, models={**self.models, "target": self.run(self.config("rewrite", variant), folder)})
 
-    def _run(self, config: dict[str, Any], out: Path) -> Path:
+    def run(self, config: dict[str, Any], out: Path) -> Path:
         """Write the configuration to disk, and merge what is read from there into ``out``."""
         self.work.mkdir(parents=True, exist_ok=True)
         path = self.work / "config.yml"
