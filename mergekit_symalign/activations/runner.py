@@ -9,10 +9,10 @@ layer (norms, heads, soft caps) runs in the same way: the model once more, with 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -28,6 +28,7 @@ from mergekit_symalign.symmetry.element import Fused, fused_parts
 OUTPUTS = frozenset(("query", "key", "value"))  # axes seen where a tensor writes them
 INPUTS = frozenset(("attended", "down"))  # axes seen where a tensor reads them
 EXPERTS = "expert"  # the axis that a router writes
+Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,29 @@ class LayerRunner:
         Returns:
             The hidden states after the layer, and the activations of each axis.
         """
+        return self.run_watched(layer, weights, hidden, recorded, lambda at: _watched(at, self.layout, seen))
+
+    @torch.inference_mode()
+    def run_watched(
+        self,
+        layer: int,
+        weights: Mapping[str, Tensor],
+        hidden: Tensor,
+        recorded: Recorded,
+        watch: Callable[[nn.Module], AbstractContextManager[Seen]],
+    ) -> tuple[Tensor, Seen]:
+        """One layer on one batch, as `run` does, and what somebody else notes on the way.
+
+        Args:
+            layer, weights, hidden, recorded: as for `run`.
+            watch: from the layer's module to a context that notes what happens inside.
+        """
         module = self.layers[layer]
         self._move_buffers(hidden.device)
         args, kwargs = recorded.arguments(layer)
-        with _watched(module, self.layout, seen) as activations:
+        with watch(module) as seen:
             out = functional_call(module, dict(weights), (hidden, *args), kwargs)
-        return (out[0] if isinstance(out, tuple) else out), activations
+        return (out[0] if isinstance(out, tuple) else out), seen
 
     @torch.inference_mode()
     def finish(self, batch: Batch, weights: Mapping[str, Tensor], hidden: Tensor) -> Any:

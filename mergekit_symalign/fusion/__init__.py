@@ -1,0 +1,1 @@
+"""Kernels of merges that use data: torch, scipy and POT only."""
