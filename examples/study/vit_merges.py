@@ -12,7 +12,7 @@ import yaml
 
 from mergekit_symalign.cli import main as symalign
 
-from .merging import MERGES, Merger
+from .merging import MERGES, run
 
 PLAIN = "plain"
 WITH_BASE = ("task_arithmetic", "regmean_task_arithmetic")
@@ -80,9 +80,7 @@ class VitMerger:
         return {name: str(self.images["both"]) if name == "calibration" else x for name, x in parameters.items()}
 
     def _run(self, config: dict[str, Any], name: str) -> Path:
-        self.work.mkdir(parents=True, exist_ok=True)
-        merger = Merger(self.models, self.work, self.images["both"])
-        return merger.run({**config, "dtype": "float32"}, self.work / name)
+        return run({**config, "dtype": "float32"}, self.work, self.work / name)
 
     def statistics(self, name: str, kind: str) -> Path:
         """A model's statistics, measured now if they were not before."""
