@@ -16,10 +16,7 @@ from .merging import MERGES, run
 
 PLAIN = "plain"
 WITH_BASE = ("task_arithmetic", "regmean_task_arithmetic")
-MERGEKITS = (
-    "linear",
-    "task_arithmetic",
-)  # they cannot read a ViT themselves; their aligned forms, told not to align, can
+MERGEKITS = ("linear", "task_arithmetic")  # cannot read a ViT; their aligned forms, told not to align, can
 WEIGHT = 0.5  # unless a merger has its own
 MEASURED = {"gram": ("--gram", "full"), "fisher": ("--gram", "none", "--fisher", "empirical", "--labels")}
 
