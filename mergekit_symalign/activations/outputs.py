@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from mergekit_symalign.activations.runner import LayerRunner
 from mergekit_symalign.activations.statistics import Stream, unpadded
 from mergekit_symalign.families.flow import Place
-from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.fusion.correlations import TokenSums
 from mergekit_symalign.symmetry.element import Fused, axis_names, fused_parts
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,3 +107,31 @@ def attended_map(value: Map, query: Map, kv_heads: int, head_dim: int) -> Map:
     whole = torch.einsum("idje,ijab->iadjbe", values, pairs)
     size = kv_heads * group * head_dim
     return simplified(whole.reshape(size, size))
+
+
+def packed_map(of: Map) -> dict[str, Tensor]:
+    """As a dict of tensors (what a graph task may return)."""
+    return {"index": of.index} if isinstance(of, Permutation) else {"matrix": of.matrix}
+
+
+def unpacked_map(packed: Mapping[str, Tensor]) -> Map:
+    """The inverse of `packed_map`."""
+    return Permutation(packed["index"]) if "index" in packed else Mixing(packed["matrix"])
+
+
+def weighted_mean(tensors: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """The mean of tensors of one shape by their weights, in the compute dtype; equal tensors come back as they are.
+
+    Args:
+        tensors: with the weight of each; weights need not sum to 1, and not all may be 0.
+
+    >>> weighted_mean([(torch.tensor([1.0, 0.0]), 1.0), (torch.tensor([4.0, 0.0]), 2.0)]).tolist()
+    [3.0, 0.0]
+    """
+    weighty = [(x, weight) for x, weight in tensors if weight != 0] or list(tensors)
+    total = sum(weight for _, weight in weighty) or 1.0
+    first = weighty[0][0]
+    result = first.to(compute_dtype(first.dtype))
+    for x, weight in weighty[1:]:
+        result = result + (x.to(result) - first.to(result)) * (weight / total)
+    return result

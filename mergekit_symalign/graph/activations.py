@@ -16,7 +16,6 @@ from mergekit_symalign.activations.statistics import Statistics, Stream, run_lay
 from mergekit_symalign.errors import ArchitectureError, ModelError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock, packed
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by, align_mlp_by
 from mergekit_symalign.symmetry.by_activations.experts import Routing, align_experts_by
@@ -28,7 +27,7 @@ from mergekit_symalign.symmetry.solve import solve_block
 from mergekit_symalign.symmetry.solved import Solved
 
 HEADS = frozenset(HEAD_AXES)
-Loads = Tuple[Tuple[str, LoadFinite], ...]  # name inside the layer (or the model) and load of each tensor
+Loads = Tuple[Tuple[str, Task], ...]  # name inside the layer (or the model) and the task that gives each tensor
 
 
 @lru_cache(maxsize=8)
@@ -56,7 +55,7 @@ def seen_axes(kind: BlockKind, layout: ModelLayout) -> frozenset[str]:
     return frozenset((EXPERTS if layout.geometry.experts > 1 else "down",))
 
 
-def require_runnable(layout: ModelLayout, model: str) -> None:
+def require_runnable(layout: ModelLayout, model: str, parameter: str = "objective") -> None:
     """
     Raises:
         ArchitectureError: if a model cannot be matched by what it does on prompts.
@@ -64,12 +63,12 @@ def require_runnable(layout: ModelLayout, model: str) -> None:
     if all("vocabulary" not in spec.axes for spec in layout.outside.values()):
         raise ArchitectureError(
             f"model {model}",
-            f"objective: activations compares models on prompts, and {layout.family.title} reads no text",
-            "Use objective: weights",
+            f"{parameter}: activations compares models on prompts, and {layout.family.title} reads no text",
+            f"Use {parameter}: weights",
         )
 
 
-class _Streaming(Task[Dict[str, Any]]):
+class StreamingTask(Task[Dict[str, Any]]):
     """A step of a run on prompts, known by what it runs: hashing all steps before it would take forever.
 
     Attributes:
@@ -113,7 +112,7 @@ class _Streaming(Task[Dict[str, Any]]):
         return {name: x.to(compute_dtype(x.dtype)) for name, x in found.items() if x is not None}
 
 
-class EmbedPrompts(_Streaming):
+class EmbedPrompts(StreamingTask):
     """What enters the first layer of each model, and the arguments of all its layers.
 
     Attributes:
@@ -139,7 +138,7 @@ class EmbedPrompts(_Streaming):
         return {"hidden": hidden, "arguments": {"calls": calls, "kept": kept}}
 
 
-class RunLayer(_Streaming):
+class RunLayer(StreamingTask):
     """Runs one layer of all models on the prompts.
 
     Attributes:

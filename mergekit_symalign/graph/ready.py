@@ -125,11 +125,13 @@ class DataPlan:
         tensors: each tensor of the output with the task that gives it, or None where there is none to give.
         facts: what is known of the data before the merge, for the report: plain values under names.
         findings: tasks that tell more when they have run, by the name of the tensor: a flat dict of plain values each.
+        inexact_because: why the models do not enter the merge as they are, if they do not.
     """
 
     tensors: list[tuple[WeightInfo, Task]]
     facts: Mapping[str, Any] = field(default_factory=dict)
     findings: tuple[tuple[str, Task], ...] = ()
+    inexact_because: tuple[str, ...] = ()
 
 
 def ready(
