@@ -16,6 +16,7 @@ from .merging import MERGES, run
 
 PLAIN = "plain"
 WITH_BASE = ("task_arithmetic", "regmean_task_arithmetic")
+BASELESS = ("fisher", "regmean")
 MERGEKITS = ("linear", "task_arithmetic")  # cannot read a ViT; their aligned forms, told not to align, can
 WEIGHT = 0.5  # unless a merger has its own
 MEASURED = {"gram": ("--gram", "full"), "fisher": ("--gram", "none", "--fisher", "empirical", "--labels")}
@@ -61,7 +62,7 @@ class VitMerger:
         base = {"base_model": str(self.models["base" if method in WITH_BASE else "reference"])}
         entries = [self._entry(name, asked["weight"], asked["measured"]) for name in ("reference", "target")]
         if match == PLAIN and method not in MERGEKITS:
-            found = {"merge_method": method, "parameters": parameters} | (base if method in WITH_BASE else {})
+            found = {"merge_method": method, "parameters": parameters} | (base if method not in BASELESS else {})
         else:
             aligning = {"align": False} if match == PLAIN else self._filled(_described("matches", match))
             ours = "rotation_match" if method == "linear" else f"aligned_{method}"

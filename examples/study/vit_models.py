@@ -42,7 +42,6 @@ class Vits:
         apart: of each of two models that have nothing in common; base, halves: of a base, and its two fine-tunes.
         after: of a merged model, to see how fast it recovers.
         calibration: training images from which statistics are measured.
-        regularization: of the entropic transport plans.
     """
 
     seeds: tuple[int, ...]
@@ -53,7 +52,6 @@ class Vits:
     halves: Training
     after: Training
     calibration: int
-    regularization: float
 
     @staticmethod
     def read(name: str = "vits") -> Vits:
