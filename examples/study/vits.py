@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,13 +16,19 @@ from .store import Row, Store
 from .vit_merges import PLAIN, VitMerger
 from .vit_models import HALVES, Models, Name, Vits, abilities, load, train
 
-MATCHES = (PLAIN, "without-rescale", "match", "activations")
+MATCHES = {"apart": (PLAIN, "without-rescale", "match", "activations"), "halves": (PLAIN, "match")}
 TABLE_2 = ("simple", "fisher", "regmean", "ot-acts-emd", "ot-acts", "ot-wts")
+REBASIN = ("simple", "permutation")
 MERGERS = {
-    "apart": TABLE_2,
+    "apart": (*TABLE_2, "ot-acts-heads", "ot-wts-heads"),
     "halves": ("simple", "fisher", "regmean", "task-arithmetic", "regmean-task-vectors"),
 }
 ALONE: dict[str, tuple[Name, ...]] = {"apart": ("one", "other"), "halves": ("base", "low", "high")}
+
+
+def tried(part: str) -> list[tuple[str, str]]:
+    """Every merger with every match, and Git Re-Basin."""
+    return [*product(MERGERS[part], MATCHES[part]), *([REBASIN] if part == "apart" else [])]
 
 
 @dataclass(frozen=True)
@@ -38,14 +45,11 @@ class Fusions:
             for part, names in ALONE.items():
                 for name in names:
                     self._measure(part, seed, name, "-", lambda m=models, n=name: self._abilities(m.folder(n), m.seed))
-        for part, mergers in MERGERS.items():
-            for seed in self.settings.seeds:
-                merger = self._merger(part, Models(self.settings, seed, self.work))
-                for name in mergers:
-                    for match in MATCHES:
-                        self._measure(
-                            part, seed, name, match, lambda m=merger, n=name, v=match, s=seed: self._merged(m, n, v, s)
-                        )
+        for part in MERGERS:
+            for (merger, match), seed in product(tried(part), self.settings.seeds):
+                self._measure(
+                    part, seed, merger, match, lambda p=part, m=merger, v=match, s=seed: self._merged(p, m, v, s)
+                )
 
     def _measure(self, part: str, seed: int, arm: str, variant: str, measure: Callable[[], Row]) -> None:
         self.store.measure({"part": part, "seed": seed, "arm": arm, "variant": variant}, measure)
@@ -73,7 +77,8 @@ class Fusions:
             unfinished.rename(folder)
         return folder
 
-    def _merged(self, merger: VitMerger, name: str, match: str, seed: int) -> Row:
+    def _merged(self, part: str, name: str, match: str, seed: int) -> Row:
+        merger = self._merger(part, Models(self.settings, seed, self.work))
         started = time.perf_counter()
         merged = merger.merge(name, match)
         return {"merge_seconds": time.perf_counter() - started} | self._abilities(merged, seed)

@@ -6,7 +6,7 @@ from itertools import product
 
 from ..digits import HELD_OUT
 from ..findings import Findings, Metric, percent, plain_number
-from ..vits import ALONE, MATCHES, MERGERS, PLAIN, TABLE_2
+from ..vits import ALONE, MATCHES, MERGERS, PLAIN, REBASIN, TABLE_2
 from .claims import ZHANG, Claim, answer
 from .markdown import judged, listing, opening, paragraphs, table
 
@@ -17,6 +17,8 @@ TITLES = {
     "ot-acts-emd": "OT-ACTS-EMD",
     "ot-acts": "OT-ACTS",
     "ot-wts": "OT-WTS",
+    "ot-acts-heads": "OT-ACTS, `heads: respect`",
+    "ot-wts-heads": "OT-WTS, `heads: respect`",
     "task-arithmetic": "task arithmetic",
     "regmean-task-vectors": "RegMean on task vectors, no data",
 }
@@ -33,7 +35,6 @@ MATCH_TITLES = {
     "match": "match",
     "activations": "match from activations",
 }
-ALIGNED = tuple(MATCHES[1:])
 PUBLISHED = {"simple": "7.6 → 10.2", "regmean": "14.2 → 15.4", "ot-acts": "61.2 → 61.3"}  # no match → match, %
 ACCURACY, TUNED = percent("accuracy"), percent("tuned_accuracy")
 LOSS = plain_number("loss")
@@ -51,7 +52,7 @@ def tried(findings: Findings, part: str) -> list[str]:
     return [
         merger
         for merger in MERGERS[part]
-        if all(seeds == set(findings.per_seed(part, merger, match, LOSS)) for match in MATCHES)
+        if all(seeds == set(findings.per_seed(part, merger, match, LOSS)) for match in MATCHES[part])
     ]
 
 
@@ -63,6 +64,7 @@ def section(findings: Findings) -> str:
         _alone(findings, "apart"),
         "Accuracy on held-out images, % (higher is better). *Published*: no match → match, on CIFAR-10.",
         _accuracies(findings, "apart"),
+        _rebasin(findings),
         "Loss on held-out images, nats (lower is better).",
         _table(findings, "apart", LOSS, -1, 3),
         "Accuracy after one more epoch on all the training images, % (higher is better).",
@@ -111,6 +113,19 @@ them moves the residual stream. For Fisher the second model is rewritten first a
 transport plans have the papers' regularisation: 0.08 for OT-ACTS, 0.06 for OT-WTS, none for OT-ACTS-EMD."""
 
 
+def _rebasin(findings: Findings) -> str:
+    """What permutations alone do to the average, next to the whole match."""
+    if not findings.has("apart", *REBASIN):
+        return ""
+    accuracy = findings.estimate("apart", *REBASIN, ACCURACY)
+    gain = findings.difference("apart", *REBASIN, ACCURACY)
+    behind = findings.difference("apart", "simple", "match", ACCURACY, against=REBASIN[1])
+    return f"""\
+*Git Re-Basin* permutes neurons and heads and does not rotate. Without the residual stream its average reaches
+{accuracy.text()} %, against no match {judged(gain, 1, unit=" points")}. The rotations of the match add
+{judged(behind, 1, unit=" points")}."""
+
+
 def _halves(findings: Findings) -> str:
     settings = findings.settings
     return f"""\
@@ -139,22 +154,27 @@ def _alone(findings: Findings, part: str) -> str:
 def _accuracies(findings: Findings, part: str) -> str:
     rows = _rows(findings, part, ACCURACY, 1, 1)
     published = [PUBLISHED.get(merger, "") for merger in tried(findings, part)]
-    return table((*_head(), "published, %"), [(*row, said) for row, said in zip(rows, published, strict=True)])
+    return table((*_head(part), "published, %"), [(*row, said) for row, said in zip(rows, published, strict=True)])
 
 
 def _table(findings: Findings, part: str, metric: Metric, favourable: int, digits: int) -> str:
-    return table(_head(), _rows(findings, part, metric, favourable, digits))
+    return table(_head(part), _rows(findings, part, metric, favourable, digits))
 
 
-def _head() -> tuple[str, ...]:
-    return ("merger", *MATCH_TITLES.values(), "match − no match", "match from activations − no match")
+def _head(part: str) -> tuple[str, ...]:
+    titles = [MATCH_TITLES[match] for match in MATCHES[part]]
+    return ("merger", *titles, *(f"{MATCH_TITLES[match]} − no match" for match in _compared(part)))
+
+
+def _compared(part: str) -> list[str]:
+    return [match for match in ("match", "activations") if match in MATCHES[part]]
 
 
 def _rows(findings: Findings, part: str, metric: Metric, favourable: int, digits: int) -> list[tuple[str, ...]]:
     rows = []
     for merger in tried(findings, part):
-        cells = [findings.estimate(part, merger, match, metric).text(digits) for match in MATCHES]
-        for match in ("match", "activations"):
+        cells = [findings.estimate(part, merger, match, metric).text(digits) for match in MATCHES[part]]
+        for match in _compared(part):
             cells.append(judged(findings.difference(part, merger, match, metric), favourable, digits))
         rows.append((TITLES[merger], *cells))
     return rows
@@ -164,6 +184,6 @@ def _times(findings: Findings) -> str:
     slowest = max(
         (findings.estimate(part, merger, match, SECONDS).mean, TITLES[merger])
         for part in MERGERS
-        for merger, match in product(tried(findings, part), MATCHES)
+        for merger, match in product(tried(findings, part), MATCHES[part])
     )
     return f"No merge took more than {slowest[0]:.0f} s on average ({slowest[1]}), statistics included."
