@@ -52,6 +52,7 @@ _READS = {  # a tensor of a task head: the hidden layers that it may read, where
     "vocab_projector": ("vocab_transform",),
     "decoder": ("head.dense",),
 }
+_EMBEDDINGS = ("embeddings", "embed_tokens", "embed_in", "wte", "wpe")  # one part of the name of all that is in front
 _PREDICTS_WORDS = ("decoder", "projector")
 _HEAD_NORMS = ("cls.predictions.transform.LayerNorm", "lm_head.layer_norm", "vocab_layer_norm", "head.norm")
 
@@ -93,18 +94,22 @@ def layer_places(config: Any, layout: ModelLayout) -> dict[str, Place]:
     return found
 
 
-def outside_place(name: str, spec: TensorSpec, *, front: bool, present: Collection[str], tied: bool) -> Place | None:
+def is_front(name: str, spec: TensorSpec) -> bool:
+    """Whether a tensor outside the layers stands in front of them: MergeKit's order of tensors does not tell."""
+    return spec.in_front or any(part in _EMBEDDINGS for part in name.split("."))
+
+
+def outside_place(name: str, spec: TensorSpec, *, present: Collection[str], tied: bool) -> Place | None:
     """The place of a tensor outside the layers; None if it has nothing to do with the stream (a bias of labels).
 
     Args:
         name: its full name.
         spec: its axes.
-        front: whether it stands in front of the layers.
         present: the names of all tensors outside the layers that are merged.
         tied: whether the matrix that predicts words is the embedding.
     """
     matrix = len(spec.axes) > 1
-    if front:
+    if is_front(name, spec):
         return _front_place(_stem(name), spec, present)
     if any(_is(_stem(name), one) for one in _HEAD_NORMS):
         return Place.inside
