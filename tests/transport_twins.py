@@ -1,4 +1,4 @@
-"""Models whose whole width is shuffled: the residual stream, heads, values, neurons, and hidden layers of task heads."""
+"""Models whose whole width is shuffled: the residual stream, heads, values, neurons, task heads' hidden layers."""
 
 from __future__ import annotations
 
