@@ -33,11 +33,13 @@ class Place(str, Enum):
     output = "output"  # reads the hidden layer of a task head
 
 
-_BEHIND = {  # norms that stand behind a block: on what it adds, or on the sum
+_ON_WHAT_IS_ADDED = {  # norms without readers
     "post_attention_layernorm": Place.attention,
     "post_self_attn_layernorm": Place.attention,
     "post_feedforward_layernorm": Place.mlp,
     "post_mlp_layernorm": Place.mlp,
+}
+_ON_THE_SUM = {
     "attention.output.LayerNorm": Place.middle,
     "sa_layer_norm": Place.middle,
     "output.LayerNorm": Place.leaving,
@@ -77,10 +79,12 @@ def layer_places(config: Any, layout: ModelLayout) -> dict[str, Place]:
     for part, spec in layout.inside.items():
         if spec.block is not None and "residual" in spec.axes:
             found[part] = (writes if {"attended", "down"} & set(spec.axes) else reads)[spec.block]
-        elif spec.read_by:
-            found[part] = reads[BlockKind.attention if _is_read_by_attention(layout, spec) else BlockKind.mlp]
-        elif part.endswith(".weight") and _stem(part) in _BEHIND:
-            found[part] = _BEHIND[_stem(part)]
+        elif part.endswith(".weight") and _stem(part) in _ON_THE_SUM:
+            found[part] = _ON_THE_SUM[_stem(part)]
+        elif readers := {_reader(layout, name) for name in spec.read_by}:
+            found[part] = reads[BlockKind.attention if BlockKind.attention in readers else BlockKind.mlp]
+        elif part.endswith(".weight") and _stem(part) in _ON_WHAT_IS_ADDED:
+            found[part] = _ON_WHAT_IS_ADDED[_stem(part)]
     for part, spec in layout.inside.items():
         if "residual" in spec.axes and part not in found:
             weight = f"{_stem(part)}.weight"
@@ -154,10 +158,6 @@ def _front_place(stem: str, spec: TensorSpec, present: Collection[str]) -> Place
     if "vocabulary" in spec.axes or len(spec.axes) > 3:
         return Place.words
     return Place.positions if "position" in spec.axes else Place.front
-
-
-def _is_read_by_attention(layout: ModelLayout, spec: TensorSpec) -> bool:
-    return any(_reader(layout, name) is BlockKind.attention for name in spec.read_by)
 
 
 def _reader(layout: ModelLayout, name: str) -> BlockKind | None:
