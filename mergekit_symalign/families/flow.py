@@ -123,17 +123,17 @@ def outside_place(name: str, spec: TensorSpec, *, present: Collection[str], tied
         return Place.hidden if matrix else Place.inside
     if matrix and "vocabulary" in spec.axes and tied:
         return Place.words
-    return Place.final if matrix or ("residual" in spec.axes) else None
+    norm = "residual" in spec.axes and not _may_be_hidden(name)
+    return Place.final if matrix or norm else None
 
 
 def outside_axes(layout: ModelLayout, spec: TensorSpec, place: Place | None) -> TensorAxes:
     """The axes of a tensor outside the layers; those of a task head by what they are on the way to its output."""
     if place in (Place.hidden, Place.inside):
         return TensorAxes(("hidden", "residual")[: len(spec.axes)])
-    if place is Place.output:
-        return TensorAxes((spec.axes[0] if spec.axes[0] == "vocabulary" else "other", "hidden"))
-    if place is Place.final and "residual" not in spec.axes:
-        return TensorAxes(("other", "residual"))  # a classifier that reads the stream, whatever its family calls that
+    if place in (Place.output, Place.final) and len(spec.axes) > 1:
+        predicted = spec.axes[0] if spec.axes[0] == "vocabulary" else "other"
+        return TensorAxes((predicted, "hidden" if place is Place.output else "residual"))
     return layout.axes(spec)
 
 
@@ -145,9 +145,14 @@ def _hidden_of(name: str, present: Collection[str]) -> bool:
 
 def _is_hidden(name: str, present: Collection[str], *, tied: bool) -> bool:
     """Whether a tensor belongs to a hidden layer of a task head, one whose output is merged or tied."""
-    outputs = [output for output, hidden in _READS.items() if any(_is(_stem(name), one) for one in hidden)]
+    outputs = _may_be_hidden(name)
     merged = any(_is(_stem(other), output) and other.endswith(".weight") for output in outputs for other in present)
     return merged or (tied and any(output.endswith(_PREDICTS_WORDS) for output in outputs))
+
+
+def _may_be_hidden(name: str) -> list[str]:
+    """The outputs that read a tensor's layer, if it is a hidden layer of a task head."""
+    return [output for output, hidden in _READS.items() if any(_is(_stem(name), one) for one in hidden)]
 
 
 def _front_place(stem: str, spec: TensorSpec, present: Collection[str]) -> Place:
