@@ -129,6 +129,8 @@ def outside_place(name: str, spec: TensorSpec, *, present: Collection[str], tied
 
 def outside_axes(layout: ModelLayout, spec: TensorSpec, place: Place | None) -> TensorAxes:
     """The axes of a tensor outside the layers; those of a task head by what they are on the way to its output."""
+    if place is None:
+        return TensorAxes(("other",) * len(spec.axes))
     if place in (Place.hidden, Place.inside):
         return TensorAxes(("hidden", "residual")[: len(spec.axes)])
     if place in (Place.output, Place.final) and len(spec.axes) > 1:
