@@ -1,4 +1,4 @@
-"""Models whose whole width is shuffled: the residual stream, heads, values, neurons, and hidden layers of task heads."""
+"""Models whose whole width is shuffled: the residual stream, heads, values, neurons, task heads' hidden layers."""
 
 from __future__ import annotations
 
@@ -22,15 +22,13 @@ def named(model: PreTrainedModel) -> tuple[ModelLayout, Named]:
     names = [name for name, _ in model.named_parameters()]
     claims = {name: layout.claim(name) for name in names}
     outside = [name for name, claim in claims.items() if claim.layer is None]
-    first = next(i for i, name in enumerate(names) if claims[name].layer is not None)
     tied = bool(model.config.tie_word_embeddings)
     found: Named = {}
-    for i, (name, claim) in enumerate(claims.items()):
+    for name, claim in claims.items():
         if claim.layer is not None:
             found[name] = layout.axes(claim.spec), places.get(claim.part)
         else:
-            front = i < first or claim.spec.in_front
-            place = outside_place(name, claim.spec, front=front, present=outside, tied=tied)
+            place = outside_place(name, claim.spec, present=outside, tied=tied)
             found[name] = outside_axes(layout, claim.spec, place), place
     return layout, found
 
@@ -44,7 +42,10 @@ def shuffled(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     state, tied = model.state_dict(), bool(model.config.tie_word_embeddings)
     residual = _random(layout.geometry.hidden, generator)
-    width = {"residual": residual, "hidden": residual if tied and _words_head(tensors) else _random(len(residual), generator)}
+    width = {
+        "residual": residual,
+        "hidden": residual if tied and _words_head(tensors) else _random(len(residual), generator),
+    }
     layers = [_in_layer(layout, generator) for _ in range(layout.layers)]
     twin = dict(state)
     for name, (axes, _) in tensors.items():

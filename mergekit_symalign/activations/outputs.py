@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -100,8 +99,9 @@ def compare_streams(anchor: Sequence[Tensor], model: Sequence[Tensor], kept: Seq
 
 
 def _run(stream: Stream, layer: int, batch: int, places: Mapping[str, Place]) -> tuple[Tensor, Outputs]:
-    watch = partial(_watched, runner=stream.runner, places=places)
-    return stream.runner.run_watched(layer, stream.weights, stream.hidden[batch], stream.recorded[batch], watch)
+    with _watched(stream.runner.layers[layer], stream.runner, places) as seen:
+        hidden = stream.runner.call(layer, stream.weights, stream.hidden[batch], stream.recorded[batch])
+    return hidden, seen
 
 
 def _sizes(entering: Tensor, seen: Outputs, *, parallel: bool) -> dict[Place, Tensor]:

@@ -9,10 +9,10 @@ layer (norms, heads, soft caps) runs in the same way: the model once more, with 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -28,7 +28,6 @@ from mergekit_symalign.symmetry.element import Fused, fused_parts
 OUTPUTS = frozenset(("query", "key", "value"))  # axes seen where a tensor writes them
 INPUTS = frozenset(("attended", "down"))  # axes seen where a tensor reads them
 EXPERTS = "expert"  # the axis that a router writes
-Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True)
@@ -89,15 +88,17 @@ class LayerRunner:
     Args:
         config: its transformers config.
         layout: its tensors and their axes.
+        attention: how transformers computes it; ``eager`` where the model does not know another one.
     """
 
-    def __init__(self, config: Any, layout: ModelLayout) -> None:
+    def __init__(self, config: Any, layout: ModelLayout, attention: str = "eager") -> None:
         self.layout = layout
         config = copy.deepcopy(config)
         model_type = getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
         build = getattr(model_type, "_from_config", None) or model_type.from_config
+        known = attention == "eager" or getattr(model_type, f"_supports_{attention}", False)
         with init_empty_weights(include_buffers=False):
-            model = build(config, attn_implementation="eager", experts_implementation="eager")
+            model = build(config, attn_implementation=attention if known else "eager", experts_implementation="eager")
         model.tie_weights()  # building it without weights takes them apart
         self.model = model.eval().requires_grad_(False)
         path = layout.name(0, "").rstrip(".").rpartition(".")[0]
@@ -106,6 +107,10 @@ class LayerRunner:
 
     @torch.inference_mode()
     def record(self, batch: Batch, weights: Mapping[str, Tensor]) -> Recorded:
+        """`embed`, without gradients."""
+        return self.embed(batch, weights)
+
+    def embed(self, batch: Batch, weights: Mapping[str, Tensor]) -> Recorded:
         """Run everything in front of the layers, and note what each layer would be called with.
 
         Args:
@@ -143,32 +148,23 @@ class LayerRunner:
         Returns:
             The hidden states after the layer, and the activations of each axis.
         """
-        return self.run_watched(layer, weights, hidden, recorded, lambda at: _watched(at, self.layout, seen))
+        with _watched(self.layers[layer], self.layout, seen) as activations:
+            out = self.call(layer, weights, hidden, recorded)
+        return out, activations
 
-    @torch.inference_mode()
-    def run_watched(
-        self,
-        layer: int,
-        weights: Mapping[str, Tensor],
-        hidden: Tensor,
-        recorded: Recorded,
-        watch: Callable[[nn.Module], AbstractContextManager[Seen]],
-    ) -> tuple[Tensor, Seen]:
-        """One layer on one batch, as `run` does, and what somebody else notes on the way.
-
-        Args:
-            layer, weights, hidden, recorded: as for `run`.
-            watch: from the layer's module to a context that notes what happens inside.
-        """
-        module = self.layers[layer]
+    def call(self, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, recorded: Recorded) -> Tensor:
+        """The hidden states after one layer. Takes what `run` takes."""
         self._move_buffers(hidden.device)
         args, kwargs = recorded.arguments(layer)
-        with watch(module) as seen:
-            out = functional_call(module, dict(weights), (hidden, *args), kwargs)
-        return (out[0] if isinstance(out, tuple) else out), seen
+        out = functional_call(self.layers[layer], dict(weights), (hidden, *args), kwargs)
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def finish(self, batch: Batch, weights: Mapping[str, Tensor], hidden: Tensor) -> Any:
+        """`head`, without gradients."""
+        return self.head(batch, weights, hidden)
+
+    def head(self, batch: Batch, weights: Mapping[str, Tensor], hidden: Tensor) -> Any:
         """Run everything after the layers.
 
         Args:

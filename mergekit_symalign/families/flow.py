@@ -33,11 +33,13 @@ class Place(str, Enum):
     output = "output"  # reads the hidden layer of a task head
 
 
-_BEHIND = {  # norms that stand behind a block: on what it adds, or on the sum
+_ON_WHAT_IS_ADDED = {  # norms without readers
     "post_attention_layernorm": Place.attention,
     "post_self_attn_layernorm": Place.attention,
     "post_feedforward_layernorm": Place.mlp,
     "post_mlp_layernorm": Place.mlp,
+}
+_ON_THE_SUM = {
     "attention.output.LayerNorm": Place.middle,
     "sa_layer_norm": Place.middle,
     "output.LayerNorm": Place.leaving,
@@ -52,6 +54,7 @@ _READS = {  # a tensor of a task head: the hidden layers that it may read, where
     "vocab_projector": ("vocab_transform",),
     "decoder": ("head.dense",),
 }
+_EMBEDDINGS = ("embeddings", "embed_tokens", "embed_in", "wte", "wpe")  # one part of the name of all that is in front
 _PREDICTS_WORDS = ("decoder", "projector")
 _HEAD_NORMS = ("cls.predictions.transform.LayerNorm", "lm_head.layer_norm", "vocab_layer_norm", "head.norm")
 
@@ -76,10 +79,12 @@ def layer_places(config: Any, layout: ModelLayout) -> dict[str, Place]:
     for part, spec in layout.inside.items():
         if spec.block is not None and "residual" in spec.axes:
             found[part] = (writes if {"attended", "down"} & set(spec.axes) else reads)[spec.block]
-        elif spec.read_by:
-            found[part] = reads[BlockKind.attention if _is_read_by_attention(layout, spec) else BlockKind.mlp]
-        elif part.endswith(".weight") and _stem(part) in _BEHIND:
-            found[part] = _BEHIND[_stem(part)]
+        elif part.endswith(".weight") and _stem(part) in _ON_THE_SUM:
+            found[part] = _ON_THE_SUM[_stem(part)]
+        elif readers := {_reader(layout, name) for name in spec.read_by}:
+            found[part] = reads[BlockKind.attention if BlockKind.attention in readers else BlockKind.mlp]
+        elif part.endswith(".weight") and _stem(part) in _ON_WHAT_IS_ADDED:
+            found[part] = _ON_WHAT_IS_ADDED[_stem(part)]
     for part, spec in layout.inside.items():
         if "residual" in spec.axes and part not in found:
             weight = f"{_stem(part)}.weight"
@@ -93,18 +98,22 @@ def layer_places(config: Any, layout: ModelLayout) -> dict[str, Place]:
     return found
 
 
-def outside_place(name: str, spec: TensorSpec, *, front: bool, present: Collection[str], tied: bool) -> Place | None:
+def is_front(name: str, spec: TensorSpec) -> bool:
+    """Whether a tensor outside the layers stands in front of them: MergeKit's order of tensors does not tell."""
+    return spec.in_front or any(part in _EMBEDDINGS for part in name.split("."))
+
+
+def outside_place(name: str, spec: TensorSpec, *, present: Collection[str], tied: bool) -> Place | None:
     """The place of a tensor outside the layers; None if it has nothing to do with the stream (a bias of labels).
 
     Args:
         name: its full name.
         spec: its axes.
-        front: whether it stands in front of the layers.
         present: the names of all tensors outside the layers that are merged.
         tied: whether the matrix that predicts words is the embedding.
     """
     matrix = len(spec.axes) > 1
-    if front:
+    if is_front(name, spec):
         return _front_place(_stem(name), spec, present)
     if any(_is(_stem(name), one) for one in _HEAD_NORMS):
         return Place.inside
@@ -114,17 +123,19 @@ def outside_place(name: str, spec: TensorSpec, *, front: bool, present: Collecti
         return Place.hidden if matrix else Place.inside
     if matrix and "vocabulary" in spec.axes and tied:
         return Place.words
-    return Place.final if matrix or ("residual" in spec.axes) else None
+    norm = "residual" in spec.axes and not _may_be_hidden(name)
+    return Place.final if matrix or norm else None
 
 
 def outside_axes(layout: ModelLayout, spec: TensorSpec, place: Place | None) -> TensorAxes:
     """The axes of a tensor outside the layers; those of a task head by what they are on the way to its output."""
+    if place is None:
+        return TensorAxes(("other",) * len(spec.axes))
     if place in (Place.hidden, Place.inside):
         return TensorAxes(("hidden", "residual")[: len(spec.axes)])
-    if place is Place.output:
-        return TensorAxes((spec.axes[0] if spec.axes[0] == "vocabulary" else "other", "hidden"))
-    if place is Place.final and "residual" not in spec.axes:
-        return TensorAxes(("other", "residual"))  # a classifier that reads the stream, whatever its family calls that
+    if place in (Place.output, Place.final) and len(spec.axes) > 1:
+        predicted = spec.axes[0] if spec.axes[0] == "vocabulary" else "other"
+        return TensorAxes((predicted, "hidden" if place is Place.output else "residual"))
     return layout.axes(spec)
 
 
@@ -136,9 +147,14 @@ def _hidden_of(name: str, present: Collection[str]) -> bool:
 
 def _is_hidden(name: str, present: Collection[str], *, tied: bool) -> bool:
     """Whether a tensor belongs to a hidden layer of a task head, one whose output is merged or tied."""
-    outputs = [output for output, hidden in _READS.items() if any(_is(_stem(name), one) for one in hidden)]
+    outputs = _may_be_hidden(name)
     merged = any(_is(_stem(other), output) and other.endswith(".weight") for output in outputs for other in present)
     return merged or (tied and any(output.endswith(_PREDICTS_WORDS) for output in outputs))
+
+
+def _may_be_hidden(name: str) -> list[str]:
+    """The outputs that read a tensor's layer, if it is a hidden layer of a task head."""
+    return [output for output, hidden in _READS.items() if any(_is(_stem(name), one) for one in hidden)]
 
 
 def _front_place(stem: str, spec: TensorSpec, present: Collection[str]) -> Place:
@@ -149,10 +165,6 @@ def _front_place(stem: str, spec: TensorSpec, present: Collection[str]) -> Place
     if "vocabulary" in spec.axes or len(spec.axes) > 3:
         return Place.words
     return Place.positions if "position" in spec.axes else Place.front
-
-
-def _is_read_by_attention(layout: ModelLayout, spec: TensorSpec) -> bool:
-    return any(_reader(layout, name) is BlockKind.attention for name in spec.read_by)
 
 
 def _reader(layout: ModelLayout, name: str) -> BlockKind | None:

@@ -1,1 +1,1 @@
-"""Kernels of merges that use data: torch, scipy and POT only."""
+"""Kernels of merges that use data: pure functions of tensors."""

@@ -10,7 +10,7 @@ Transport (2024).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -138,7 +138,9 @@ class Flow:
         for axis in ("query_gain", "key_gain"):
             if axis in part.axes.names and axis not in actions:
                 actions[axis] = _gain_action(actions[axis.removesuffix("_gain")], part)
-        return acted(part.model, part.axes, actions)
+        acting = (action for axis, action in actions.items() if axis in part.axes.all_names())
+        mixes = all(isinstance(action, Map) for action in acting)  # columns sum to one, so an offset passes through
+        return acted(part.model, replace(part.axes, offset=0.0) if mixes else part.axes, actions)
 
 
 def through_layer(

@@ -20,6 +20,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
 from mergekit_symalign.errors import ParameterError
+from mergekit_symalign.families.flow import is_front
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.alignments import Alignments
 from mergekit_symalign.graph.apply import ApplyBlock
@@ -102,7 +103,7 @@ class AlignedPlan:
         self._unread = self._models.check(planned)
         self._functions = self._compared(planned)
         if isinstance(self.method.inner, DataMethod) and self.method.inner.layer_by_layer:
-            planned = in_order(planned)
+            planned = in_order(sorted(planned, key=self._depth))
         planned, aligned = self._aligned(planned) if self.method.aligns else (planned, {})
         self._warn_if_inexact(planned)
         self._warn_of_unread()
@@ -111,6 +112,14 @@ class AlignedPlan:
         self.reports.find(merged.findings)
         self._head = self._report_head(planned, merged)
         return merged.tensors
+
+    def _depth(self, planned: Planned) -> float:
+        """Where a tensor stands in the model: MergeKit lists those of an inferred architecture in any order."""
+        weight, task = planned
+        claim = self._models.checkpoints[anchor_of(task)].layout.claim(weight.name)
+        if claim is None or (claim.layer is None and not is_front(claim.part, claim.spec)):
+            return float("inf")
+        return -1 if claim.layer is None else claim.layer
 
     def _aligned(self, planned: list[Planned]) -> tuple[list[Planned], Aligned]:
         """The tensors in the order of their layers if models run, and the aligned task of each tensor and model."""
@@ -127,7 +136,8 @@ class AlignedPlan:
     def _ready(self, planned: Planned, aligned: Mapping[ModelReference, ApplyBlock]) -> Ready:
         _, task = planned
         order = tuple(m for m in task.model_order if self._takes_part(m, task))
-        base = task.base_model if self.method.anchor_is_base or task.base_model in order else None
+        listed = task.base_model in order and not isinstance(self.method.inner, DataMethod)
+        base = task.base_model if self.method.anchor_is_base or listed else None
         return ready(planned, order, base, aligned, self._models.checkpoints, self.config)
 
     def _merged(self, tensors: tuple[Ready, ...]) -> DataPlan:

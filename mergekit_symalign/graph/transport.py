@@ -22,7 +22,7 @@ from mergekit_symalign.symmetry.options import HeadShape
 
 LOG = logging.getLogger(__name__)
 
-_LOOSE = 1e-4  # error of a map's sums from which it is worth a warning
+_LOOSE = 1e-3  # error of a map's sums from which it is worth a warning
 
 About = Tuple[TensorAxes, Optional[Place]]
 Tensors = Dict[ModelReference, torch.Tensor]
@@ -123,7 +123,7 @@ class TransportStep(Task[Dict[str, Any]]):
         loose = {name: x for name, x in told.items() if name.endswith("marginal_error") and x > _LOOSE}
         if loose:
             LOG.warning(
-                "%s of %s: Sinkhorn's algorithm did not converge (a sum of the map is off by %.2g): use a larger "
+                "%s of %s: Sinkhorn's algorithm did not converge (a sum of the map was off by %.2g): use a larger "
                 "regularization, or 0 for exact transport",
                 self.title,
                 model,

@@ -15,7 +15,7 @@ from mergekit.common import ModelReference
 from mergekit.graph import Task
 
 from mergekit_symalign.errors import ArchitectureError, ConfigError, GeometryError, ParameterError
-from mergekit_symalign.families.flow import Place, is_parallel, layer_places, outside_axes, outside_place
+from mergekit_symalign.families.flow import Place, is_front, is_parallel, layer_places, outside_axes, outside_place
 from mergekit_symalign.families.resolve import Claim, ModelLayout, lookup
 from mergekit_symalign.fusion.flow import Heads, Policy, Residual
 from mergekit_symalign.graph.activations import Part
@@ -104,7 +104,7 @@ class _Plan:
             "models": self.models,
             "names": tuple(one.name for one in members),
             "inputs": tuple(one.inputs for one in members),
-            "about": tuple(self._about(one, layer) for one in members),
+            "about": tuple(self._about(one) for one in members),
             "weights": tuple(self._weights(one) for one in members),
             "dtypes": tuple(one.out_dtype for one in members),
             "policy": self._policy(members),
@@ -140,25 +140,22 @@ class _Plan:
     def _members(self) -> dict[int, list[Ready]]:
         """The tensors of each step, by layer: -1 in front of the layers, their number behind them."""
         found: dict[int, list[Ready]] = defaultdict(list)
-        seen = False
         for one in self.context.tensors:
-            claim = self.layout.claim(one.name)
-            seen = seen or (claim is not None and claim.layer is not None)
-            if claim is not None and (layer := self._at(claim, front=not seen)) is not None:
-                found[layer].append(one)
+            if (claim := self.layout.claim(one.name)) is not None:
+                found[self._step_of(claim)].append(one)
         return dict(sorted(found.items()))
 
-    def _at(self, claim: Claim, *, front: bool) -> int | None:
+    def _step_of(self, claim: Claim) -> int:
         if claim.layer is not None:
             return claim.layer
-        return FRONT if front or claim.spec.in_front else self.layout.layers
+        return FRONT if is_front(claim.part, claim.spec) else self.layout.layers
 
-    def _about(self, one: Ready, layer: int) -> About:
+    def _about(self, one: Ready) -> About:
         claim = self.layout.claim(one.name)
         assert claim is not None
         if claim.layer is not None:
             return self.layout.axes(claim.spec), self._places.get(claim.part)
-        place = outside_place(one.name, claim.spec, front=layer == FRONT, present=self._outside, tied=self._tied)
+        place = outside_place(one.name, claim.spec, present=self._outside, tied=self._tied)
         return outside_axes(self.layout, claim.spec, place), place
 
     @cached_property
