@@ -42,10 +42,11 @@ def test_no_held_out_image_is_trained_on() -> None:
 
 def test_the_files_of_images_are_what_the_models_see(models: dict[str, Path], tmp_path: Path) -> None:
     """Through the processor that transformers loads from a model's directory."""
-    folder = digits.write_images(tmp_path / "images", torch.tensor([0, 7]))
+    folder = digits.write_images(tmp_path / "images", positions := torch.tensor([0, 7]))
     processor = AutoImageProcessor.from_pretrained(models["reference"])
-    files = [Image.open(path) for path in sorted(folder.glob("*.png"))]
-    assert torch.allclose(processor(files, return_tensors="pt")["pixel_values"], digits.pixels("train")[[0, 7]])
+    files = [Image.open(path) for path in sorted(folder.rglob("*.png"), key=lambda path: path.name)]
+    assert torch.allclose(processor(files, return_tensors="pt")["pixel_values"], digits.pixels("train")[positions])
+    assert [int(Path(file.filename).parent.name) for file in files] == digits.labels("train")[positions].tolist()
 
 
 def test_a_half_is_trained_on_its_own_digits() -> None:

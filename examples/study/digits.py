@@ -48,9 +48,9 @@ def processor() -> Any:
 
 
 def write_images(folder: Path, positions: Tensor) -> Path:
-    """Training images as PNG files, and their labels in a ``.jsonl`` beside the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{position:04d}.png" for position in positions.tolist()]
-    for name, position in zip(names, positions.tolist(), strict=True):
-        Image.fromarray(images("train")[position].numpy()).convert("RGB").save(folder / name)
+    """Training images as PNG files, those of each digit in a folder of its name."""
+    for position in positions.tolist():
+        path = folder / str(int(labels("train")[position])) / f"{position:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images("train")[position].numpy()).convert("RGB").save(path)
     return folder

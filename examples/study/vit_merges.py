@@ -12,6 +12,7 @@ import yaml
 
 from mergekit_symalign.cli import main as symalign
 
+from .digits import processor
 from .merging import MERGES, run
 
 PLAIN = "plain"
@@ -53,6 +54,7 @@ class VitMerger:
         out = self._run(
             config | {"parameters": self._filled(_described("matches", match))}, f"{self.models['target'].name}-{match}"
         )
+        processor().save_pretrained(out)  # MergeKit copies tokenizers only
         return replace(self, models={**self.models, "target": out})
 
     def config(self, merger: str, match: str) -> dict[str, Any]:
@@ -85,7 +87,7 @@ class VitMerger:
         path = self.work / f"{self.models[name].name}-{kind}.safetensors"
         if not path.exists():
             command = ("measure", str(self.models[name]), "-o", str(path), "--calibration", str(self.images[name]))
-            symalign([*command, *MEASURED[kind]], standalone_mode=False)
+            symalign([*command, *MEASURED[kind], "--quiet"], standalone_mode=False)
         return path
 
 

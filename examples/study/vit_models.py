@@ -100,7 +100,8 @@ def new_model(settings: Vits, seed: int) -> ViTForImageClassification:
         image_size=digits.SIDE,
         patch_size=2,
         num_channels=digits.CHANNELS,
-        num_labels=digits.DIGITS,
+        id2label={digit: str(digit) for digit in range(digits.DIGITS)},
+        label2id={str(digit): digit for digit in range(digits.DIGITS)},
         attn_implementation="eager",
         **settings.model,
     )
