@@ -109,7 +109,7 @@ class AlignedMethod(PlannedMethod):
     """A merge method that aligns every model to ``base_model`` before ``inner`` merges them."""
 
     aligns = True
-    needs_base = ("aligns every model to", "that all others are aligned to")
+    needs_base = ("aligns every model to base_model, but none is given", "that all others are aligned to")
 
     def __init__(self, inner: MergeMethod, spec: MergeMethodSpec, *, anchor_is_base: bool) -> None:
         self._inner = inner

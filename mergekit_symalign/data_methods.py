@@ -56,7 +56,7 @@ class DataMethod(PlannedMethod):
         elsewhere: MergeKit's method for the tensors that the data says nothing of. It takes its parameters from
             those of the same name, then from ``fixed``, then its own defaults.
         fixed: parameters of ``elsewhere`` that a user does not set.
-        needs_base: what it does with ``base_model``, and which model that is, for messages.
+        needs_base: why it cannot do without ``base_model``, and which model that is, for messages.
         layer_by_layer: one layer has to be merged before the next, so loads come in their order.
         extra: a module that it needs, with the optional extra that installs it.
     """
@@ -70,7 +70,10 @@ class DataMethod(PlannedMethod):
         spec: MergeMethodSpec,
         elsewhere: MergeMethod,
         fixed: Mapping[str, Any] | None = None,
-        needs_base: tuple[str, str] = ("adds what the models learned to", "that they are fine-tunes of"),
+        needs_base: tuple[str, str] = (
+            "adds what the models learned to base_model, but none is given",
+            "that they are fine-tunes of",
+        ),
     ) -> None:
         self.spec = spec
         self.needs_base = needs_base
@@ -272,7 +275,11 @@ def ot_fusion(linear: MergeMethod) -> DataMethod:
         pretty_name=f"Optimal transport fusion ({OT_TITLE}; {TRANSFORMER_OT_TITLE}: {TRANSFORMER_OT_PAPER})",
         reference_url=OT_PAPER,
     )
-    method = DataMethod(spec, linear, needs_base=("transports every model to", "that all others are brought to"))
+    method = DataMethod(
+        spec,
+        linear,
+        needs_base=("transports every model to base_model, but none is given", "that all others are brought to"),
+    )
     method.layer_by_layer, method.extra = True, ("ot", "ot")
     return method
 

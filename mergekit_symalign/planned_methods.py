@@ -42,7 +42,7 @@ class PlannedMethod(MergeMethod):
         anchor_is_base: whether ``base_model`` is the base of what merges; otherwise it takes part in the merge only if
             it is listed as a model.
         aligns: whether models are aligned to ``base_model`` first.
-        needs_base: what it does with ``base_model``, and which model that is, for messages.
+        needs_base: why it cannot do without ``base_model``, and which model that is, for messages.
     """
 
     anchor_is_base: bool

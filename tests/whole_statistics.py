@@ -119,6 +119,10 @@ def measure(
     statistics, tokens = (
         fishers(model, inputs) if fisher == "empirical" else grams(model, inputs, factors=fisher == "kronecker")
     )
+    if fisher == "kronecker":
+        rest, counts = fishers(model, inputs)
+        statistics |= {name: kinds for name, kinds in rest.items() if name not in statistics}
+        tokens = counts | tokens
     if gram == "diagonal":
         for kinds in statistics.values():
             kinds["gram"] = kinds["gram"].diagonal(dim1=-2, dim2=-1)
@@ -126,8 +130,8 @@ def measure(
     statistics = {n: {k: x.detach().float().contiguous() for k, x in kinds.items()} for n, kinds in statistics.items()}
     if edit is not None:
         edit(statistics, tokens)
-    ties = {name for name in statistics if len(_names_of(model, name)) > 1} if fisher != "empirical" else set()
-    statistics = {name: kinds for name, kinds in statistics.items() if name not in ties}
+    tied = [name for name, kinds in statistics.items() if "gram" in kinds and len(_names_of(model, name)) > 1]
+    statistics = {name: kinds for name, kinds in statistics.items() if name not in tied}
     write_statistics(
         out,
         origin(model, folder) if "origin" not in changes else changes.pop("origin"),

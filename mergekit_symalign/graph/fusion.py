@@ -33,7 +33,7 @@ from mergekit_symalign.graph.fusion_tasks import (
 from mergekit_symalign.graph.linear import Linear
 from mergekit_symalign.graph.ready import Context, DataPlan, Ready
 from mergekit_symalign.graph.statistics import Lookup, MeanFisher, StatisticsFiles
-from mergekit_symalign.methods import PAPERS, TASK_VECTORS
+from mergekit_symalign.methods import TASK_VECTORS
 
 FACTORS = ("gram", "gradient_gram")
 
@@ -72,7 +72,8 @@ class _Planner:
     def files(self) -> StatisticsFiles:
         config = self.context.config
         matched = config.tokenizer is not None or config.tokenizer_source is not None
-        return StatisticsFiles(self.context.method.spec.name, self.context.checkpoints, matched)
+        context = self.context
+        return StatisticsFiles(context.method.spec.name, context.checkpoints, context.options, matched)
 
     @cached_property
     def _by_name(self) -> dict[str, Ready]:
@@ -94,8 +95,7 @@ class _Planner:
         ]
         self.files.require_one_tokenizer()
         warn_of_few_tokens(self._read)
-        papers = [{"title": title, "url": url} for title, url in PAPERS[self.context.method.spec.name]]
-        facts = {"statistics": self.files.facts(), "papers": papers, "tensors_with_data": len(found)}
+        facts = {"statistics": self.files.facts(), "papers": self.context.papers(), "tensors_with_data": len(found)}
         return DataPlan(tensors, facts, tuple(self.findings))
 
     @cached_property
@@ -191,12 +191,16 @@ class _FisherPlanner(_Planner):
         shares = shares_of(one)
         if any(self.context.checkpoints[m].stored(one.source(m)) is None for m in shares) or one.out_dtype is None:
             return {}
-        kinds = {self.files.of(one, m).measured.fisher for m in shares}
-        self._require_fisher(one, list(shares))
-        if "kronecker" not in kinds:
+        if not self._have_factors(one, list(shares)):
             return self._diagonal_mean(one)
-        layer = self._linear(one)
-        return {} if layer is None or _has_vocabulary(one) else self._of_linear(one, layer)
+        if (layer := self._linear(one)) is not None:
+            return {} if _has_vocabulary(one) else self._of_linear(one, layer)
+        return {} if self._is_bias(one) else self._diagonal_mean(one)
+
+    def _is_bias(self, one: Ready) -> bool:
+        """Whether it is merged together with a weight."""
+        weight = self._by_name.get(one.name.removesuffix("bias") + "weight") if one.name.endswith("bias") else None
+        return weight is not None and (layer := self._linear(weight)) is not None and layer.bias == one.name
 
     def _diagonal_mean(self, one: Ready) -> dict[str, Task]:
         parts = self._parts(one, ("fisher",))
@@ -228,8 +232,9 @@ class _FisherPlanner(_Planner):
         assert header is not None
         lookup.file.require_shape(lookup.name, "fisher", header.shape)
 
-    def _require_fisher(self, one: Ready, models: Sequence[ModelReference]) -> None:
-        """
+    def _have_factors(self, one: Ready, models: Sequence[ModelReference]) -> bool:
+        """Whether the files have factors of the Fisher information of linear layers, and not its diagonal.
+
         Raises:
             OtherStatisticsError: if a file has no Fisher information.
             ConfigError: if one file has factors of it, and another one diagonals.
@@ -250,6 +255,7 @@ class _FisherPlanner(_Planner):
                 "diagonal",
                 "Measure all models with the same --fisher",
             )
+        return True in by_form
 
     def _options(self, one: Ready, parts: Sequence[Part]) -> dict[str, Any]:
         normalize = one.asked("normalize_fisher")
@@ -257,10 +263,10 @@ class _FisherPlanner(_Planner):
         return {"epsilon": one.asked("epsilon"), "normalize": normalize == "tensor", "scales": scales}
 
     def _scale(self, one: Ready, part: Part) -> MeanFisher:
-        """The mean over all that the model's file has."""
+        """The mean over all of this kind that the model's file has."""
         assert part.lookup is not None
         file = part.lookup.file
-        factors = file.measured.fisher == "kronecker"
+        factors = "gradient_gram" in file.kinds(part.lookup.name)
         wanted = set(FACTORS if factors else ("fisher",))
         names = [name for name in file.names if wanted <= file.kinds(name)]
         lookups = tuple(Lookup(part.lookup.path, part.lookup.sha256, name) for name in names)

@@ -21,7 +21,7 @@ from mergekit_symalign.graph.checkpoint_checks import Checkpoint, merged_dtype
 from mergekit_symalign.graph.load import GatherAligned
 from mergekit_symalign.graph.merge import merge_task
 from mergekit_symalign.graph.planned import Planned, gather_of
-from mergekit_symalign.methods import DataMethod
+from mergekit_symalign.methods import PAPERS, DataMethod
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,10 @@ class Context:
     checkpoints: Mapping[ModelReference, Checkpoint]
     config: MergeConfiguration
     options: MergeOptions
+
+    def papers(self) -> list[dict[str, str]]:
+        """What the report says of the method's papers."""
+        return [{"title": title, "url": url} for title, url in PAPERS[self.method.spec.name]]
 
 
 @dataclass(frozen=True)

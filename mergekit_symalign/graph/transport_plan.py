@@ -40,7 +40,8 @@ def plan_transport(context: Context) -> DataPlan:
     LOG.warning("%s: %s. rotation_match and the aligned methods keep it.", context.method.spec.name, INEXACT)
     tensors = dict(plan.steps())
     merged = [(one.weight, tensors.get(one.name) or one.merged_without_data(context.method)) for one in context.tensors]
-    return DataPlan(merged, {"anchor": str(plan.anchor)}, tuple(plan.findings), (INEXACT,))
+    facts = {"transported_to": str(plan.anchor), "papers": context.papers()}
+    return DataPlan(merged, facts, tuple(plan.findings), (INEXACT,))
 
 
 @dataclass
