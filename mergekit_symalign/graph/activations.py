@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache, partial
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 
-from mergekit_symalign.activations.calibration import Calibration
-from mergekit_symalign.activations.images import ImageCalibration
 from mergekit_symalign.activations.runner import EXPERTS, LayerRunner, Recorded
 from mergekit_symalign.activations.statistics import Statistics, Stream, run_layer
 from mergekit_symalign.errors import ModelError
@@ -109,10 +107,10 @@ class EmbedPrompts(StreamingTask):
     """What enters the first layer of each model, and the arguments of all its layers.
 
     Attributes:
-        calibration: the prompts, or the images.
+        calibration: the prompts (`Calibration`), or the images (`ImageCalibration`, which pydantic has no schema for).
     """
 
-    calibration: Union[Calibration, ImageCalibration]
+    calibration: Any
 
     def arguments(self) -> Dict[str, Task]:
         return self.weight_arguments()
