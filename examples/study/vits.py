@@ -19,16 +19,18 @@ from .vit_models import HALVES, Models, Name, Vits, abilities, load, train
 MATCHES = {"apart": (PLAIN, "without-rescale", "match", "activations"), "halves": (PLAIN, "match")}
 TABLE_2 = ("simple", "fisher", "regmean", "ot-acts-emd", "ot-acts", "ot-wts")
 REBASIN = ("simple", "permutation")
+RESPECTED = {"ot-acts": "ot-acts-heads", "ot-wts": "ot-wts-heads"}  # the same transport, heads respected
 MERGERS = {
-    "apart": (*TABLE_2, "ot-acts-heads", "ot-wts-heads"),
+    "apart": TABLE_2,
     "halves": ("simple", "fisher", "regmean", "task-arithmetic", "regmean-task-vectors"),
 }
 ALONE: dict[str, tuple[Name, ...]] = {"apart": ("one", "other"), "halves": ("base", "low", "high")}
 
 
 def tried(part: str) -> list[tuple[str, str]]:
-    """Every merger with every match, and Git Re-Basin."""
-    return [*product(MERGERS[part], MATCHES[part]), *([REBASIN] if part == "apart" else [])]
+    """Every merger with every match, and what is compared beside the table."""
+    beside = [REBASIN, *((merger, PLAIN) for merger in RESPECTED.values())]
+    return [*product(MERGERS[part], MATCHES[part]), *(beside if part == "apart" else [])]
 
 
 @dataclass(frozen=True)

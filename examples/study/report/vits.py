@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import product
 
 from ..digits import HELD_OUT
+from ..estimates import Estimate
 from ..findings import Findings, Metric, percent, plain_number
-from ..vits import ALONE, MATCHES, MERGERS, PLAIN, REBASIN, TABLE_2
+from ..vits import ALONE, MATCHES, MERGERS, PLAIN, REBASIN, RESPECTED, TABLE_2
 from .claims import ZHANG, Claim, answer
-from .markdown import judged, listing, opening, paragraphs, table
+from .markdown import judged, opening, paragraphs, table
 
 TITLES = {
     "simple": "simple (average)",
@@ -17,8 +18,6 @@ TITLES = {
     "ot-acts-emd": "OT-ACTS-EMD",
     "ot-acts": "OT-ACTS",
     "ot-wts": "OT-WTS",
-    "ot-acts-heads": "OT-ACTS, `heads: respect`",
-    "ot-wts-heads": "OT-WTS, `heads: respect`",
     "task-arithmetic": "task arithmetic",
     "regmean-task-vectors": "RegMean on task vectors, no data",
 }
@@ -65,6 +64,7 @@ def section(findings: Findings) -> str:
         "Accuracy on held-out images, % (higher is better). *Published*: no match → match, on CIFAR-10.",
         _accuracies(findings, "apart"),
         _rebasin(findings),
+        _respected(findings),
         "Loss on held-out images, nats (lower is better).",
         _table(findings, "apart", LOSS, -1, 3),
         "Accuracy after one more epoch on all the training images, % (higher is better).",
@@ -89,14 +89,15 @@ def claims(findings: Findings) -> list[Claim]:
 
 
 def _verdict(findings: Findings) -> str:
-    gains = {m: findings.difference("apart", m, "match", ACCURACY) for m in tried(findings, "apart")}
-    words = {"better": [], "worse": [], "no difference shown": []}  # type: dict[str, list[str]]
-    for merger, gain in gains.items():
-        words.setdefault(gain.verdict(1), []).append(f"{TITLES[merger]} ({gain.text(signed=True)})")
-    said = [f"{word.capitalize()}: {listing(found)}." for word, found in words.items() if found]
-    lead = """Here two vision transformers of different initialisation are merged, with and without matching. The
-numbers are points of accuracy, match minus no match."""
-    return " ".join((opening(gain.verdict(1) for gain in gains.values()), lead, *said))
+    """By match: which mergers it makes better, and which it does not."""
+    mergers = tried(findings, "apart")
+    gains = {v: {m: findings.difference("apart", m, v, ACCURACY) for m in mergers} for v in ("match", "activations")}
+    said = ["Here two vision transformers of different initialisation are merged, with and without matching."]
+    for match, of in gains.items():
+        said.append(f"The {MATCH_TITLES[match]} changes the accuracy by, in points (higher is better):")
+        said.append("; ".join(f"{TITLES[merger]} {judged(gain, 1)}" for merger, gain in of.items()) + ".")
+    words = opening(gain.verdict(1) for gain in gains["match"].values())
+    return " ".join((words, *said))
 
 
 def _models(findings: Findings) -> str:
@@ -124,6 +125,19 @@ def _rebasin(findings: Findings) -> str:
 *Git Re-Basin* permutes neurons and heads and does not rotate. Without the residual stream its average reaches
 {accuracy.text()} %, against no match {judged(gain, 1, unit=" points")}. The rotations of the match add
 {judged(behind, 1, unit=" points")}."""
+
+
+def _respected(findings: Findings) -> str:
+    """What transport gains when the attention is aligned head by head."""
+    said = []
+    for merger, ours in RESPECTED.items():
+        paired = [findings.per_seed("apart", arm, PLAIN, ACCURACY) for arm in (ours, merger)]
+        if all(paired):
+            gain = Estimate.of([x - paired[1][seed] for seed, x in paired[0].items()])
+            reached = findings.estimate("apart", ours, PLAIN, ACCURACY).text()
+            said.append(f"{TITLES[merger]} {reached} %, {judged(gain, 1, unit=' points')}")
+    lead = "The papers' transport mixes the coordinates of all heads. With `heads: respect`, and no match, accuracy is:"
+    return f"{lead} {'; '.join(said)}." if said else ""
 
 
 def _halves(findings: Findings) -> str:
