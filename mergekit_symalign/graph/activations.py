@@ -10,10 +10,9 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 
-from mergekit_symalign.activations.calibration import Calibration
-from mergekit_symalign.activations.runner import EXPERTS, Batch, LayerRunner, Recorded
+from mergekit_symalign.activations.runner import EXPERTS, LayerRunner, Recorded
 from mergekit_symalign.activations.statistics import Statistics, Stream, run_layer
-from mergekit_symalign.errors import ArchitectureError, ModelError
+from mergekit_symalign.errors import ModelError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.solve import SolveBlock, packed
@@ -55,17 +54,9 @@ def seen_axes(kind: BlockKind, layout: ModelLayout) -> frozenset[str]:
     return frozenset((EXPERTS if layout.geometry.experts > 1 else "down",))
 
 
-def require_runnable(layout: ModelLayout, model: str, parameter: str = "objective") -> None:
-    """
-    Raises:
-        ArchitectureError: if a model cannot be matched by what it does on prompts.
-    """
-    if all("vocabulary" not in spec.axes for spec in layout.outside.values()):
-        raise ArchitectureError(
-            f"model {model}",
-            f"{parameter}: activations compares models on prompts, and {layout.family.title} reads no text",
-            f"Use {parameter}: weights",
-        )
+def reads_images(layout: ModelLayout) -> bool:
+    """Whether a model is compared on images, not on prompts."""
+    return all("vocabulary" not in spec.axes for spec in layout.outside.values())
 
 
 class StreamingTask(Task[Dict[str, Any]]):
@@ -116,10 +107,10 @@ class EmbedPrompts(StreamingTask):
     """What enters the first layer of each model, and the arguments of all its layers.
 
     Attributes:
-        calibration: the prompts.
+        calibration: the prompts (`Calibration`), or the images (`ImageCalibration`, which pydantic has no schema for).
     """
 
-    calibration: Calibration
+    calibration: Any
 
     def arguments(self) -> Dict[str, Task]:
         return self.weight_arguments()
@@ -130,7 +121,7 @@ class EmbedPrompts(StreamingTask):
             weights = self.weights_of(i, tensors)
             device = next(iter(weights.values())).device
             runner = self.runner(i)
-            batches = [Batch(b.ids.to(device), b.valid.to(device)) for b in self.calibration.batches()]
+            batches = [type(b)(b.ids.to(device), b.valid.to(device)) for b in self.calibration.batches()]
             recorded = [runner.record(batch, weights) for batch in batches]
             hidden.append([r.hidden for r in recorded])
             calls.append([(r.tensors, r.calls) for r in recorded])

@@ -21,10 +21,11 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
+from mergekit_symalign.activations.images import ImageCalibration, calibrate_images
 from mergekit_symalign.errors import CalibrationError, ConfigError, ParameterError
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, config_digest, require_runnable, seen_axes
+from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, config_digest, reads_images, seen_axes
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned
 from mergekit_symalign.graph.planned import Planned, gather_of
@@ -146,12 +147,9 @@ def start_run(
         parameter: which asks for the run, for messages.
 
     Raises:
-        ArchitectureError: for a model that reads no text.
         ConfigError: if the merge does not have all layers up to ``last``, of every model, at the same depth.
         CalibrationError: if the prompts cannot be used.
     """
-    for model in models:
-        require_runnable(checkpoints[model].layout, str(model), parameter)
     loads = _Loads(planned, checkpoints, aligned)
     loads.require(models, last, parameter)
     calibration = _calibration(planned, models, options, checkpoints, parameter)
@@ -220,8 +218,10 @@ def _calibration(
     options: MergeOptions,
     checkpoints: Mapping[ModelReference, Checkpoint],
     parameter: str,
-) -> Calibration:
+) -> Calibration | ImageCalibration:
     path, tokens, length = (_shared(name, planned) for name in SHARED)
+    if reads_images(checkpoints[models[0]].layout):
+        return _images(path, tokens, models, options, checkpoints, parameter)
     if path is None:
         raise CalibrationError(
             "parameter calibration", f"{parameter}: activations compares what models do on prompts, and none are given",
@@ -243,6 +243,26 @@ def _calibration(
             found.tokens,
             hidden,
         )
+    return found
+
+
+def _images(
+    path: str | None,
+    tokens: int,
+    models: tuple[ModelReference, ...],
+    options: MergeOptions,
+    checkpoints: Mapping[ModelReference, Checkpoint],
+    parameter: str,
+) -> ImageCalibration:
+    if path in (None, "default"):
+        raise CalibrationError(
+            "parameter calibration",
+            f"{parameter}: activations compares what models do, and {models[0]} reads images",
+            f"Add calibration: FOLDER, a folder of images; or use {parameter}: weights",
+        )
+    processors = {str(model): image_processor_of(model, options) for model in models}
+    found = calibrate_images(Path(path), checkpoints[models[0]].config, processors, tokens)
+    LOG.info("Calibration: %d tokens of %d images", found.tokens, len(found.pixels))
     return found
 
 
@@ -321,7 +341,10 @@ def image_processor_of(model: ModelReference, options: MergeOptions) -> Any:
 
 
 def _key(
-    planned: list[Planned], models: tuple[ModelReference, ...], digests: tuple[str, ...], calibration: Calibration
+    planned: list[Planned],
+    models: tuple[ModelReference, ...],
+    digests: tuple[str, ...],
+    calibration: Calibration | ImageCalibration,
 ) -> str:
     dtype = gather_of(planned[0][1]).dtype
     return hashlib.sha256(f"{[str(m) for m in models]} {digests} {dtype} {calibration.digest}".encode()).hexdigest()
