@@ -220,7 +220,7 @@ def test_vision_models_are_compared_on_images(tmp_path: Path) -> None:
     merged(merge_config("ot_fusion", anchor, [anchor, twin], parameters=parameters), tmp_path / "out")
     out = _in_memory(tmp_path / "out")
     assert all(torch.equal(x, out[name]) for name, x in _in_memory(anchor).items())
-    with pytest.raises(CalibrationError, match="cost: activations compares what models do, and .* reads images"):
+    with pytest.raises(CalibrationError, match=r"cost: activations compares what models do, and .* reads images"):
         merged(merge_config("ot_fusion", anchor, [twin], parameters={"cost": "activations"}), tmp_path / "none")
 
 
