@@ -22,7 +22,6 @@ from models import ROUNDINGS, make_model, off_by, perturbed, save, with_weights,
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from whole_statistics import fishers, grams, inputs_of, measure
 
-from mergekit_symalign.errors import OtherStatisticsError
 from mergekit_symalign.graph.fusion_tasks import MergeLinear
 
 FINER = 64
@@ -177,9 +176,6 @@ def test_vocabularies_that_mergekit_matches(method: str, models: Models, folder:
     listed = [
         {"model": tmp_path / name, "parameters": {"statistics": str(path)}} for name, path in (("a", one), ("b", file))
     ]
-    plain = merge_config(method, None, listed)
-    with pytest.raises(OtherStatisticsError, match="was measured with another tokenizer than"):
-        merged(plain, tmp_path / "refused")
     got = merged(
         merge_config(method, tmp_path / "a", listed, tokenizer={"source": "base"}),
         tmp_path / "out",
@@ -248,7 +244,7 @@ def test_merges_with_statistics_stay_on_a_fake_gpu() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", script]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "4 passed" in done.stdout
+    assert "3 passed" in done.stdout
 
 
 def _tasks(config: dict[str, Any], models: Models, tmp_path: Path) -> list[Task]:
