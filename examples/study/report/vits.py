@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 from ..digits import HELD_OUT
@@ -9,7 +10,7 @@ from ..estimates import Estimate
 from ..findings import Findings, Metric, percent, plain_number
 from ..vits import ALONE, PLAIN, REBASIN, RESPECTED
 from .claims import ZHANG, Claim, answer
-from .markdown import judged, opening, paragraphs, table
+from .markdown import judged, listing, opening, paragraphs, table
 
 TITLES = {
     "simple": "simple (average)",
@@ -25,8 +26,8 @@ MODELS = {
     "one": "first model",
     "other": "second model",
     "base": "base",
-    "low": "trained on with digits 0 to 4",
-    "high": "trained on with digits 5 to 9",
+    "low": "then trained on digits 0 to 4",
+    "high": "then trained on digits 5 to 9",
 }
 MATCH_TITLES = {
     PLAIN: "no match",
@@ -34,7 +35,9 @@ MATCH_TITLES = {
     "match": "match",
     "activations": "match from activations",
 }
+PARTS = {"apart": "different initialisations", "halves": "fine-tunes of one base"}
 PUBLISHED = {"simple": "7.6 → 10.2", "regmean": "14.2 → 15.4", "ot-acts": "61.2 → 61.3"}  # no match → match, %
+FEWEST = 3  # seeds for which a merger is shown
 ACCURACY, TUNED = percent("accuracy"), percent("tuned_accuracy")
 LOSS = plain_number("loss")
 SECONDS = plain_number("merge_seconds")
@@ -46,18 +49,27 @@ def finished(findings: Findings) -> bool:
 
 
 def tried(findings: Findings, part: str) -> list[str]:
-    """The mergers that were measured with every match, for all seeds."""
-    seeds = set(findings.settings["seeds"])
-    return [
-        merger
-        for merger in findings.settings["mergers"][part]
-        if all(
-            seeds == set(findings.per_seed(part, merger, match, LOSS)) for match in findings.settings["matches"][part]
-        )
-    ]
+    """The mergers that were measured with every match, for three seeds or all."""
+    enough = min(FEWEST, len(findings.settings["seeds"]))
+    return [m for m in findings.settings["mergers"][part] if len(_seeds(findings, part, m)) >= enough]
 
 
-def section(findings: Findings) -> str:
+def _seeds(findings: Findings, part: str, merger: str) -> set[int]:
+    """Those for which a merger was measured with every match."""
+    matches = findings.settings["matches"][part]
+    return set.intersection(*(set(findings.per_seed(part, merger, match, LOSS)) for match in matches))
+
+
+def _complete(findings: Findings) -> Findings:
+    """Without the merges of a seed for which the merger was not measured with every match."""
+    tables = findings.settings["mergers"]
+    seeds = {(part, merger): _seeds(findings, part, merger) for part in tables for merger in tables[part]}
+    rows = {key: row for key, row in findings.rows.items() if key[1] in seeds.get((key[0], key[2]), {key[1]})}
+    return replace(findings, rows=rows)
+
+
+def section(found: Findings) -> str:
+    findings = _complete(found)
     return paragraphs(
         "## 6 Vision transformers",
         _verdict(findings),
@@ -75,6 +87,7 @@ def section(findings: Findings) -> str:
         _alone(findings, "halves"),
         _table(findings, "halves", ACCURACY, 1, 1),
         _table(findings, "halves", LOSS, -1, 3),
+        _fewer(findings),
         _times(findings),
     )
 
@@ -94,12 +107,20 @@ def _verdict(findings: Findings) -> str:
     """By match: which mergers it makes better, and which it does not."""
     mergers = tried(findings, "apart")
     gains = {
-        v: {m: findings.difference("apart", m, v, ACCURACY) for m in mergers} for v in _compared(findings, "apart")
+        match: {merger: findings.difference("apart", merger, match, ACCURACY) for merger in mergers}
+        for match in _compared(findings, "apart")
     }
     said = ["Here two vision transformers of different initialisation are merged, with and without matching."]
     for match, of in gains.items():
-        said.append(f"The {MATCH_TITLES[match]} changes the accuracy by, in points (higher is better):")
-        said.append("; ".join(f"{TITLES[merger]} {judged(gain, 1)}" for merger, gain in of.items()) + ".")
+        found = {
+            word: [f"{TITLES[merger]} ({d.text(signed=True)})" for merger, d in of.items() if d.verdict(1) == word]
+            for word in ("better", "worse")
+        }
+        words = [f"makes {listing(names)} {word}" for word, names in found.items() if names]
+        rest = [TITLES[merger] for merger, d in of.items() if d.verdict(1) not in found]
+        said.append(f"The {MATCH_TITLES[match]} {' and '.join(words) or 'makes none better'}.")
+        said.append(f"For {listing(rest)} no difference is shown." if rest else "")
+    said.append("The numbers are points of accuracy, match minus no match.")
     words = opening(gain.verdict(1) for gain in gains["match"].values())
     return " ".join((words, *said))
 
@@ -200,6 +221,14 @@ def _rows(findings: Findings, part: str, metric: Metric, favourable: int, digits
             cells.append(judged(findings.difference(part, merger, match, metric), favourable, digits))
         rows.append((TITLES[merger], *cells))
     return rows
+
+
+def _fewer(findings: Findings) -> str:
+    """Mergers that were not measured for all seeds."""
+    seeds = len(findings.settings["seeds"])
+    found = {(part, m): len(_seeds(findings, part, m)) for part in PARTS for m in tried(findings, part)}
+    fewer = [f"{TITLES[m]} ({PARTS[part]}, {n})" for (part, m), n in found.items() if n < seeds]
+    return f"Fewer than {seeds} seeds: {listing(fewer)}." if fewer else ""
 
 
 def _times(findings: Findings) -> str:
