@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 
 from ..digits import HELD_OUT
 from ..estimates import Estimate
@@ -40,7 +39,6 @@ PUBLISHED = {"simple": "7.6 → 10.2", "regmean": "14.2 → 15.4", "ot-acts": "6
 FEWEST = 3  # seeds for which a merger is shown
 ACCURACY, TUNED = percent("accuracy"), percent("tuned_accuracy")
 LOSS = plain_number("loss")
-SECONDS = plain_number("merge_seconds")
 
 
 def finished(findings: Findings) -> bool:
@@ -88,7 +86,6 @@ def section(found: Findings) -> str:
         _table(findings, "halves", ACCURACY, 1, 1),
         _table(findings, "halves", LOSS, -1, 3),
         _fewer(findings),
-        _times(findings),
     )
 
 
@@ -229,12 +226,3 @@ def _fewer(findings: Findings) -> str:
     found = {(part, m): len(_seeds(findings, part, m)) for part in PARTS for m in tried(findings, part)}
     fewer = [f"{TITLES[m]} ({PARTS[part]}, {n})" for (part, m), n in found.items() if n < seeds]
     return f"Fewer than {seeds} seeds: {listing(fewer)}." if fewer else ""
-
-
-def _times(findings: Findings) -> str:
-    slowest = max(
-        (findings.estimate(part, merger, match, SECONDS).mean, TITLES[merger])
-        for part in findings.settings["mergers"]
-        for merger, match in product(tried(findings, part), findings.settings["matches"][part])
-    )
-    return f"No merge took more than {slowest[0]:.0f} s on average ({slowest[1]}), statistics included."
