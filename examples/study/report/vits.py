@@ -85,6 +85,7 @@ def section(found: Findings) -> str:
         _alone(findings, "halves"),
         _table(findings, "halves", ACCURACY, 1, 1),
         _table(findings, "halves", LOSS, -1, 3),
+        _against_average(findings),
         _fewer(findings),
     )
 
@@ -149,17 +150,29 @@ def _rebasin(findings: Findings) -> str:
 {judged(behind, 1, unit=" points")}."""
 
 
+def _between(findings: Findings, part: str, merger: str, other: str, metric: Metric) -> Estimate:
+    """One merger minus another, both without match, seed by seed."""
+    ours, others = (findings.per_seed(part, arm, PLAIN, metric) for arm in (merger, other))
+    return Estimate.of([x - others[seed] for seed, x in ours.items() if seed in others])
+
+
 def _respected(findings: Findings) -> str:
     """What transport gains when the attention is aligned head by head."""
     said = []
     for merger, ours in RESPECTED.items():
-        paired = [findings.per_seed("apart", arm, PLAIN, ACCURACY) for arm in (ours, merger)]
-        if all(paired):
-            gain = Estimate.of([x - paired[1][seed] for seed, x in paired[0].items()])
+        if findings.has("apart", ours) and findings.has("apart", merger):
+            gain = _between(findings, "apart", ours, merger, ACCURACY)
             reached = findings.estimate("apart", ours, PLAIN, ACCURACY).text()
             said.append(f"{TITLES[merger]} {reached} %, {judged(gain, 1, unit=' points')}")
     lead = "The papers' transport mixes the coordinates of all heads. With `heads: respect`, and no match, accuracy is:"
     return f"{lead} {'; '.join(said)}." if said else ""
+
+
+def _against_average(findings: Findings) -> str:
+    others = [merger for merger in tried(findings, "halves") if merger != "simple"]
+    gaps = {merger: _between(findings, "halves", merger, "simple", LOSS) for merger in others}
+    said = "; ".join(f"{TITLES[merger]} {judged(gap, -1, 3, ' nats')}" for merger, gap in gaps.items())
+    return f"Without match, the loss against that of the average: {said}."
 
 
 def _halves(findings: Findings) -> str:
