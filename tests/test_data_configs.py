@@ -22,6 +22,7 @@ from models import ROUNDINGS, make_model, off_by, perturbed, save, with_weights,
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from whole_statistics import fishers, grams, inputs_of, measure
 
+from mergekit_symalign.errors import OtherStatisticsError
 from mergekit_symalign.graph.fusion_tasks import MergeLinear
 
 FINER = 64
@@ -171,11 +172,14 @@ def test_vocabularies_that_mergekit_matches(method: str, models: Models, folder:
     tokenizer.save_pretrained(save(other, tmp_path / "b"))
     kind = "-fisher" if method == "fisher" else ""
     inputs = number[inputs_of(models["b"], 1)]
+    one = measure(models["a"], tmp_path / "a", tmp_path / "a.safetensors", **how)  # type: ignore[arg-type]
     file = measure(other, tmp_path / "b", tmp_path / "b.safetensors", inputs=inputs, **how)  # type: ignore[arg-type]
     listed = [
-        {"model": tmp_path / "a", "parameters": {"statistics": str(folder / f"a{kind}.safetensors")}},
-        {"model": tmp_path / "b", "parameters": {"statistics": str(file)}},
+        {"model": tmp_path / name, "parameters": {"statistics": str(path)}} for name, path in (("a", one), ("b", file))
     ]
+    plain = merge_config(method, None, listed)
+    with pytest.raises(OtherStatisticsError, match="was measured with another tokenizer than"):
+        merged(plain, tmp_path / "refused")
     got = merged(
         merge_config(method, tmp_path / "a", listed, tokenizer={"source": "base"}),
         tmp_path / "out",

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
 from models import EverythingInFloat64
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from mergekit_symalign.activations.calibration import tokenizer_digest
+from mergekit_symalign.errors import CalibrationError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.fingerprint import fingerprint
+from mergekit_symalign.graph.streaming import tokenizer_of
 from mergekit_symalign.statistics.file import Measured, Origin, write_statistics
 
 Kinds = dict[str, dict[str, Tensor]]
@@ -159,9 +163,17 @@ def origin(model: PreTrainedModel, folder: Path, **changes: Any) -> Origin:
         "fingerprint": fingerprint(LoaderCache().get(reference).index),
         "family": layout.family.name,
         "sizes": {"layers": layout.layers, **asdict(layout.geometry)},
-        "tokenizer": "none",
+        "tokenizer": _reader(reference),
     }
     return Origin(**fields | changes)
+
+
+def _reader(reference: ModelReference) -> str:
+    """Digest of the tokenizer that lies beside the weights, if one does."""
+    try:
+        return tokenizer_digest(tokenizer_of(reference, MergeOptions()))
+    except CalibrationError:
+        return "none"
 
 
 def _first_if(count: int | None, x: Tensor) -> Tensor:
