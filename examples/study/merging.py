@@ -26,7 +26,7 @@ from .settings import HERE
 
 MERGES = HERE / "merges"
 PLAIN = {"aligned_task_arithmetic": "task_arithmetic", "rotation_match": "linear"}
-OPTIONS = {"copy_tokenizer": False, "quiet": True, "write_model_card": False}
+OPTIONS: dict[str, Any] = {"copy_tokenizer": False, "quiet": True, "write_model_card": False}
 
 
 def variants() -> dict[str, dict[str, Any] | None]:
@@ -73,20 +73,7 @@ class Merger:
         return replace(self, models={**self.models, "target": self._run(self.config("rewrite", variant), folder)})
 
     def _run(self, config: dict[str, Any], out: Path) -> Path:
-        """Write the configuration to disk, and merge what is read from there into ``out``."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        path = self.work / "config.yml"
-        path.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
-        shutil.rmtree(out, ignore_errors=True)
-        content = MergeConfiguration.model_validate(yaml.safe_load(path.read_text("utf-8")))
-        log = logging.getLogger("mergekit_symalign")
-        level = log.level
-        log.setLevel(logging.ERROR)  # without the warning of rotation: full, each time
-        try:
-            run_merge(content, str(out), MergeOptions(**OPTIONS))
-        finally:
-            log.setLevel(level)
-        return out
+        return run(config, self.work, out)
 
     def config(self, merge: str, variant: str, weights: Sequence[float] | None = None) -> dict[str, Any]:
         """The configuration, with directories for names."""
@@ -101,6 +88,23 @@ class Merger:
             filled = {key: str(self.prompts) if key == "calibration" else value for key, value in added.items()}
             return config | {"parameters": filled}
         return _plain(config)
+
+
+def run(config: dict[str, Any], work: Path, out: Path, **options: Any) -> Path:
+    """Write the configuration to ``work/config.yml``, and merge what is read from there into ``out``."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "config.yml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    content = MergeConfiguration.model_validate(yaml.safe_load(path.read_text("utf-8")))
+    log = logging.getLogger("mergekit_symalign")
+    level = log.level
+    log.setLevel(logging.ERROR)  # without the warning of rotation: full, each time
+    try:
+        run_merge(content, str(out), MergeOptions(**OPTIONS | options))
+    finally:
+        log.setLevel(level)
+    return out
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""Seconds and peak memory of merges and of statistics, each by its command in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from ..settings import HERE
+from ..store import Row, Store
+from .arms import arms
+from .comparison import Comparison, Job
+from .measuring import size
+
+COST = "cost"
+MEASURED = "measure"  # in place of a mix
+ARMS = ("average", "task-arithmetic lambda=1.0", "ties lambda=1.0", "fisher", "regmean", "regmean-vectors")
+
+
+def costs(comparison: Comparison, store: Store) -> None:
+    """What the first mix costs by some arms, and what the statistics of its first model cost."""
+    mix, seed = comparison.models.settings.mixes[0], comparison.models.settings.seeds[0]
+    for arm in (arm for arm in arms(mix.arms) if arm.name in ARMS):
+        job = Job(COST, seed, mix.name, arm.name)
+        store.measure(vars(job), lambda a=arm: _merge(comparison.config(mix, a, seed), comparison.models.work))
+    for source in dict.fromkeys(arm.statistics for arm in arms(mix.arms) if arm.statistics):
+        job = Job(COST, seed, MEASURED, source)
+        store.measure(vars(job), lambda s=source: _statistics(comparison, mix.kinds[0], seed, s))
+
+
+def _merge(config: dict[str, object], work: Path) -> Row:
+    folder = work / "cost"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+    found = timed(
+        ["mergekit-yaml", str(folder / "config.yml"), str(folder / "merged"), "--no-copy-tokenizer", "--quiet"]
+    )
+    shutil.rmtree(folder)
+    return found
+
+
+def _statistics(comparison: Comparison, kind: str, seed: int, source: str) -> Row:
+    measurement = comparison.measurement(kind, seed, source)
+    folder = comparison.models.work / "cost"
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "statistics.safetensors"
+    again = ["measure", str(measurement.model), "-o", str(out), "--calibration", str(measurement.prompts)]
+    found = timed(["mergekit-symalign", *again, *measurement.options]) | {"bytes": size([out])}
+    shutil.rmtree(folder)
+    return found
+
+
+def timed(command: Sequence[str]) -> Row:
+    """Seconds from start to end of a process, imports included, and the peak of its memory in bytes.
+
+    Raises:
+        RuntimeError: if the command fails, with the end of what it wrote.
+    """
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "study.skills.peak", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr[-2000:]}")
+    return {"seconds": seconds, "peak_bytes": int(done.stdout.splitlines()[-1])}

@@ -1,0 +1,48 @@
+"""Rows measured one after another, or by several processes at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+
+import torch
+
+from ..store import Row, Store
+from ..sweep import reproducible
+from .comparison import Comparison, Job
+from .measuring import threads
+
+
+def measure_all(jobs: Iterable[Job], comparison: Comparison, store: Store, workers: int) -> None:
+    """Measure what the results lack of these rows, and write each as it comes.
+
+    Rows whose files are gone (a model, its statistics) are measured again for the sake of the files.
+
+    Args:
+        workers: processes; 1: this one.
+    """
+    missing = [job for job in jobs if not store.has(**asdict(job)) or not comparison.kept(job)]
+    for job, row in zip(missing, _rows(missing, comparison.row, workers), strict=True):
+        store.measure(asdict(job), lambda found=row: found)
+        print(f"{job.part} {job.seed} {job.arm} {job.variant}", flush=True)
+
+
+def lacking(jobs: Iterable[Job], store: Store) -> bool:
+    """Whether a row of these is missing."""
+    return any(not store.has(**asdict(job)) for job in jobs)
+
+
+def _rows(jobs: Sequence[Job], measure: Callable[[Job], Row], workers: int) -> Iterator[Row]:
+    if workers == 1 or len(jobs) < 2:
+        yield from map(measure, jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start, initargs=(threads(workers),)) as pool:
+        yield from pool.map(measure, jobs)
+
+
+def _start(count: int) -> None:
+    reproducible()
+    torch.set_num_threads(count)
