@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from ..settings import HERE
-from ..store import Row, Store
+from ..store import Row
 from .arms import arms
 from .comparison import Comparison, Job
 from .measuring import size
@@ -23,15 +23,22 @@ MEASURED = "measure"  # in place of a mix
 ARMS = ("average", "task-arithmetic lambda=1.0", "ties lambda=1.0", "fisher", "regmean", "regmean-vectors")
 
 
-def costs(comparison: Comparison, store: Store) -> None:
-    """What the first mix costs by some arms, and what the statistics of its first model cost."""
+def priced(comparison: Comparison) -> list[Job]:
+    """The first mix by some arms, and the statistics of its first model."""
     mix, seed = comparison.models.settings.mixes[0], comparison.models.settings.seeds[0]
-    for arm in (arm for arm in arms(mix.arms) if arm.name in ARMS):
-        job = Job(COST, seed, mix.name, arm.name)
-        store.measure(vars(job), lambda a=arm: _merge(comparison.config(mix, a, seed), comparison.models.work))
-    for source in dict.fromkeys(arm.statistics for arm in arms(mix.arms) if arm.statistics):
-        job = Job(COST, seed, MEASURED, source)
-        store.measure(vars(job), lambda s=source: _statistics(comparison, mix.kinds[0], seed, s))
+    tried = arms(mix.arms)
+    sources = dict.fromkeys(arm.statistics for arm in tried if arm.statistics)
+    merges = [Job(COST, seed, mix.name, arm.name) for arm in tried if arm.name in ARMS]
+    return merges + [Job(COST, seed, MEASURED, source) for source in sources]
+
+
+def cost(comparison: Comparison, job: Job) -> Row:
+    """Seconds, peak memory, and of statistics the bytes of their files."""
+    mix = comparison.models.settings.mixes[0]
+    if job.arm == MEASURED:
+        return _statistics(comparison, mix.kinds[0], job.seed, job.variant)
+    arm = next(arm for arm in arms(mix.arms) if arm.name == job.variant)
+    return _merge(comparison.config(mix, arm, job.seed), comparison.models.work)
 
 
 def _merge(config: dict[str, object], work: Path) -> Row:
