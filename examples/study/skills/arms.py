@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,12 @@ class Arm:
         return config | ({"base_model": str(base)} if self.base else {})
 
 
-def arms(group: str) -> list[Arm]:
+@cache
+def arms(group: str) -> tuple[Arm, ...]:
     """The arms of a group and of those that it holds, scans written out, in the order of the file."""
     content: dict[str, dict[str, Any]] = yaml.safe_load((MERGES / "arms.yml").read_text("utf-8"))
     wanted = GROUPS[: GROUPS.index(group) + 1]
-    return [arm for name, entry in content.items() if entry["group"] in wanted for arm in _scanned(name, entry)]
+    return tuple(arm for name, entry in content.items() if entry["group"] in wanted for arm in _scanned(name, entry))
 
 
 def _scanned(name: str, entry: Mapping[str, Any]) -> Iterator[Arm]:
