@@ -42,6 +42,15 @@ TITLES = {
     "aligned-regmean": "`aligned_regmean`, 60 texts",
     "aligned-regmean-vectors": "`aligned_regmean_task_arithmetic`, no data",
 }
+SPOKEN = {REGMEAN: "RegMean from 60 texts of each kind", DATA_FREE: "The same solve on task vectors, without any data,"}
+ALIGNED = {
+    "aligned-average": AVERAGE,
+    "aligned-task-arithmetic": f"{TASK_ARITHMETIC} lambda=1.0",
+    "aligned-ties": f"{TIES} lambda=1.0",
+    "aligned-fisher": "fisher",
+    "aligned-regmean": REGMEAN,
+    "aligned-regmean-vectors": DATA_FREE,
+}
 KINDS = {
     "log": "ship's log",
     "arithmetic": "arithmetic",
@@ -101,10 +110,15 @@ def closed(findings: Findings, mix: Mix, arm: str) -> Estimate:
 
 
 def section(findings: Findings, part: Part) -> str:
-    parts = [f"## {part.number} {part.title}", _verdict(findings, part), part.about(findings), _alone(findings)]
-    for mix in mixes(findings):
-        parts.append(_mix(findings, mix, part))
-    return paragraphs(*parts, _costs(findings))
+    tables = [_alone(findings), *(_mix(findings, mix) for mix in mixes(findings))]
+    return paragraphs(
+        f"## {part.number} {part.title}",
+        _verdict(findings, part),
+        part.about(findings),
+        *tables,
+        *_aligned(findings),
+        _costs(findings),
+    )
 
 
 def gain(findings: Findings, mix: Mix, ours: str, rival: str) -> Estimate:
@@ -113,6 +127,85 @@ def gain(findings: Findings, mix: Mix, ours: str, rival: str) -> Estimate:
     if against is None:
         raise ValueError(f"{rival} was not measured for {mix.name}. Run the study before its report.")
     return findings.difference(MERGE, mix.name, ours, loss(mix), against=against)
+
+
+def _language(findings: Findings) -> str:
+    settings = findings.settings
+    return f"""\
+All models are fine-tunes of all weights of SmolLM2-135M-Instruct on one kind of text each: {settings["steps"]} steps
+with {settings["batch"]} sequences of {settings["tokens"]} tokens, learning rate {settings["learning_rate"]:g},
+{len(settings["seeds"])} seeds (they decide which windows and texts are read). Losses are in nats per token, on
+{settings["heldout"]} held-out texts of each kind. *Other text* are prompts that no model was trained on: what the
+merge forgets (half of the package's own; the other half serves as *prompts of the package*). Statistics come from
+training texts of each model's own kind. {_reading()}"""
+
+
+def _encoders(findings: Findings) -> str:
+    settings = findings.settings
+    return f"""\
+All models are all-MiniLM-L6-v2 (22 million parameters, BERT), fine-tuned on one classification task with eight classes
+each: {settings["steps"]} steps with {settings["batch"]} texts, learning rate {settings["learning_rate"]:g},
+{len(settings["seeds"])} seeds. *Topics*: from which chapter of the Python language reference a passage is. *Modules*:
+in which module of NumPy, SciPy or PyTorch a function is. Losses are in nats, on {settings["heldout"]} held-out texts of
+each task (fewer where there are not that many). Each task has a head of its own: a merged encoder is measured with the
+head of that task's own model. {_reading()}"""
+
+
+def _reading() -> str:
+    return """\
+*Gap closed* is how far a merge goes from the average (0 %) to each model on its own kind (100 %), by the mean loss.
+*Best* is the value with the lowest mean over all seeds, chosen on the very texts that it is measured on, which favours
+the method. Weights are equal unless a table says otherwise."""
+
+
+LANGUAGE = Part(7, "Skills of three language models in one", "nats per token", _language)
+ENCODERS = Part(8, "Tasks of two encoders in one", "nats", _encoders)
+
+
+def short(findings: Findings) -> str:
+    """README's table: the first mix, what each way of merging needs, and how far it goes."""
+    mix = mixes(findings)[0]
+    needs = {
+        AVERAGE: "nothing",
+        TIES: "the base",
+        TASK_ARITHMETIC: "the base",
+        DATA_FREE: "the base",
+        REGMEAN: _texts(mix),
+    }
+    rows = []
+    for name, needed in needs.items():
+        arm = best(findings, mix, name)
+        if arm is None:
+            continue
+        cells = (findings.estimate(MERGE, mix.name, arm, loss(mix)).text(3), closed(findings, mix, arm).text(0))
+        rows.append((_titled(TITLES[name].split(",")[0], arm, arm != name), needed, *cells))
+    parents = Estimate.of(list(_parents(findings, mix).values())).text(3)
+    rows.append(("each model on its own kind", "", parents, "100"))
+    return table(
+        ("one model from two", "needs", "loss, nats per token (lower is better)", "gap closed, %"), rows, text=2
+    )
+
+
+def short_reading(findings: Findings, where: str) -> str:
+    """What README says under its table."""
+    mix = mixes(findings)[0]
+    other = {name: best(findings, mix, name) for name in (AVERAGE, DATA_FREE, REGMEAN)}
+    lost = {
+        name: findings.difference(MERGE, mix.name, arm, plain_number("other_loss"), AVERAGE)
+        for name, arm in other.items()
+        if arm is not None and name != AVERAGE
+    }
+    forgetting = listing([f"{d.text(2, signed=True)} ({TITLES[name]})" for name, d in lost.items()])
+    return f"""\
+Two fine-tunes of SmolLM2-135M ({listing([KINDS[kind] for kind in mix.kinds])}),
+{len(findings.settings["seeds"])} seeds.
+*Gap closed* goes from the average (0 %) to each model on its own kind (100 %); rivals are at their best value. On other
+text the loss changes, against the average, by {forgetting} nats per token.
+[docs/evidence.md]({where}#7-skills-of-three-language-models-in-one) has the rest."""
+
+
+def _texts(mix: Mix) -> str:
+    return f"60 texts of each of {len(mix.kinds)} kinds"
 
 
 def _verdict(findings: Findings, part: Part) -> str:
@@ -126,7 +219,7 @@ def _verdict(findings: Findings, part: Part) -> str:
         ]
         share = closed(findings, first, ours).text(0)
         said.append(
-            f"{TITLES[ours]} changes the loss, in {part.unit}, by {listing(against)}. It goes {share} % of the way "
+            f"{SPOKEN[ours]} changes the loss, in {part.unit}, by {listing(against)}. It goes {share} % of the way "
             "from the average to what the models reach on their own data."
         )
     said.append("Rivals with a parameter are taken at their best value, chosen with hindsight.")
@@ -162,19 +255,32 @@ def _other(findings: Findings) -> bool:
     return any("other_loss" in row for row in findings.rows.values())
 
 
-def _mix(findings: Findings, mix: Mix, part: Part) -> str:
+def _mix(findings: Findings, mix: Mix) -> str:
     kinds = list(mix.kinds)
     rows = []
     for name, title in TITLES.items():
         found, chosen = scanned(findings, mix, name), best(findings, mix, name)
         for arm in found:
-            if len(found) > 1 and arm not in (chosen, found[0], f"{name} lambda=1.0"):
+            if len(found) > 1 and arm not in (chosen, f"{name} lambda=1.0"):
                 continue
             rows.append((_titled(title, arm, arm == chosen and len(found) > 1), *_cells(findings, mix, arm, kinds)))
     parents = Estimate.of(list(_parents(findings, mix).values())).text(3)
     head = (_skills(mix) + _weights(mix), *_heads(findings, kinds), "mean", "− average", "gap closed, %", "merge, s")
     last = ("each model on its own kind", *[""] * len(_heads(findings, kinds)), parents, "", "100", "")
     return table(head, [*rows, last])
+
+
+def _aligned(findings: Findings) -> list[str]:
+    """What alignment adds to each way of merging, on the first mix."""
+    mix = mixes(findings)[0]
+    found = {
+        arm: findings.difference(MERGE, mix.name, arm, loss(mix), plain)
+        for arm, plain in ALIGNED.items()
+        if findings.has(MERGE, mix.name, arm)
+    }
+    rows = [(TITLES[arm], judged(difference, -1, 3)) for arm, difference in found.items()]
+    said = "What alignment adds, on the first of these mixes (lower is better). Fine-tunes of one base hardly need it."
+    return [said, table(("method", "aligned − plain"), rows)] if rows else []
 
 
 def _titled(title: str, arm: str, is_best: bool) -> str:
