@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from study.findings import Findings  # noqa: E402
 from study.models import State, load_state, new_model, save  # noqa: E402
+from study.report import skill_numbers, skill_tables  # noqa: E402
 from study.report import skills as report  # noqa: E402
 from study.settings import Settings  # noqa: E402
 from study.skills import comparison as parts  # noqa: E402
@@ -50,7 +51,7 @@ def test_groups_hold_what_the_page_compares(group: str) -> None:
 
 
 def test_every_arm_has_a_title() -> None:
-    assert {arm.name.partition(" ")[0] for arm in arms("all")} == set(report.TITLES)
+    assert {arm.name.partition(" ")[0] for arm in arms("all")} == set(skill_tables.TITLES)
 
 
 def test_adding_methods_get_weight_one_each() -> None:
@@ -202,23 +203,23 @@ def test_section_follows_the_numbers() -> None:
 
 def test_gap_closed_is_the_way_from_the_average_to_the_parents() -> None:
     findings = _findings(0.75)
-    (mix,) = report.mixes(findings)
-    assert report.closed(findings, mix, "regmean").mean == pytest.approx(50)  # from 1.0 half the way to 0.5
-    assert report.closed(findings, mix, "average").mean == 0
+    (mix,) = skill_numbers.mixes(findings)
+    assert skill_numbers.closed(findings, mix, "regmean").mean == pytest.approx(50)  # from 1.0 half the way to 0.5
+    assert skill_numbers.closed(findings, mix, "average").mean == 0
 
 
 def test_best_value_of_a_scan_has_the_lowest_loss() -> None:
     findings = _findings(1.0)
-    (mix,) = report.mixes(findings)
+    (mix,) = skill_numbers.mixes(findings)
     key = ("merge", 0, mix.name, "ties lambda=2.0")
     better = replace(findings, rows={**findings.rows, key: {**findings.rows[key], "log_loss": 0.1}})
-    assert report.best(findings, mix, "ties") == "ties lambda=1.0"
-    assert report.best(better, mix, "ties") == "ties lambda=2.0"
-    assert report.best(findings, mix, "regmean") == "regmean"
+    assert skill_numbers.best(findings, mix, "ties") == "ties lambda=1.0"
+    assert skill_numbers.best(better, mix, "ties") == "ties lambda=2.0"
+    assert skill_numbers.best(findings, mix, "regmean") == "regmean"
 
 
 def test_section_waits_for_every_row() -> None:
     findings = _findings(1.0)
-    assert report.finished(findings)
+    assert skill_numbers.finished(findings)
     key = ("merge", 1, "log+arithmetic", "sce select_topk=1.0")
-    assert not report.finished(replace(findings, rows={k: row for k, row in findings.rows.items() if k != key}))
+    assert not skill_numbers.finished(replace(findings, rows={k: row for k, row in findings.rows.items() if k != key}))
