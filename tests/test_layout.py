@@ -29,6 +29,7 @@ ROOMS: dict[str, str] = {
     "symmetry/groups": "errors symmetry/rows",
     "symmetry/element": "symmetry/groups symmetry/rows",
     "symmetry/solved": "symmetry/element",
+    "symmetry/statistics": "errors symmetry/element",
     "symmetry/scale": "symmetry/threads",
     "symmetry/distance": f"{GROUND} symmetry/groups",
     "symmetry/assignment": "errors symmetry/rows symmetry/threads symmetry/fitting",
@@ -51,7 +52,8 @@ ROOMS: dict[str, str] = {
     "methods": "aligned_methods data_methods planned_methods",
     "fusion": "errors",
     "graph": f"errors families whole_file sealed statistics activations alignments methods fusion {ELEMENTS} "
-    "symmetry/heads symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved symmetry/consensus",
+    "symmetry/heads symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved symmetry/consensus "
+    "symmetry/statistics",
     "card": "methods graph",
     "hook": "errors host method_names aligned_methods data_methods graph card",
     "demo": "errors families planting whole_file",
