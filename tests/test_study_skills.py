@@ -177,7 +177,7 @@ def test_a_command_that_fails_has_no_cost() -> None:
 
 def _findings(loss: float) -> Findings:
     """Two seeds in which every arm has one loss, and RegMean another."""
-    settings = json.loads(json.dumps({"seeds": [0, 1], "mixes": [vars(Skills.read("skills").mixes[0])]}))
+    settings = json.loads(json.dumps({"seeds": [0, 1], "costs": True, "mixes": [vars(Skills.read("skills").mixes[0])]}))
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for seed in (0, 1):
         for kind in ("base", "log", "arithmetic"):

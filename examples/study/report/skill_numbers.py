@@ -44,7 +44,7 @@ def finished(findings: Findings) -> bool:
         for mix in mixes(findings)
         for arm in arms(mix.arms)
     )
-    return complete and findings.has(COST)
+    return complete and findings.has(COST) == findings.settings["costs"]
 
 
 def parents(findings: Findings, mix: Mix) -> dict[int, float]:

@@ -37,6 +37,8 @@ TITLES = {
     "regmean-prompts": "`regmean`, prompts of the package",
     "regmean-unscaled": "`regmean`, 60 texts, `off_diagonal: 1`",
     DATA_FREE: "`regmean_task_arithmetic`, no data",
+    "regmean-vectors-little-ridge": "`regmean_task_arithmetic`, no data, `ridge: 0.001`",
+    "regmean-vectors-much-ridge": "`regmean_task_arithmetic`, no data, `ridge: 1`",
     "regmean-vectors-measured": "`regmean_task_arithmetic`, 60 texts",
     "regmean-vectors-measured-8": "`regmean_task_arithmetic`, 8 texts",
     "regmean-vectors-prompts": "`regmean_task_arithmetic`, prompts of the package",
@@ -106,6 +108,7 @@ def aligned(findings: Findings) -> list[str]:
 
 
 def costs(findings: Findings) -> str:
+    """What commands cost; nothing if that was not measured."""
     rows = []
     for (part, _, arm, variant), row in findings.rows.items():
         if part == COST:
@@ -114,7 +117,7 @@ def costs(findings: Findings) -> str:
     said = """\
 Cost of one command, start of Python included, with the machine to itself (memory: the peak of what is resident, files
 that are read included):"""
-    return paragraphs(said, table(("command", "seconds", "peak memory, GB", "file, GB"), rows))
+    return paragraphs(said, table(("command", "seconds", "peak memory, GB", "file, GB"), rows)) if rows else ""
 
 
 def titled(title: str, arm: str, is_best: bool) -> str:

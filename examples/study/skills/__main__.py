@@ -6,16 +6,14 @@ What was measured before is kept, so a killed run goes on where it was.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 from ..settings import HERE
 from ..store import Store
 from ..sweep import reproducible
+from .compare import compare
 from .comparison import Comparison, Models
-from .costs import cost, priced
 from .encoders import Encoders
-from .jobs import lacking, measure_all
 from .language import LanguageModels
 from .settings import Skills
 
@@ -40,17 +38,6 @@ def main() -> None:
     else:
         models = Encoders(settings, work, args.device)
     compare(Comparison(models), Store.open(args.out / f"{settings.name}.json", settings), args.workers)
-
-
-def compare(comparison: Comparison, store: Store, workers: int) -> None:
-    """Measure what is missing: models, statistics, merges, then costs with the machine to themselves."""
-    comparison.models.base()
-    phases = [list(comparison.trained()), list(comparison.measured()), list(comparison.merged())]
-    if lacking([job for phase in (*phases, priced(comparison)) for job in phase], store):
-        for phase in phases:
-            measure_all(phase, comparison, store, workers)
-    for job in priced(comparison):
-        store.measure(asdict(job), lambda wanted=job: cost(comparison, wanted))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Skills:
         steps, batch, tokens: batches, sequences per batch, tokens per sequence of a fine-tune.
         learning_rate: of AdamW; it warms up over ten steps.
         heldout: texts of each kind from which losses are measured.
-        statistics: name -> texts of a model's own kind from which its statistics are measured.
+        costs: whether the commands are timed, each in a process of its own.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Skills:
     batch: int
     tokens: int
     heldout: int
-    statistics: dict[str, int]
+    costs: bool
     mixes: tuple[Mix, ...]
 
     @staticmethod
