@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -121,15 +121,13 @@ class GramSums:
     def note(self, use: Use, rows: Rows) -> None:
         """Count a use in, if its input is wanted and this tensor stands for it."""
         if use.name in self._sums:
-            self._sums[use.name].add(rows.of(use).detach(), use.expert)
+            self.add(use.name, rows.of(use).detach(), use.expert)
+
+    def add(self, name: str, rows: Tensor, expert: int | None) -> None:
+        self._sums[name].add(rows, expert)
 
     def found(self) -> Iterable[Gram]:
         """One after another, so that none is kept that was written."""
         while self._sums:
             name = next(iter(self._sums))
             yield self._sums.pop(name).found(self._names[name])
-
-
-def weights_of(inputs: Iterable[Shared], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that stand for the inputs."""
-    return {shared.names[0]: weights[shared.names[0]] for shared in inputs}
