@@ -124,7 +124,8 @@ class AlignedPlan:
     def _ready(self, planned: Planned, aligned: Mapping[ModelReference, ApplyBlock]) -> Ready:
         _, task = planned
         order = tuple(m for m in task.model_order if self._takes_part(m, task))
-        base = task.base_model if self.method.anchor_is_base or task.base_model in order else None
+        listed = task.base_model in order and not isinstance(self.method.inner, DataMethod)
+        base = task.base_model if self.method.anchor_is_base or listed else None
         return ready(planned, order, base, aligned, self._models.checkpoints, self.config)
 
     def _merged(self, tensors: tuple[Ready, ...]) -> tuple[list[tuple[WeightInfo, Task]], dict[str, Any]]:
