@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ..settings import HERE
 from ..store import Store
-from ..sweep import reproducible
 from .compare import compare
 from .comparison import Comparison, Models
 from .encoders import Encoders
+from .jobs import settle
 from .language import LanguageModels
 from .settings import Skills
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that share the work")
     parser.add_argument("--text", type=Path, help="a text file, for settings with the kind `file` (part language)")
     args = parser.parse_args()
-    reproducible()
+    settle()
     settings = Skills.read(SETTINGS[args.part], args.settings)
     work = args.work.resolve() / settings.name
     if args.part == "language":

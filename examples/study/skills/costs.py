@@ -69,7 +69,7 @@ def timed(command: Sequence[str]) -> Row:
     Raises:
         RuntimeError: if the command fails, with the end of what it wrote.
     """
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(HERE.parent), os.environ.get("PYTHONPATH", "")))}
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "study.skills.peak", *command],
