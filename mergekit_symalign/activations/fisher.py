@@ -1,8 +1,8 @@
 """Fisher information of every tensor, one layer of the model in memory at a time.
 
-The Fisher information of a sequence is the square of the gradient of its log-likelihood: of the sum over its tokens, not
-of their mean. So a sequence weighs as much as its tokens say, and an average over sequences is what Matena and Raffel
-(2022) call the diagonal of the Fisher matrix, with a sequence for an example.
+The Fisher information of a sequence is the square of the gradient of its log-likelihood, which is the sum over its
+tokens, not their mean. The mean over sequences is what Matena and Raffel (2022) call the diagonal of the Fisher matrix,
+with a sequence for an example. Sequences in which nothing is predicted do not count.
 
 Sequences run forward through one layer after another, and what enters each layer waits on disk. Then gradients run
 backward through one layer after another, each loaded again. A gradient is squared as soon as it is there, sequence by
@@ -13,14 +13,14 @@ tied embedding gets a gradient from both ends, and both are added before they ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_symalign.activations.gram import Gram, GramSums
-from mergekit_symalign.activations.inputs import Inputs, Shared
+from mergekit_symalign.activations.inputs import Shared
 from mergekit_symalign.activations.linear import Rows, Use, Watch
 from mergekit_symalign.activations.objectives import (
     IGNORED,
@@ -30,33 +30,13 @@ from mergekit_symalign.activations.objectives import (
     logits_of,
     negative_log_likelihood,
 )
-from mergekit_symalign.activations.runner import Batch, Recorded
+from mergekit_symalign.activations.runner import Recorded
 from mergekit_symalign.activations.sources import Source, full_names, outside_of, tied_names
 from mergekit_symalign.activations.spill import Spill
 from mergekit_symalign.activations.stream import Loss, run_layer_noting, watching
+from mergekit_symalign.activations.wanted import Wanted
 
 Put = Callable[[str, tuple[str, ...], Tensor], None]  # kind, names of the tensors, numbers
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is measured.
-
-    Attributes:
-        inputs: whose Gram matrices are wanted.
-        full: whether whole Gram matrices are wanted, or their diagonals.
-        fisher: tensors whose squared gradients are wanted.
-        outputs: of linear layers whose output's gradients are wanted, each by itself; empty unless ``kronecker``.
-        whose: ``empirical``, ``sampled`` or ``hard``.
-        seed: of the targets that are drawn.
-    """
-
-    inputs: Inputs
-    full: bool
-    fisher: frozenset[str]
-    outputs: Inputs
-    whose: str = "empirical"
-    seed: int = 0
 
 
 class FisherPass:
@@ -80,9 +60,15 @@ class FisherPass:
         *,
         gram: Callable[[Gram], None],
         put: Put,
-        step: Callable[[], None],
+        step: Callable[[], object],
     ) -> None:
-        self._source, self._runner, self._samples, self._wanted, self._spill = source, source.runner, samples, wanted, spill
+        self._source, self._runner, self._samples, self._wanted, self._spill = (
+            source,
+            source.runner,
+            samples,
+            wanted,
+            spill,
+        )
         self._gram, self._put, self._step = gram, put, step
         self._targets: list[Tensor] = []
         self._moving: tuple[int, ...] = ()  # which arguments of the layers depend on weights
@@ -116,7 +102,9 @@ class FisherPass:
             with watching(weights, sums, Rows(batch, first=i == 0)):
                 found = self._runner.embed(batch, weights)
             self._moving = tuple(j for j, x in enumerate(found.tensors) if x.requires_grad)
-            recorded.append(replace(found, hidden=found.hidden.detach(), tensors=tuple(x.detach() for x in found.tensors)))
+            recorded.append(
+                replace(found, hidden=found.hidden.detach(), tensors=tuple(x.detach() for x in found.tensors))
+            )
         self._hand_on(sums)
         del weights
         hidden = [r.hidden for r in recorded]

@@ -11,7 +11,8 @@ from torch import Tensor
 from mergekit_symalign.activations.inputs import Shared
 from mergekit_symalign.activations.linear import Rows, Use
 
-_BLOCK = 512  # columns; of the products on both sides of the diagonal, one is computed
+_BLOCKS = 6  # along the diagonal; of the products on both sides of it, one is computed
+_LEAST = 128  # columns of a block
 _EXACT_BYTES = 2 << 30  # up to this size, sums over batches are kept in float64
 
 
@@ -75,7 +76,11 @@ class GramSum:
             one /= max(count, 1)
             total /= max(count, 1)
         squares, mean = squares.float(), mean.float()
-        return Gram(names, squares, mean, counts) if self._experts is not None else Gram(names, squares[0], mean[0], counts[0])
+        return (
+            Gram(names, squares, mean, counts)
+            if self._experts is not None
+            else Gram(names, squares[0], mean[0], counts[0])
+        )
 
     def _zeros(self, like: Tensor) -> tuple[Tensor, Tensor]:
         count = self._experts or 1
@@ -92,18 +97,21 @@ def add_products(total: Tensor, rows: Tensor) -> None:
         total: [in, in]. What is below the diagonal blocks stays as it is, until `mirror` fills it.
         rows: [rows, in].
     """
-    for start in range(0, rows.shape[1], _BLOCK):
-        left = rows[:, start : start + _BLOCK]
-        total[start : start + _BLOCK, start:] += left.mT @ rows[:, start:]
+    for start, end in _blocks(len(total)):
+        total[start:end, start:] += rows[:, start:end].mT @ rows[:, start:]
 
 
 def mirror(total: Tensor) -> None:
     """Make a matrix symmetric by what stands on and right of its diagonal, in place, block by block."""
-    for start in range(0, total.shape[0], _BLOCK):
-        end = start + _BLOCK
+    for start, end in _blocks(len(total)):
         block = total[start:end, start:end]
         block.copy_(block.triu() + block.triu(1).mT)
         total[end:, start:end] = total[start:end, end:].mT
+
+
+def _blocks(width: int) -> list[tuple[int, int]]:
+    size = max(_LEAST, -(-width // _BLOCKS))
+    return [(start, min(start + size, width)) for start in range(0, width, size)]
 
 
 class GramSums:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_symalign.activations.linear import Rows, Use, Watch
+from mergekit_symalign.activations.linear import Use, Watch
 from mergekit_symalign.activations.runner import Batch, LayerRunner, Recorded
 from mergekit_symalign.activations.sources import Source, outside_of, tied_names
 
@@ -78,9 +78,7 @@ def find_inputs(source: Source, batch: Batch) -> Inputs:
         runner.head(batch, outside, recorded.hidden)
     tied = {name for names in tied_names(runner) if len(names) > 1 for name in names}
     before = {name for shared in front.groups() for name in shared.names}
-    return Inputs(
-        _without(front.groups(), tied), tuple(layers), _without(behind.groups(), tied | before)
-    )
+    return Inputs(_without(front.groups(), tied), tuple(layers), _without(behind.groups(), tied | before))
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -98,7 +96,10 @@ def linear_names(model: nn.Module) -> list[str]:
 def _of_layer(runner: LayerRunner, index: int, recorded: Recorded) -> tuple[Shared, ...]:
     """By the names inside the layer."""
     hidden = recorded.hidden
-    weights = {part: torch.zeros_like(x, device=hidden.device, dtype=hidden.dtype) for part, x in runner.layers[index].named_parameters()}
+    weights = {
+        part: torch.zeros_like(x, device=hidden.device, dtype=hidden.dtype)
+        for part, x in runner.layers[index].named_parameters()
+    }
     found = _Found(weights)
     with found:
         runner.call(index, weights, hidden, recorded)

@@ -1,8 +1,8 @@
 """The linear layers of a running model: what each of them reads, wherever a weight is multiplied with an input.
 
-transformers multiplies by `torch.nn.functional.linear`, and by `torch.addmm` in GPT-2's ``Conv1D``. Both are watched, and
-weights are recognised by their memory. So routers and experts, which are parameters without a module of their own, are
-seen like every other layer: an expert is a slice of a packed weight.
+transformers multiplies by `torch.nn.functional.linear`, and by `torch.addmm` in GPT-2's ``Conv1D``. Both are watched,
+and weights are recognised by their memory. So routers and experts, which are parameters without a module of their own,
+are seen like every other layer: an expert is a slice of a packed weight.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ IGNORED = -100  # a target that does not count, as transformers marks it
 class Objective(str, Enum):
     """What a model predicts."""
 
-    next_token = "next token"  # noqa: S105
-    masked_token = "masked token"  # noqa: S105
+    next_token = "next token"
+    masked_token = "masked token"
     label = "label"
     token_labels = "label of each token"
     nothing = "nothing"  # the model has no head
@@ -86,9 +86,7 @@ def logits_of(output: Any) -> Tensor:
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed over all targets that count."""
-    return nn.functional.cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def drawn(logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:

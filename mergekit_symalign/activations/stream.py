@@ -42,7 +42,13 @@ class Loss:
 
 @torch.inference_mode()
 def sum_inputs(
-    source: Source, samples: Samples, wanted: Inputs, *, full: bool, put: Callable[[Gram], None], step: Callable[[], None]
+    source: Source,
+    samples: Samples,
+    wanted: Inputs,
+    *,
+    full: bool,
+    put: Callable[[Gram], None],
+    step: Callable[[], object],
 ) -> Loss:
     """Gram matrices of the inputs that are wanted, each handed on as soon as it is whole.
 

@@ -64,7 +64,7 @@ class StatisticsWriter:
     """
 
     def __init__(self, path: Path, folder: Path, shard_size: int = SHARD_SIZE) -> None:
-        self._path, self._folder, self._shard_size = path, folder, shard_size
+        self._path, self.folder, self._shard_size = path, folder, shard_size
         self._shards: list[_Shard] = []
         self._statistics: dict[str, dict[str, str]] = {}
         self._tokens: dict[str, Tokens] = {}
@@ -86,9 +86,10 @@ class StatisticsWriter:
         for name in names:
             self._statistics.setdefault(name, {})[kind] = stored
 
-    def count(self, names: tuple[str, ...], tokens: Tokens) -> None:
+    def count(self, names: tuple[str, ...], tokens: Tokens, *, unless_known: bool = False) -> None:
         """Note how many tokens reached these tensors; one number for each expert where they hold several."""
-        self._tokens.update(dict.fromkeys(names, tokens))
+        noted = dict.fromkeys(names, tokens)
+        self._tokens = {**noted, **self._tokens} if unless_known else {**self._tokens, **noted}
 
     def finish(self, origin: Origin, measured: Measured) -> list[Path]:
         """Write the file, or its shards and their index, which comes last.
@@ -112,7 +113,7 @@ class StatisticsWriter:
         assert len(text) <= MOST_TEXT
         parsed(text)
         remove_statistics(self._path)
-        shards = self._shards or [_Shard(self._folder / "0")]
+        shards = self._shards or [_Shard(self.folder / "0")]
         if len(shards) == 1:
             self._place(shards[0], self._path, text)
             return [self._path]
@@ -126,7 +127,7 @@ class StatisticsWriter:
 
     def _shard_for(self, size: int) -> _Shard:
         if not self._shards or (self._shards[-1].size and self._shards[-1].size + size > self._shard_size):
-            self._shards.append(_Shard(self._folder / str(len(self._shards))))
+            self._shards.append(_Shard(self.folder / str(len(self._shards))))
         return self._shards[-1]
 
     def _place(self, shard: _Shard, path: Path, text: str) -> None:
