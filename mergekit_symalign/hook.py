@@ -180,7 +180,7 @@ def _hook_merge(merge: Any) -> None:
     def hooked(original: Any) -> Any:
         def run_merge(merge_config: Any, out_path: str, options: Any, *args: Any, **kwargs: Any) -> Any:
             with readable_errors():
-                ours = _is_aligned_merge(merge_config)
+                ours = _is_our_merge(merge_config)
                 if ours:
                     from mergekit_symalign.graph.planner import before_merge
 
@@ -189,7 +189,7 @@ def _hook_merge(merge: Any) -> None:
                 if ours and options.write_model_card:
                     from mergekit_symalign.card import extend_card
 
-                    extend_card(Path(out_path))
+                    extend_card(Path(out_path), merge_config)
                 return result
 
         return run_merge
@@ -197,7 +197,7 @@ def _hook_merge(merge: Any) -> None:
     _replace(merge, "run_merge", hooked)
 
 
-def _is_aligned_merge(merge_config: Any) -> bool:
+def _is_our_merge(merge_config: Any) -> bool:
     """Whether one of our methods is asked for; a name that nobody has is MergeKit's to refuse, unless ours is meant."""
     from mergekit import merge_methods
 

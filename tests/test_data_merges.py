@@ -49,7 +49,7 @@ class Twins:
         ]
 
 
-def _twins(family: str, folder: Path, planted: Planted) -> Twins:
+def _twins(family: str, folder: Path, planted: Planted, length: int = 10) -> Twins:
     a = make_model(family, 0)
     layout = resolve(a.config, model="m")
     raw = save(perturbed(a, 0.1, 1), folder / "raw")
@@ -62,7 +62,7 @@ def _twins(family: str, folder: Path, planted: Planted) -> Twins:
     for name, model in (("b", b), ("twin", twin)):
         save(model, folder / name)
     models = {n: _as_saved(m, folder / n) for n, m in (("a", a), ("b", b), ("twin", twin))}
-    one, other = inputs_of(a, 1), inputs_of(a, 2)
+    one, other = (inputs_of(a, seed, length=length) for seed in (1, 2))
     return Twins(a, folder, {"a": one, "b": other, "twin": other}, models)
 
 
@@ -102,24 +102,37 @@ def test_reordered_twins_merge_like_the_original(
         tmp_path / "got",
     )
     plain = merged(merge_config(method, None, t.listed("a", "twin", **how)), tmp_path / "plain")
-    off, unaligned = _difference(got, wanted, plain)
+    off, unaligned = _difference(_felt(got), _felt(wanted), _felt(plain))
     assert off < ROUNDINGS * FINER
     assert unaligned > 1000 * ROUNDINGS * FINER
     average = merged(merge_config("linear", None, _weighted(t)), tmp_path / "average")
     assert off_by(average, wanted) > 100 * ROUNDINGS * FINER  # the data made a difference
 
 
+def _felt(state: State) -> State:
+    """Without the biases of BERT's keys: a softmax does not feel them, so their gradients are rounding."""
+    return {name: x for name, x in state.items() if not name.endswith("attention.self.key.bias")}
+
+
 def _weighted(t: Twins) -> list[dict[str, Any]]:
     return [{"model": t.path(n), "parameters": {"weight": w}} for n, w in (("a", 1.0), ("b", 0.7))]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])
-@pytest.mark.parametrize(("method", "how"), [("regmean", {"gram": "full"}), ("fisher", {"fisher": "kronecker"})])
+@pytest.mark.parametrize(
+    ("family", "method", "how"),
+    [
+        ("llama", "regmean", {"gram": "full"}),
+        ("gpt2", "regmean", {"gram": "full"}),
+        ("bert-classifier", "regmean", {"gram": "full"}),
+        ("gpt2", "fisher", {"fisher": "kronecker"}),
+        ("roberta", "fisher", {"fisher": "kronecker"}),
+    ],
+)
 def test_turned_twins_merge_like_the_original(
     family: str, method: str, how: dict[str, str], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     """Gram matrices and Kronecker factors follow every symmetry, rotations and scales too."""
-    t = _twins(family, tmp_path_factory.mktemp(family), Planted())
+    t = _twins(family, tmp_path_factory.mktemp(family), Planted(), length=40 if "fisher" in how else 10)
     wanted = merged(merge_config(method, None, t.listed("a", "b", **how)), tmp_path / "wanted")
     got = merged(merge_config(f"aligned_{method}", t.path("a"), t.listed("a", "twin", **how)), tmp_path / "got")
     plain = merged(merge_config(method, None, t.listed("a", "twin", **how)), tmp_path / "plain")

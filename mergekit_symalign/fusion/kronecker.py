@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergekit_symalign.fusion.outcome import Merged, Route, average
 
-_TINY = 1e-12  # of the largest number: what a sum of squares in float64 cannot tell from zero
+_TINY = 1e-12  # what a sum of squares in float64 cannot tell from zero, beside 1
 _ITERATIONS = 500
 
 
@@ -79,7 +79,7 @@ def _whitening(total: Tensor) -> Tensor | None:
     size = total.diagonal()
     scale = torch.where(size > 0, size, 1.0).rsqrt()
     values, vectors = torch.linalg.eigh(total * scale * scale.unsqueeze(-1))
-    seen = values > max(_TINY, len(size) * torch.finfo(torch.float64).eps) * float(values[-1].clamp(min=0))
+    seen = values > len(size) ** 0.5 * torch.finfo(torch.float32).eps  # below, rounding of what was stored
     if not bool(seen.any()) or not bool((size > 0).any()):
         return None
     return scale.unsqueeze(-1) * vectors[:, seen] * values[seen].rsqrt()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-from mergekit.config import ConditionalParameter, MergeConfiguration
+from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope
 from pydantic import ValidationError
 
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.graph.config_groups import Group, Settings, all_settings, groups_of
+from mergekit_symalign.graph.config_groups import Group, Settings, all_settings, groups_of, scalars
 from mergekit_symalign.methods import PlannedMethod
 
 
@@ -51,7 +51,7 @@ def _check_parameter(where: str, name: str, value: Any, spec: MergeMethodSpec) -
             f"{spec.name} has no parameter of this name",
             f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}",
         )
-    for scalar in _scalars(value):
+    for scalar in scalars(value):
         try:
             known[name].validate(scalar)
         except ValidationError as error:
@@ -60,17 +60,6 @@ def _check_parameter(where: str, name: str, value: Any, spec: MergeMethodSpec) -
                 f"it cannot be {scalar!r}: {error.errors()[0]['msg']}",
                 "Correct the value",
             ) from error
-
-
-def _scalars(value: Any) -> Iterator[Any]:
-    """Every single value of a setting with filters and gradients."""
-    if isinstance(value, ConditionalParameter):
-        yield from _scalars(value.value)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _scalars(item)
-    else:
-        yield value
 
 
 def _check_sources(group: Group, method: PlannedMethod) -> None:

@@ -101,17 +101,20 @@ class MergeLinear(_WithStatistics):
         self, weights: Dict[ModelReference, Tensor], biases: Optional[Dict[ModelReference, Tensor]] = None, **given: Any
     ) -> Dict[str, Any]:
         rows = {m: self._rows(weights[m], None if biases is None else biases[m]) for m in self._models()}
-        experts = next(iter(rows.values())).shape[0]
         merged = self._experts(rows, given) if self.layer.experts else [self._one(rows, None, given)]
         self._tell([one.route for one in merged])
-        found = torch.stack([one.weight for one in merged])
-        assert len(found) == experts
         like = next(iter(weights.values()))
-        bias = found[0, :, -1] if self.biases is not None else None
-        found = found[..., :-1] if self.biases is not None else found
-        weight = found if self.layer.experts else found[0].mT if self.layer.transposed else found[0]
-        results = {"weight": self._rounded(weight, like).contiguous(), "facts": self._facts(merged)}
-        return results if bias is None else {**results, "bias": self._rounded(bias, like).contiguous()}
+        found = {name: self._rounded(x, like).contiguous() for name, x in self._stored(merged).items()}
+        return {**found, "facts": self._facts(merged)}
+
+    def _stored(self, merged: Sequence[Merged]) -> Dict[str, Tensor]:
+        """Weight and bias as the model stores them."""
+        if self.layer.experts:
+            return {"weight": torch.stack([one.weight for one in merged])}
+        rows, bias = merged[0].weight, {}
+        if self.biases is not None:
+            rows, bias = rows[:, :-1], {"bias": rows[:, -1]}
+        return {"weight": rows.mT if self.layer.transposed else rows, **bias}
 
     def _experts(self, rows: Mapping[ModelReference, Tensor], given: Mapping[str, Any]) -> list[Merged]:
         """One after another, the statistics of all of them read once."""
@@ -130,8 +133,8 @@ class MergeLinear(_WithStatistics):
         """A matrix of the layer; its statistics are read one model after another where they were not read before."""
         device = next(iter(rows.values())).device
         statistics = iter(read) if read is not None else (self._read(i, device, given) for i in range(len(self.parts)))
-        layers = [rows[part.model][expert] for part in self.parts]
-        base = None if self.base is None else rows[self.base][expert]
+        layers = [rows[part.model].select(0, expert) for part in self.parts]
+        base = None if self.base is None else rows[self.base].select(0, expert)
         return self._merged(layers, [part.share for part in self.parts], statistics, base)
 
     @abstractmethod
