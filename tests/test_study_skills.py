@@ -105,6 +105,7 @@ class Tiny:
     settings: Skills
     work: Path
     device: str = "cpu"
+    labelled: bool = False
 
     def base(self) -> Path:
         return saved(self.work / "base", lambda folder: save(new_model(SMALL, 0), folder))

@@ -24,11 +24,16 @@ PROMPTS = "prompts"  # statistics from one half of the package's own prompts
 
 
 class Models(Protocol):
-    """The models of a part: trained, found and measured."""
+    """The models of a part: trained, found and measured.
+
+    Attributes:
+        labelled: whether their training texts have labels.
+    """
 
     settings: Skills
     work: Path
     device: str
+    labelled: bool
 
     def base(self) -> Path: ...
 
@@ -97,7 +102,10 @@ class Comparison:
             lines = self.models.calibration(kind, int(source.split("-")[1]), seed)
         path = write_prompts(lines, self.models.work / "prompts" / f"{kind}-{seed}-{source}.jsonl")
         return Measurement(
-            self.models.folder(kind, seed), path, self._file(kind, seed, source), options(source, self.models.device)
+            self.models.folder(kind, seed),
+            path,
+            self._file(kind, seed, source),
+            options(source, self.models.device, self.models.labelled),
         )
 
     def mix(self, name: str) -> Mix:

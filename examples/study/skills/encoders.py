@@ -35,6 +35,7 @@ class Encoders:
     settings: Skills
     work: Path
     device: str
+    labelled: bool = True
 
     def base(self) -> Path:
         """The pretrained encoder with a head that nothing has trained, the same for all."""

@@ -39,6 +39,7 @@ class LanguageModels:
     work: Path
     device: str
     text: Path | None = None
+    labelled: bool = False
 
     def base(self) -> Path:
         return unpack_smollm2(self.work / "base")

@@ -36,10 +36,10 @@ class Measurement:
         return self.out
 
 
-def options(source: str, device: str) -> tuple[str, ...]:
-    """What is measured: Gram matrices, or the Fisher information alone."""
-    kind = ("--gram", "none", "--fisher", "empirical") if source.startswith(FISHER) else ("--gram", "full")
-    return (*kind, "--device", device)
+def options(source: str, device: str, labelled: bool) -> tuple[str, ...]:
+    """What is measured: Gram matrices, or the Fisher information alone, by the labels where there are some."""
+    fisher = ("--gram", "none", "--fisher", "empirical", *(["--labels"] if labelled else []))
+    return (*(fisher if source.startswith(FISHER) else ("--gram", "full")), "--device", device, "--quiet")
 
 
 def size(files: Sequence[Path]) -> int:
