@@ -189,7 +189,7 @@ def _findings(loss: float) -> Findings:
                 "log_loss": x, "arithmetic_loss": x + 0.01 * seed, "other_loss": 3.0, "merge_seconds": 1.0,
             }  # fmt: skip
     rows["cost", 0, "log+arithmetic", "regmean"] = {"seconds": 3.0, "peak_bytes": 2e9}
-    return Findings(settings, {}, rows)
+    return Findings(settings, {"torch": "2"}, rows)
 
 
 PART = report.Part(7, "SmolLM2", "nats/token", lambda findings: "About.")
@@ -224,3 +224,15 @@ def test_section_waits_for_every_row() -> None:
     assert skill_numbers.finished(findings)
     key = ("merge", 1, "log+arithmetic", "sce select_topk=1.0")
     assert not skill_numbers.finished(replace(findings, rows={k: row for k, row in findings.rows.items() if k != key}))
+
+
+def test_a_row_that_fails_is_left_out_and_the_others_are_kept(
+    comparison: Comparison, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store.open(tmp_path / "r.json", comparison.models.settings)
+    jobs = [Job(parts.ALONE, 0, "base", "-"), Job(parts.MERGE, 0, "log+arithmetic", "average")]
+    comparison.models.base()
+    measure_all(reversed(jobs), comparison, store, workers=1)  # the merge has no models yet
+    assert "merge 0 log+arithmetic average FAILED: " in capsys.readouterr().out
+    assert [key[0] for key in store.rows] == [parts.ALONE]
+    assert lacking(jobs, store)

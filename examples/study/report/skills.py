@@ -52,7 +52,7 @@ with {settings["batch"]} sequences of {settings["tokens"]} tokens, learning rate
 {len(settings["seeds"])} seeds (they decide which windows and texts are read). Losses are in nats per token, on
 {settings["heldout"]} held-out texts of each kind. *Other text* are prompts that no model was trained on: what the
 merge forgets (half of the package's own; the other half serves as *prompts of the package*). Statistics come from
-training texts of each model's own kind. {_reading()}"""
+training texts of each model's own kind. {_measured_on(findings)} {_reading()}"""
 
 
 def _encoders(findings: Findings) -> str:
@@ -63,7 +63,12 @@ each: {settings["steps"]} steps with {settings["batch"]} texts, learning rate {s
 {len(settings["seeds"])} seeds. *Topics*: from which chapter of the Python language reference a passage is. *Modules*:
 in which module of NumPy, SciPy or PyTorch a function is. Losses are in nats, on {settings["heldout"]} held-out texts of
 each task (fewer where there are not that many). Each task has a head of its own: a merged encoder is measured with the
-head of that task's own model. {_reading()}"""
+head of that task's own model. {_measured_on(findings)} {_reading()}"""
+
+
+def _measured_on(findings: Findings) -> str:
+    versions = findings.environment
+    return f"Measured on {versions.get('accelerator', 'a CPU')} with torch {versions['torch']}."
 
 
 def _reading() -> str:

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--settings", type=Path, help="other settings than those of the study")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="directory of the results file")
     parser.add_argument("--work", type=Path, default=Path(".cache/study"), help="directory for models and merges")
-    parser.add_argument("--device", default="cpu", help="where models are trained and measured; merges run on the CPU")
+    parser.add_argument("--device", default="cpu", help="where models are trained, merged and measured")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the work")
     parser.add_argument("--text", type=Path, help="a text file, for settings with the kind `file` (part language)")
     args = parser.parse_args()

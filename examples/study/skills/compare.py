@@ -11,7 +11,11 @@ from .jobs import lacking, measure_all
 
 
 def compare(comparison: Comparison, store: Store, workers: int) -> None:
-    """Measure what is missing: models, statistics, merges, then costs with the machine to themselves."""
+    """Measure what is missing: models, statistics, merges, then costs with the machine to themselves.
+
+    Raises:
+        RuntimeError: at the end, if rows are still missing because something failed.
+    """
     comparison.models.base()
     phases = [list(comparison.trained()), list(comparison.measured()), list(comparison.merged())]
     last = priced(comparison) if comparison.models.settings.costs else []
@@ -20,3 +24,5 @@ def compare(comparison: Comparison, store: Store, workers: int) -> None:
             measure_all(phase, comparison, store, workers)
     for job in last:
         store.measure(asdict(job), lambda wanted=job: cost(comparison, wanted))
+    if lacking([job for phase in phases for job in phase], store):
+        raise RuntimeError(f"rows are missing in {store.path}: see FAILED above, and run this again.")

@@ -133,7 +133,9 @@ class Comparison:
         arm = next(arm for arm in arms(mix.arms) if arm.name == job.variant)
         work = self.models.work / f"merge-{os.getpid()}"
         started = time.perf_counter()
-        out = run(self.config(mix, arm, job.seed), work, work / "merged", random_seed=job.seed)
+        out = run(
+            self.config(mix, arm, job.seed), work, work / "merged", random_seed=job.seed, device=self.models.device
+        )
         seconds = time.perf_counter() - started
         found = self.models.losses(load_state(out), job.seed)
         shutil.rmtree(work)

@@ -20,16 +20,16 @@ from .measuring import size
 
 COST = "cost"
 MEASURED = "measure"  # in place of a mix
-ARMS = ("average", "task-arithmetic lambda=1.0", "ties lambda=1.0", "fisher", "regmean", "regmean-vectors")
+ARMS = ("average", "ties lambda=1.0", "fisher", "regmean", "regmean-vectors")
+SOURCES = ("fisher-60", "texts-60")
 
 
 def priced(comparison: Comparison) -> list[Job]:
-    """The first mix by some arms, and the statistics of its first model."""
+    """The first mix by some arms on the CPU, and the statistics of its first model on the device of the study."""
     mix, seed = comparison.models.settings.mixes[0], comparison.models.settings.seeds[0]
     tried = arms(mix.arms)
-    sources = dict.fromkeys(arm.statistics for arm in tried if arm.statistics)
     merges = [Job(COST, seed, mix.name, arm.name) for arm in tried if arm.name in ARMS]
-    return merges + [Job(COST, seed, MEASURED, source) for source in sources]
+    return merges + [Job(COST, seed, MEASURED, source) for source in SOURCES]
 
 
 def cost(comparison: Comparison, job: Job) -> Row:
