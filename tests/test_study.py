@@ -67,7 +67,10 @@ def test_the_page_follows_the_numbers(study: Study) -> None:
     assert readme_paragraph(replace(study, main=main)) != readme_paragraph(study)
 
 
-@pytest.mark.parametrize(("part", "arm", "variant"), [("fusion", "hot", "weights"), ("smollm2", "transfer", "plain")])
+@pytest.mark.parametrize(
+    ("part", "arm", "variant"),
+    [("fusion", "hot", "weights"), ("smollm2", "transfer", "plain"), ("vits", "simple", "match")],
+)
 def test_the_page_follows_the_numbers_of_the_other_parts(study: Study, part: str, arm: str, variant: str) -> None:
     findings = getattr(study, part)
     key = next(key for key in findings.rows if key[2:] == (arm, variant))

@@ -19,9 +19,9 @@ from study import digits  # noqa: E402
 from study.merging import MERGES  # noqa: E402
 from study.vit_merges import PLAIN, VitMerger  # noqa: E402
 from study.vit_models import HALVES, Training, Vits, abilities, load, new_model, save, train  # noqa: E402
-from study.vits import MERGERS, tried  # noqa: E402
+from study.vits import wanted  # noqa: E402
 
-SMALL = Vits.read("vits-small")
+FULL, SMALL = Vits.read(), Vits.read("vits-small")
 DESCRIBED = yaml.safe_load((MERGES / "vits.yml").read_text("utf-8"))
 
 
@@ -56,8 +56,9 @@ def test_a_half_is_trained_on_its_own_digits() -> None:
 
 
 def test_every_merger_and_match_is_described() -> None:
-    assert {merger for mergers in MERGERS.values() for merger in mergers} == DESCRIBED["mergers"].keys()
-    assert {match for part in MERGERS for _, match in tried(part)} == {PLAIN, *DESCRIBED["matches"]}
+    pairs = [pair for part in FULL.mergers for pair in wanted(FULL, part)]
+    assert {merger for merger, _ in pairs} == DESCRIBED["mergers"].keys()
+    assert {match for _, match in pairs} == {PLAIN, *DESCRIBED["matches"]}
 
 
 def test_a_match_adds_alignment_and_nothing_else(models: dict[str, Path], tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ class Vits:
         apart: of each of two models that have nothing in common; base, halves: of a base, and its two fine-tunes.
         after: of a merged model, to see how fast it recovers.
         calibration: training images from which statistics are measured.
+        mergers, matches: what is tried on the two models apart, and on the two halves (``merges/vits.yml``).
     """
 
     seeds: tuple[int, ...]
@@ -52,6 +53,8 @@ class Vits:
     halves: Training
     after: Training
     calibration: int
+    mergers: dict[str, list[str]]
+    matches: dict[str, list[str]]
 
     @staticmethod
     def read(name: str = "vits") -> Vits:

@@ -16,19 +16,16 @@ from .store import Row, Store
 from .vit_merges import PLAIN, VitMerger
 from .vit_models import HALVES, Models, Name, Vits, abilities, load, train
 
-MATCHES = {"apart": (PLAIN, "without-rescale", "match", "activations"), "halves": (PLAIN, "match")}
-TABLE_2 = ("simple", "fisher", "regmean", "ot-acts-emd", "ot-acts", "ot-wts")
 REBASIN = ("simple", "permutation")
-MERGERS = {
-    "apart": (*TABLE_2, "ot-acts-heads", "ot-wts-heads"),
-    "halves": ("simple", "fisher", "regmean", "task-arithmetic", "regmean-task-vectors"),
-}
+RESPECTED = {"ot-acts": "ot-acts-heads", "ot-wts": "ot-wts-heads"}  # the same transport, heads respected
 ALONE: dict[str, tuple[Name, ...]] = {"apart": ("one", "other"), "halves": ("base", "low", "high")}
 
 
-def tried(part: str) -> list[tuple[str, str]]:
-    """Every merger with every match, and Git Re-Basin."""
-    return [*product(MERGERS[part], MATCHES[part]), *([REBASIN] if part == "apart" else [])]
+def wanted(settings: Vits, part: str) -> list[tuple[str, str]]:
+    """Every merger with every match, and what is compared beside the table."""
+    beside = [REBASIN, *((merger, PLAIN) for merger in RESPECTED.values())]
+    table = product(settings.mergers[part], settings.matches[part])
+    return [*table, *(beside if part == "apart" else [])]
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,8 @@ class Fusions:
             for part, names in ALONE.items():
                 for name in names:
                     self._measure(part, seed, name, "-", lambda m=models, n=name: self._abilities(m.folder(n), m.seed))
-        for part in MERGERS:
-            for (merger, match), seed in product(tried(part), self.settings.seeds):
+        for part in self.settings.mergers:
+            for (merger, match), seed in product(wanted(self.settings, part), self.settings.seeds):
                 self._measure(
                     part, seed, merger, match, lambda p=part, m=merger, v=match, s=seed: self._merged(p, m, v, s)
                 )

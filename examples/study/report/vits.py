@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import product
 
 from ..digits import HELD_OUT
+from ..estimates import Estimate
 from ..findings import Findings, Metric, percent, plain_number
-from ..vits import ALONE, MATCHES, MERGERS, PLAIN, REBASIN, TABLE_2
+from ..vits import ALONE, PLAIN, REBASIN, RESPECTED
 from .claims import ZHANG, Claim, answer
-from .markdown import judged, listing, opening, paragraphs, table
+from .markdown import judged, opening, paragraphs, table
 
 TITLES = {
     "simple": "simple (average)",
@@ -17,8 +18,6 @@ TITLES = {
     "ot-acts-emd": "OT-ACTS-EMD",
     "ot-acts": "OT-ACTS",
     "ot-wts": "OT-WTS",
-    "ot-acts-heads": "OT-ACTS, `heads: respect`",
-    "ot-wts-heads": "OT-WTS, `heads: respect`",
     "task-arithmetic": "task arithmetic",
     "regmean-task-vectors": "RegMean on task vectors, no data",
 }
@@ -43,7 +42,7 @@ SECONDS = plain_number("merge_seconds")
 
 def finished(findings: Findings) -> bool:
     """Whether the averages were measured; the other mergers are shown where they were."""
-    return all("simple" in tried(findings, part) for part in MERGERS)
+    return all("simple" in tried(findings, part) for part in findings.settings["mergers"])
 
 
 def tried(findings: Findings, part: str) -> list[str]:
@@ -51,8 +50,10 @@ def tried(findings: Findings, part: str) -> list[str]:
     seeds = set(findings.settings["seeds"])
     return [
         merger
-        for merger in MERGERS[part]
-        if all(seeds == set(findings.per_seed(part, merger, match, LOSS)) for match in MATCHES[part])
+        for merger in findings.settings["mergers"][part]
+        if all(
+            seeds == set(findings.per_seed(part, merger, match, LOSS)) for match in findings.settings["matches"][part]
+        )
     ]
 
 
@@ -65,6 +66,7 @@ def section(findings: Findings) -> str:
         "Accuracy on held-out images, % (higher is better). *Published*: no match → match, on CIFAR-10.",
         _accuracies(findings, "apart"),
         _rebasin(findings),
+        _respected(findings),
         "Loss on held-out images, nats (lower is better).",
         _table(findings, "apart", LOSS, -1, 3),
         "Accuracy after one more epoch on all the training images, % (higher is better).",
@@ -79,7 +81,7 @@ def section(findings: Findings) -> str:
 
 def claims(findings: Findings) -> list[Claim]:
     rows = []
-    for merger in (merger for merger in tried(findings, "apart") if merger in TABLE_2):
+    for merger in tried(findings, "apart"):
         gain = findings.difference("apart", merger, "match", ACCURACY)
         claim = f"matching improves the merge of two ViTs of different initialisation ({TITLES[merger]})"
         rows.append((ZHANG, claim, answer(gain, 1), judged(gain, 1, unit=" points")))
@@ -89,14 +91,17 @@ def claims(findings: Findings) -> list[Claim]:
 
 
 def _verdict(findings: Findings) -> str:
-    gains = {m: findings.difference("apart", m, "match", ACCURACY) for m in tried(findings, "apart")}
-    words = {"better": [], "worse": [], "no difference shown": []}  # type: dict[str, list[str]]
-    for merger, gain in gains.items():
-        words.setdefault(gain.verdict(1), []).append(f"{TITLES[merger]} ({gain.text(signed=True)})")
-    said = [f"{word.capitalize()}: {listing(found)}." for word, found in words.items() if found]
-    lead = """Here two vision transformers of different initialisation are merged, with and without matching. The
-numbers are points of accuracy, match minus no match."""
-    return " ".join((opening(gain.verdict(1) for gain in gains.values()), lead, *said))
+    """By match: which mergers it makes better, and which it does not."""
+    mergers = tried(findings, "apart")
+    gains = {
+        v: {m: findings.difference("apart", m, v, ACCURACY) for m in mergers} for v in _compared(findings, "apart")
+    }
+    said = ["Here two vision transformers of different initialisation are merged, with and without matching."]
+    for match, of in gains.items():
+        said.append(f"The {MATCH_TITLES[match]} changes the accuracy by, in points (higher is better):")
+        said.append("; ".join(f"{TITLES[merger]} {judged(gain, 1)}" for merger, gain in of.items()) + ".")
+    words = opening(gain.verdict(1) for gain in gains["match"].values())
+    return " ".join((words, *said))
 
 
 def _models(findings: Findings) -> str:
@@ -124,6 +129,19 @@ def _rebasin(findings: Findings) -> str:
 *Git Re-Basin* permutes neurons and heads and does not rotate. Without the residual stream its average reaches
 {accuracy.text()} %, against no match {judged(gain, 1, unit=" points")}. The rotations of the match add
 {judged(behind, 1, unit=" points")}."""
+
+
+def _respected(findings: Findings) -> str:
+    """What transport gains when the attention is aligned head by head."""
+    said = []
+    for merger, ours in RESPECTED.items():
+        paired = [findings.per_seed("apart", arm, PLAIN, ACCURACY) for arm in (ours, merger)]
+        if all(paired):
+            gain = Estimate.of([x - paired[1][seed] for seed, x in paired[0].items()])
+            reached = findings.estimate("apart", ours, PLAIN, ACCURACY).text()
+            said.append(f"{TITLES[merger]} {reached} %, {judged(gain, 1, unit=' points')}")
+    lead = "The papers' transport mixes the coordinates of all heads. With `heads: respect`, and no match, accuracy is:"
+    return f"{lead} {'; '.join(said)}." if said else ""
 
 
 def _halves(findings: Findings) -> str:
@@ -154,27 +172,31 @@ def _alone(findings: Findings, part: str) -> str:
 def _accuracies(findings: Findings, part: str) -> str:
     rows = _rows(findings, part, ACCURACY, 1, 1)
     published = [PUBLISHED.get(merger, "") for merger in tried(findings, part)]
-    return table((*_head(part), "published, %"), [(*row, said) for row, said in zip(rows, published, strict=True)])
+    return table(
+        (*_head(findings, part), "published, %"), [(*row, said) for row, said in zip(rows, published, strict=True)]
+    )
 
 
 def _table(findings: Findings, part: str, metric: Metric, favourable: int, digits: int) -> str:
-    return table(_head(part), _rows(findings, part, metric, favourable, digits))
+    return table(_head(findings, part), _rows(findings, part, metric, favourable, digits))
 
 
-def _head(part: str) -> tuple[str, ...]:
-    titles = [MATCH_TITLES[match] for match in MATCHES[part]]
-    return ("merger", *titles, *(f"{MATCH_TITLES[match]} − no match" for match in _compared(part)))
+def _head(findings: Findings, part: str) -> tuple[str, ...]:
+    titles = [MATCH_TITLES[match] for match in findings.settings["matches"][part]]
+    return ("merger", *titles, *(f"{MATCH_TITLES[match]} − no match" for match in _compared(findings, part)))
 
 
-def _compared(part: str) -> list[str]:
-    return [match for match in ("match", "activations") if match in MATCHES[part]]
+def _compared(findings: Findings, part: str) -> list[str]:
+    return [match for match in ("match", "activations") if match in findings.settings["matches"][part]]
 
 
 def _rows(findings: Findings, part: str, metric: Metric, favourable: int, digits: int) -> list[tuple[str, ...]]:
     rows = []
     for merger in tried(findings, part):
-        cells = [findings.estimate(part, merger, match, metric).text(digits) for match in MATCHES[part]]
-        for match in _compared(part):
+        cells = [
+            findings.estimate(part, merger, match, metric).text(digits) for match in findings.settings["matches"][part]
+        ]
+        for match in _compared(findings, part):
             cells.append(judged(findings.difference(part, merger, match, metric), favourable, digits))
         rows.append((TITLES[merger], *cells))
     return rows
@@ -183,7 +205,7 @@ def _rows(findings: Findings, part: str, metric: Metric, favourable: int, digits
 def _times(findings: Findings) -> str:
     slowest = max(
         (findings.estimate(part, merger, match, SECONDS).mean, TITLES[merger])
-        for part in MERGERS
-        for merger, match in product(tried(findings, part), MATCHES[part])
+        for part in findings.settings["mergers"]
+        for merger, match in product(tried(findings, part), findings.settings["matches"][part])
     )
     return f"No merge took more than {slowest[0]:.0f} s on average ({slowest[1]}), statistics included."
