@@ -13,10 +13,11 @@ import pytest
 import torch
 from conftest import merge_config, merged
 from models import make_model, perturbed, save, word_tokenizer
+from transformers import ViTImageProcessorPil
 
 from mergekit_symalign.activations.calibration import BATCH_TOKENS, calibrate, read_prompts
 from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
-from mergekit_symalign.errors import ArchitectureError, CalibrationError, ConfigError, ParameterError
+from mergekit_symalign.errors import CalibrationError, ConfigError, ParameterError
 from mergekit_symalign.graph import streaming
 
 WORDS = word_tokenizer(97)
@@ -160,10 +161,13 @@ def test_a_consensus_takes_neither_prompts_nor_files(paths: list[Path], tmp_path
         _merge(paths, tmp_path / "out", calibration=str(prompts), anchor="consensus")
 
 
-def test_models_that_read_no_text_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("calibration", "message"), [("default", "reads images"), ("p.jsonl", "not a folder")])
+def test_models_that_read_no_text_need_a_folder_of_images(calibration: str, message: str, tmp_path: Path) -> None:
     models = [save(make_model("vit", i), tmp_path / str(i)) for i in range(2)]
-    with pytest.raises(ArchitectureError, match="compares models on prompts, and ViT reads no text"):
-        _merge(models, tmp_path / "out", calibration=str(_file(tmp_path, '{"text": "w3"}')))
+    for model in models:
+        ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(model)
+    with pytest.raises(CalibrationError, match=message):
+        _merge(models, tmp_path / "out", calibration=calibration)
 
 
 class HubRows:

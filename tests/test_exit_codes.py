@@ -25,13 +25,14 @@ from mergekit_symalign.errors import SymalignError
 ARGUMENTS: dict[str, list[str]] = {
     "demo": [],
     "inspect": ["a", "b"],
+    "measure": ["a", "-o", "c.safetensors", "--calibration", "t.txt"],
     "solve": ["a", "b", "-o", "c"],
     "apply": ["f", "a", "-o", "c"],
     "verify": ["a", "b"],
     "barrier": ["a", "b", "--text", "t"],
 }
 """Each of our commands, with what it needs to be called; yaml is MergeKit's."""
-FINAL = {"CheckpointError", "ValueInTensorError", "AlignmentFileError", "HostError"}
+FINAL = {"CheckpointError", "ValueInTensorError", "AlignmentFileError", "StatisticsFileError", "HostError"}
 FAMILY = [
     kind
     for kind in vars(errors).values()

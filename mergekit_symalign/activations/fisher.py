@@ -188,9 +188,10 @@ class FisherPass:
         squares = Squares({name: x for name, x in first.items() if name in self._wanted.fisher})
         outputs = OutputSums(self._wanted.outputs.front)
         embedding = list(first.values()) if self._wanted.outputs.front else []
+        left = self._spill.take(len(self._runner.layers))
         if not squares.weights and not embedding:
             return
-        for i, hidden in enumerate(self._spill.take(len(self._runner.layers))):
+        for i, hidden in enumerate(left):
             batch = self._samples.batches[i]
             logits = logits_of(self._runner.head(batch, weights, hidden))
             loss = negative_log_likelihood(logits, self._targets[i])

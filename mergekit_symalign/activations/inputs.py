@@ -109,33 +109,36 @@ def _of_layer(runner: LayerRunner, index: int, recorded: Recorded) -> tuple[Shar
 
 
 class _Found(Watch):
-    """Notes which weights read the same input."""
+    """Notes which weights read the same inputs: all that each of them reads, DeBERTa's positions too."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__(weights, self._add)
         self._weights = weights
         self._kept: list[Tensor] = []  # so that no other input comes to lie at the same place
-        self._names: dict[object, list[Use]] = {}
-        self._seen: set[str] = set()
+        self._uses: dict[str, list[Use]] = {}
 
     def _add(self, use: Use) -> None:
-        if use.name in self._seen:
-            return
-        self._seen.add(use.name)
         self._kept.append(use.read)
-        x = use.read
-        place = (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x.shape[-1], x._version)
-        self._names.setdefault((use.name,) if use.expert is not None else place, []).append(use)
+        self._uses.setdefault(use.name, []).append(use)
 
     def groups(self) -> tuple[Shared, ...]:
-        return tuple(
-            _packed(uses[0].name, self._weights[uses[0].name])
-            if uses[0].expert is not None
-            else Shared(
-                tuple(use.name for use in uses), uses[0].read.shape[-1], tuple(use.written.shape[-1] for use in uses)
-            )
-            for uses in self._names.values()
-        )
+        together: dict[object, list[Use]] = {}
+        for name, uses in self._uses.items():
+            packed = uses[0].expert is not None
+            together.setdefault(name if packed else tuple(map(_place, uses)), []).append(uses[0])
+        return tuple(self._shared(uses) for uses in together.values())
+
+    def _shared(self, uses: list[Use]) -> Shared:
+        first = uses[0]
+        if first.expert is not None:
+            return _packed(first.name, self._weights[first.name])
+        names, written = zip(*((use.name, use.written.shape[-1]) for use in uses), strict=True)
+        return Shared(names, first.read.shape[-1], written)
+
+
+def _place(use: Use) -> tuple[object, ...]:
+    x = use.read
+    return (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x.shape[-1], x._version)
 
 
 def _packed(name: str, x: Tensor) -> Shared:

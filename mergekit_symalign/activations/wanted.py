@@ -41,7 +41,14 @@ class Wanted:
 
 
 def wanted(
-    inputs: Inputs, shapes: Mapping[str, Sequence[int]], *, gram: str, fisher: str, only: str | None, seed: int
+    inputs: Inputs,
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    gram: str,
+    fisher: str,
+    only: str | None,
+    seed: int,
+    vocabulary: frozenset[str] = frozenset(),
 ) -> Wanted:
     """
     Args:
@@ -51,10 +58,12 @@ def wanted(
         fisher: ``none``, ``empirical``, ``sampled``, ``hard`` or ``kronecker``.
         only: a regular expression that names have to match.
         seed: of the targets that are drawn.
+        vocabulary: tensors that write a number for each token. Their output's factor would be as wide as the
+            vocabulary on both sides; with ``kronecker`` they get squared gradients instead.
     """
     matches = re.compile(only or "").search
     matching = _kept(inputs, lambda name: matches(name) is not None)
-    linear = {name for shared in inputs for name in shared.names}
+    linear = {name for shared in inputs for name in shared.names} - vocabulary
     names = frozenset(name for name in shapes if matches(name) is not None)
     nothing = _kept(inputs, lambda _: False)
     factors = fisher == "kronecker"
@@ -62,7 +71,7 @@ def wanted(
         inputs=nothing if gram == "none" else matching,
         full=gram != "diagonal",
         fisher=frozenset() if fisher == "none" else names - linear if factors else names,
-        outputs=matching if factors else nothing,
+        outputs=_kept(matching, lambda name: name not in vocabulary) if factors else nothing,
         whose="empirical" if factors else fisher,
         seed=seed,
     )

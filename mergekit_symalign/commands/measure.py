@@ -156,7 +156,16 @@ def run_measure(
     samples = moved(prepared, model.device)
     inputs = find_inputs(model, samples.batches[0])
     shapes = shapes_of(model.runner)
-    what = wanted(inputs, shapes, gram=asked.gram, fisher=asked.fisher, only=asked.only, seed=asked.seed)
+    vocabulary = {at for at, spec in model.checkpoint.layout.outside.items() if "vocabulary" in spec.axes}
+    what = wanted(
+        inputs,
+        shapes,
+        gram=asked.gram,
+        fisher=asked.fisher,
+        only=asked.only,
+        seed=asked.seed,
+        vocabulary=frozenset(vocabulary),
+    )
     if what.is_empty:
         raise ConfigError(f"--only {asked.only}", f"it matches no tensor of {name} that can be measured", _like(shapes))
     hidden = model.checkpoint.layout.geometry.hidden

@@ -10,10 +10,9 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 
-from mergekit_symalign.activations.calibration import Calibration
-from mergekit_symalign.activations.runner import EXPERTS, Batch, LayerRunner, Recorded
+from mergekit_symalign.activations.runner import EXPERTS, LayerRunner, Recorded
 from mergekit_symalign.activations.statistics import Statistics, Stream, run_layer
-from mergekit_symalign.errors import ArchitectureError, ModelError
+from mergekit_symalign.errors import ModelError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
@@ -56,17 +55,9 @@ def seen_axes(kind: BlockKind, layout: ModelLayout) -> frozenset[str]:
     return frozenset((EXPERTS if layout.geometry.experts > 1 else "down",))
 
 
-def require_runnable(layout: ModelLayout, model: str) -> None:
-    """
-    Raises:
-        ArchitectureError: if a model cannot be matched by what it does on prompts.
-    """
-    if all("vocabulary" not in spec.axes for spec in layout.outside.values()):
-        raise ArchitectureError(
-            f"model {model}",
-            f"objective: activations compares models on prompts, and {layout.family.title} reads no text",
-            "Use objective: weights",
-        )
+def reads_images(layout: ModelLayout) -> bool:
+    """Whether a model is compared on images, not on prompts."""
+    return all("vocabulary" not in spec.axes for spec in layout.outside.values())
 
 
 class _Streaming(Task[Dict[str, Any]]):
@@ -117,10 +108,10 @@ class EmbedPrompts(_Streaming):
     """What enters the first layer of each model, and the arguments of all its layers.
 
     Attributes:
-        calibration: the prompts.
+        calibration: the prompts (`Calibration`), or the images (`ImageCalibration`, which pydantic has no schema for).
     """
 
-    calibration: Calibration
+    calibration: Any
 
     def arguments(self) -> Dict[str, Task]:
         return self.weight_arguments()
@@ -131,7 +122,7 @@ class EmbedPrompts(_Streaming):
             weights = self.weights_of(i, tensors)
             device = next(iter(weights.values())).device
             runner = self.runner(i)
-            batches = [Batch(b.ids.to(device), b.valid.to(device)) for b in self.calibration.batches()]
+            batches = [type(b)(b.ids.to(device), b.valid.to(device)) for b in self.calibration.batches()]
             recorded = [runner.record(batch, weights) for batch in batches]
             hidden.append([r.hidden for r in recorded])
             calls.append([(r.tensors, r.calls) for r in recorded])

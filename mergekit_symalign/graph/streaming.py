@@ -20,10 +20,11 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
+from mergekit_symalign.activations.images import ImageCalibration, calibrate_images
 from mergekit_symalign.errors import CalibrationError, ConfigError, ParameterError
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, config_digest, require_runnable, seen_axes
+from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, config_digest, reads_images, seen_axes
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.planned import Planned, gather_of
@@ -87,8 +88,6 @@ def plan_streaming(
     anchor = next(iter(anchors))
     assert anchor is not None  # graph/config_checks.py
     models = (anchor, *dict.fromkeys(w.model for w in wanted))
-    for model in models:
-        require_runnable(checkpoints[model].layout, str(model))
     loads = _Loads(planned, checkpoints)
     last = max(w.layer for w in wanted)
     loads.require(models, last)
@@ -164,8 +163,10 @@ def _calibration(
     models: tuple[ModelReference, ...],
     options: MergeOptions,
     checkpoints: Mapping[ModelReference, Checkpoint],
-) -> Calibration:
+) -> Calibration | ImageCalibration:
     path, tokens, length = (_shared(name, planned) for name in SHARED)
+    if reads_images(checkpoints[models[0]].layout):
+        return _images(path, tokens, models, options, checkpoints)
     if path is None:
         raise CalibrationError(
             "parameter calibration", "objective: activations compares what models do on prompts, and none are given",
@@ -187,6 +188,25 @@ def _calibration(
             found.tokens,
             hidden,
         )
+    return found
+
+
+def _images(
+    path: str | None,
+    tokens: int,
+    models: tuple[ModelReference, ...],
+    options: MergeOptions,
+    checkpoints: Mapping[ModelReference, Checkpoint],
+) -> ImageCalibration:
+    if path in (None, "default"):
+        raise CalibrationError(
+            "parameter calibration",
+            f"objective: activations compares what models do, and {models[0]} reads images",
+            "Add calibration: FOLDER, a folder of images; or use objective: weights",
+        )
+    processors = {str(model): image_processor_of(model, options) for model in models}
+    found = calibrate_images(Path(path), checkpoints[models[0]].config, processors, tokens)
+    LOG.info("Calibration: %d tokens of %d images", found.tokens, len(found.pixels))
     return found
 
 
@@ -265,7 +285,10 @@ def image_processor_of(model: ModelReference, options: MergeOptions) -> Any:
 
 
 def _key(
-    planned: list[Planned], models: tuple[ModelReference, ...], digests: tuple[str, ...], calibration: Calibration
+    planned: list[Planned],
+    models: tuple[ModelReference, ...],
+    digests: tuple[str, ...],
+    calibration: Calibration | ImageCalibration,
 ) -> str:
     dtype = gather_of(planned[0][1]).dtype
     return hashlib.sha256(f"{[str(m) for m in models]} {digests} {dtype} {calibration.digest}".encode()).hexdigest()

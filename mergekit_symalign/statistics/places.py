@@ -25,7 +25,7 @@ def index_path(path: Path) -> Path:
     return path.with_name(path.name + INDEX)
 
 
-def shard_path(path: Path, number: int, count: int) -> Path:
+def numbered_shard(path: Path, number: int, count: int) -> Path:
     """``NAME-00001-of-00003.safetensors``, as checkpoints call theirs."""
     return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergekit_symalign.errors import ConfigError
 from mergekit_symalign.sealed.tensors import bytes_digest, described, raw_bytes
-from mergekit_symalign.statistics.places import index_path, index_text, plain_path, shard_path
+from mergekit_symalign.statistics.places import index_path, index_text, numbered_shard, plain_path
 from mergekit_symalign.statistics.schema import ENTRY, MOST_TEXT, Measured, Origin, Tokens, parsed, sealed
 from mergekit_symalign.whole_file import written_whole
 
@@ -117,7 +117,7 @@ class StatisticsWriter:
         if len(shards) == 1:
             self._place(shards[0], self._path, text)
             return [self._path]
-        paths = [shard_path(self._path, i, len(shards)) for i in range(1, len(shards) + 1)]
+        paths = [numbered_shard(self._path, i, len(shards)) for i in range(1, len(shards) + 1)]
         for shard, path in zip(shards, paths, strict=True):
             self._place(shard, path, json.dumps({"part_of": self._path.name}))
         table = {name: path.name for shard, path in zip(shards, paths, strict=True) for name in shard.tensors}
