@@ -171,10 +171,10 @@ def test_vocabularies_that_mergekit_matches(method: str, models: Models, folder:
     tokenizer.save_pretrained(save(other, tmp_path / "b"))
     kind = "-fisher" if method == "fisher" else ""
     inputs = number[inputs_of(models["b"], 1)]
+    one = measure(models["a"], tmp_path / "a", tmp_path / "a.safetensors", **how)  # type: ignore[arg-type]
     file = measure(other, tmp_path / "b", tmp_path / "b.safetensors", inputs=inputs, **how)  # type: ignore[arg-type]
     listed = [
-        {"model": tmp_path / "a", "parameters": {"statistics": str(folder / f"a{kind}.safetensors")}},
-        {"model": tmp_path / "b", "parameters": {"statistics": str(file)}},
+        {"model": tmp_path / name, "parameters": {"statistics": str(path)}} for name, path in (("a", one), ("b", file))
     ]
     got = merged(
         merge_config(method, tmp_path / "a", listed, tokenizer={"source": "base"}),
@@ -244,7 +244,7 @@ def test_merges_with_statistics_stay_on_a_fake_gpu() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", script]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "4 passed" in done.stdout
+    assert "3 passed" in done.stdout
 
 
 def _tasks(config: dict[str, Any], models: Models, tmp_path: Path) -> list[Task]:

@@ -67,12 +67,13 @@ def _check_sources(group: Group, method: PlannedMethod) -> None:
     if not method.aligns and not method.anchor_is_base:
         return
     if anchor is None:
-        needs = "aligns every model to" if method.aligns else "adds what the models learned to"
-        remedy = "that all others are aligned to" if method.aligns else "that they are fine-tunes of"
+        needs, remedy = (
+            ("aligns every model to base_model, but none is given", "that all others are aligned to")
+            if method.aligns
+            else ("adds what the models learned to base_model, but none is given", "that they are fine-tunes of")
+        )
         raise ConfigError(
-            f"base_model ({group.where})",
-            f"{method.spec.name} {needs} base_model, but none is given",
-            f"Add base_model: the model {remedy}",
+            f"base_model ({group.where})", f"{method.spec.name} {needs}", f"Add base_model: the model {remedy}"
         )
     if not set(group.models) - {anchor}:
         raise ConfigError(

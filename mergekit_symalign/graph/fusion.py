@@ -72,7 +72,8 @@ class _Planner:
     def files(self) -> StatisticsFiles:
         config = self.context.config
         matched = config.tokenizer is not None or config.tokenizer_source is not None
-        return StatisticsFiles(self.context.method.spec.name, self.context.checkpoints, matched)
+        context = self.context
+        return StatisticsFiles(context.method.spec.name, context.checkpoints, context.options, matched)
 
     @cached_property
     def _by_name(self) -> dict[str, Ready]:
@@ -191,12 +192,16 @@ class _FisherPlanner(_Planner):
         shares = shares_of(one)
         if any(self.context.checkpoints[m].stored(one.source(m)) is None for m in shares) or one.out_dtype is None:
             return {}
-        kinds = {self.files.of(one, m).measured.fisher for m in shares}
-        self._require_fisher(one, list(shares))
-        if "kronecker" not in kinds:
+        if not self._have_factors(one, list(shares)):
             return self._diagonal_mean(one)
-        layer = self._linear(one)
-        return {} if layer is None or _has_vocabulary(one) else self._of_linear(one, layer)
+        if (layer := self._linear(one)) is not None:
+            return {} if _has_vocabulary(one) else self._of_linear(one, layer)
+        return {} if self._is_bias(one) else self._diagonal_mean(one)
+
+    def _is_bias(self, one: Ready) -> bool:
+        """Whether it is merged together with a weight."""
+        weight = self._by_name.get(one.name.removesuffix("bias") + "weight") if one.name.endswith("bias") else None
+        return weight is not None and (layer := self._linear(weight)) is not None and layer.bias == one.name
 
     def _diagonal_mean(self, one: Ready) -> dict[str, Task]:
         parts = self._parts(one, ("fisher",))
@@ -228,8 +233,9 @@ class _FisherPlanner(_Planner):
         assert header is not None
         lookup.file.require_shape(lookup.name, "fisher", header.shape)
 
-    def _require_fisher(self, one: Ready, models: Sequence[ModelReference]) -> None:
-        """
+    def _have_factors(self, one: Ready, models: Sequence[ModelReference]) -> bool:
+        """Whether the files have factors of the Fisher information of linear layers, and not its diagonal.
+
         Raises:
             OtherStatisticsError: if a file has no Fisher information.
             ConfigError: if one file has factors of it, and another one diagonals.
@@ -250,6 +256,7 @@ class _FisherPlanner(_Planner):
                 "diagonal",
                 "Measure all models with the same --fisher",
             )
+        return True in by_form
 
     def _options(self, one: Ready, parts: Sequence[Part]) -> dict[str, Any]:
         normalize = one.asked("normalize_fisher")
@@ -257,10 +264,10 @@ class _FisherPlanner(_Planner):
         return {"epsilon": one.asked("epsilon"), "normalize": normalize == "tensor", "scales": scales}
 
     def _scale(self, one: Ready, part: Part) -> MeanFisher:
-        """The mean over all that the model's file has."""
+        """The mean over all of this kind that the model's file has."""
         assert part.lookup is not None
         file = part.lookup.file
-        factors = file.measured.fisher == "kronecker"
+        factors = "gradient_gram" in file.kinds(part.lookup.name)
         wanted = set(FACTORS if factors else ("fisher",))
         names = [name for name in file.names if wanted <= file.kinds(name)]
         lookups = tuple(Lookup(part.lookup.path, part.lookup.sha256, name) for name in names)

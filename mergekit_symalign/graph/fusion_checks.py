@@ -144,7 +144,7 @@ def warn_of_few_tokens(read: Sequence[tuple[Lookup, int]]) -> None:
     for path, names in few.items():
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         LOG.warning(
-            "statistics %s: of %d tokens, fewer than %s%s have inputs. Measure with more of them",
+            "statistics %s: of %d tokens, fewer than %s%s have inputs. Measure with more tokens",
             path,
             least[path],
             ", ".join(names[:_SHOWN]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,13 +12,17 @@ from typing import Any, Dict
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_symalign.errors import OtherStatisticsError, ParameterError, StatisticsFileError
+from mergekit_symalign.activations.calibration import tokenizer_digest
+from mergekit_symalign.activations.images import processor_digest
+from mergekit_symalign.errors import CalibrationError, OtherStatisticsError, ParameterError, StatisticsFileError
 from mergekit_symalign.graph.alignments import sizes_of
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint
 from mergekit_symalign.graph.ready import Ready
+from mergekit_symalign.graph.streaming import image_processor_of, tokenizer_of
 from mergekit_symalign.statistics.file import StatisticsFile
 
 _SHOWN = 12  # digits of a digest, in reports
@@ -65,11 +70,13 @@ class StatisticsFiles:
     Attributes:
         method: the name of the merge method, for errors.
         checkpoints: the models of the merge.
+        options: of MergeKit.
         vocabularies_matched: whether MergeKit brings the models' vocabularies together.
     """
 
     method: str
     checkpoints: Mapping[ModelReference, Checkpoint]
+    options: MergeOptions
     vocabularies_matched: bool
     _files: dict[tuple[str, ModelReference], StatisticsFile] = field(default_factory=dict)
     _fingerprints: dict[ModelReference, str] = field(default_factory=dict)
@@ -100,11 +107,13 @@ class StatisticsFiles:
             ParameterError, StatisticsFileError: as `of`; if the file lacks the tensor, or one of the kinds.
         """
         file = self.of(one, model)
-        name = next((name for name in self._names(one, model) if file.kinds(name)), None)
+        names = self._names(one, model)
+        name = next((name for name in names if file.kinds(name)), None)
         if name is None:
-            if file.measured.only is not None:
+            only = file.measured.only
+            if only is not None and not any(re.search(only, name) for name in names):
                 return None
-            name = self._names(one, model)[0]
+            name = names[0]
         for kind in kinds:
             file.stored(name, kind)
         return Lookup(str(file.path), file.sha256, name)
@@ -142,7 +151,19 @@ class StatisticsFiles:
         checkpoint = self.checkpoints[model]
         file.require_family(checkpoint.layout.family.name, sizes_of(checkpoint), str(model))
         file.require_model(str(model), self._fingerprint(model))
+        if (reader := self._reader(model)) is not None:
+            file.require_tokenizer(str(model), reader)
         return file
+
+    def _reader(self, model: ModelReference) -> str | None:
+        """Digest of what turns texts or images into the model's inputs; None if the model comes without."""
+        outside = self.checkpoints[model].layout.outside.values()
+        try:
+            if any("vocabulary" in spec.axes for spec in outside):
+                return tokenizer_digest(tokenizer_of(model, self.options))
+            return processor_digest(image_processor_of(model, self.options))
+        except CalibrationError:
+            return None
 
     def _fingerprint(self, model: ModelReference) -> str:
         if model not in self._fingerprints:
