@@ -77,6 +77,7 @@ study: $(VENV)/installed
 	$(STUDY) full
 	$(STUDY) fusion
 	$(STUDY) smollm2
+	$(STUDY) vits
 	$(MAKE) study-skills
 	$(STUDY).report
 

@@ -23,9 +23,8 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_symalign.activations.defaults import DEFAULT_LENGTH, DEFAULT_TOKENS
 from mergekit_symalign.data_methods import DataMethod
-from mergekit_symalign.planned_methods import PlannedMethod
+from mergekit_symalign.planned_methods import CALIBRATION_PARAMETERS, PlannedMethod
 
 TASK_VECTORS_TITLE = "Leveraging Parameter Space Symmetries for Reasoning Skill Transfer in LLMs"
 TASK_VECTORS_PAPER = "https://arxiv.org/abs/2511.10850"
@@ -87,27 +86,7 @@ ALIGNMENT_PARAMETERS = (
         default="weights",
         description="what to compare: the weights, or what the models compute on prompts",
     ),
-    ParameterSpec(
-        "calibration",
-        str | None,
-        ParameterScope.SHARED,
-        default=None,
-        description="prompts for objective: activations: a .jsonl or .txt file, or default for the set in the package",
-    ),
-    ParameterSpec(
-        "calibration_tokens",
-        int,
-        ParameterScope.SHARED,
-        default=DEFAULT_TOKENS,
-        description="use at most this many tokens of all prompts together",
-    ),
-    ParameterSpec(
-        "calibration_sequence_length",
-        int,
-        ParameterScope.SHARED,
-        default=DEFAULT_LENGTH,
-        description="use at most this many tokens of each prompt",
-    ),
+    *CALIBRATION_PARAMETERS,
     ParameterSpec(
         "alignment",
         str | None,
@@ -130,6 +109,7 @@ class AlignedMethod(PlannedMethod):
     """A merge method that aligns every model to ``base_model`` before ``inner`` merges them."""
 
     aligns = True
+    needs_base = ("aligns every model to base_model, but none is given", "that all others are aligned to")
 
     def __init__(self, inner: MergeMethod, spec: MergeMethodSpec, *, anchor_is_base: bool) -> None:
         self._inner = inner

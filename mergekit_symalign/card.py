@@ -67,6 +67,9 @@ def data_section(report: Mapping[str, Any]) -> str:
     """The card's section on the data behind a merge, as Markdown."""
     data = report["data"]
     lines = ["### Data behind the merge", "", f"Merged by {report['method']} of mergekit-symalign.", ""]
+    if "transported_to" in data:
+        reasons = "; ".join(report["inexact_because"])
+        lines += [f"All models were transported to {_name(data['transported_to'])}. **Not exact**: {reasons}."]
     for model, told in data.get("statistics", {}).items():
         lines.append(f"- **{_name(model)}**: {_measured(told)}")
     for paper in data.get("papers", ()):

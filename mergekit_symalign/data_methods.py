@@ -7,6 +7,7 @@ layer's weight and bias belong together, and its statistics come from a file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_symalign.planned_methods import PlannedMethod
+from mergekit_symalign.planned_methods import CALIBRATION_PARAMETERS, PlannedMethod
 
 REGMEAN_TITLE = "Dataless Knowledge Fusion by Merging Weights of Language Models"
 REGMEAN_PAPER = "https://arxiv.org/abs/2212.09849"
@@ -32,12 +33,18 @@ KRONECKER_PAPER = "https://arxiv.org/abs/2312.04339"
 WUDI_TITLE = "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors"
 WUDI_PAPER = "https://arxiv.org/abs/2503.08099"
 
+OT_TITLE = "Model Fusion via Optimal Transport"
+OT_PAPER = "https://arxiv.org/abs/1910.05653"
+TRANSFORMER_OT_TITLE = "Transformer Fusion with Optimal Transport"
+TRANSFORMER_OT_PAPER = "https://arxiv.org/abs/2310.05719"
+
 TASK_VECTORS = "task_vectors"
 
 PAPERS: dict[str, tuple[tuple[str, str], ...]] = {
     "regmean": ((REGMEAN_TITLE, REGMEAN_PAPER),),
     "regmean_task_arithmetic": ((REGMEAN_TITLE, REGMEAN_PAPER), (WUDI_TITLE, WUDI_PAPER)),
     "fisher": ((FISHER_TITLE, FISHER_PAPER), (KRONECKER_TITLE, KRONECKER_PAPER)),
+    "ot_fusion": ((OT_TITLE, OT_PAPER), (TRANSFORMER_OT_TITLE, TRANSFORMER_OT_PAPER)),
 }
 """Title and address of the papers behind a method, for reports and model cards."""
 
@@ -49,12 +56,27 @@ class DataMethod(PlannedMethod):
         elsewhere: MergeKit's method for the tensors that the data says nothing of. It takes its parameters from
             those of the same name, then from ``fixed``, then its own defaults.
         fixed: parameters of ``elsewhere`` that a user does not set.
+        needs_base: why it cannot do without ``base_model``, and which model that is, for messages.
+        layer_by_layer: one layer has to be merged before the next, so loads come in their order.
+        extra: a module that it needs, with the optional extra that installs it.
     """
 
     aligns = False
+    layer_by_layer = False
+    extra: tuple[str, str] | None = None
 
-    def __init__(self, spec: MergeMethodSpec, elsewhere: MergeMethod, fixed: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        spec: MergeMethodSpec,
+        elsewhere: MergeMethod,
+        fixed: Mapping[str, Any] | None = None,
+        needs_base: tuple[str, str] = (
+            "adds what the models learned to base_model, but none is given",
+            "that they are fine-tunes of",
+        ),
+    ) -> None:
         self.spec = spec
+        self.needs_base = needs_base
         self.elsewhere = elsewhere
         self.fixed = fixed or {}
         self.anchor_is_base = spec.contract.base is BasePolicy.REQUIRED
@@ -213,10 +235,67 @@ def regmean_task_arithmetic(task_arithmetic: MergeMethod) -> DataMethod:
     return DataMethod(spec, task_arithmetic)
 
 
+def ot_fusion(linear: MergeMethod) -> DataMethod:
+    """Every layer's units brought to the anchor's by optimal transport, then averaged (Singh & Jaggi 2020)."""
+    own = (
+        ParameterSpec(
+            "cost",
+            Literal["weights", "activations"],
+            ParameterScope.SHARED,
+            default="weights",
+            description="what units are compared by: their weights (OT-WTS), or what they put out on prompts (OT-ACTS)",
+        ),
+        ParameterSpec(
+            "regularization",
+            float,
+            ParameterScope.SHARED,
+            default=0.0,
+            description="of the transport's entropy, with costs from 0 to 1; 0: exact, one unit for one unit; the "
+            "papers' values are 0.06 for weights and 0.08 for activations",
+        ),
+        ParameterSpec(
+            "residual",
+            Literal["mean", "branch", "skip", "identity", "weighted"],
+            ParameterScope.SHARED,
+            default="mean",
+            description="which map the residual stream carries on: the mean of its own and the added block's, the "
+            "block's, its own, none at all, or the mean weighted by their size on the prompts",
+        ),
+        ParameterSpec(
+            "heads",
+            Literal["ignore", "respect"],
+            ParameterScope.SHARED,
+            default="ignore",
+            description="ignore: query, key and value are matched over their full width, as in the papers; respect: "
+            "the attention is aligned exactly, head by head",
+        ),
+    )
+    calibration = tuple(replace(p, description=_FOR_COST.get(p.name, p.description)) for p in CALIBRATION_PARAMETERS)
+    spec = MergeMethodSpec(
+        name="ot_fusion",
+        parameters=(_weight(ParameterScope.INPUT), *own, *calibration),
+        contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2),
+        pretty_name=f"Optimal transport fusion ({OT_TITLE}; {TRANSFORMER_OT_TITLE}: {TRANSFORMER_OT_PAPER})",
+        reference_url=OT_PAPER,
+    )
+    method = DataMethod(
+        spec,
+        linear,
+        needs_base=("transports every model to base_model, but none is given", "that all others are brought to"),
+    )
+    method.layer_by_layer, method.extra = True, ("ot", "ot")
+    return method
+
+
+_FOR_COST = {
+    "calibration": "prompts for cost: activations: a .jsonl or .txt file, or default for the set in the package"
+}
+
 MAKERS: tuple[tuple[Callable[[MergeMethod], DataMethod], str], ...] = (
     (regmean, "linear"),
     (fisher, "linear"),
     (regmean_task_arithmetic, "task_arithmetic"),
+    (ot_fusion, "linear"),
 )
 """Each method, and the method of MergeKit's that merges what the data says nothing of."""
 

@@ -4,10 +4,35 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from mergekit.merge_methods.base import MergeMethod
+from mergekit.merge_methods.base import MergeMethod, ParameterScope, ParameterSpec
 
+from mergekit_symalign.activations.defaults import DEFAULT_LENGTH, DEFAULT_TOKENS
 from mergekit_symalign.errors import UnalignedCallError
 from mergekit_symalign.families.resolve import is_block_tensor
+
+CALIBRATION_PARAMETERS = (
+    ParameterSpec(
+        "calibration",
+        str | None,
+        ParameterScope.SHARED,
+        default=None,
+        description="prompts for objective: activations: a .jsonl or .txt file, or default for the set in the package",
+    ),
+    ParameterSpec(
+        "calibration_tokens",
+        int,
+        ParameterScope.SHARED,
+        default=DEFAULT_TOKENS,
+        description="use at most this many tokens of all prompts together",
+    ),
+    ParameterSpec(
+        "calibration_sequence_length",
+        int,
+        ParameterScope.SHARED,
+        default=DEFAULT_LENGTH,
+        description="use at most this many tokens of each prompt",
+    ),
+)
 
 
 class PlannedMethod(MergeMethod):
@@ -17,10 +42,12 @@ class PlannedMethod(MergeMethod):
         anchor_is_base: whether ``base_model`` is the base of what merges; otherwise it takes part in the merge only if
             it is listed as a model.
         aligns: whether models are aligned to ``base_model`` first.
+        needs_base: why it cannot do without ``base_model``, and which model that is, for messages.
     """
 
     anchor_is_base: bool
     aligns: bool
+    needs_base: tuple[str, str]
 
     @property
     @abstractmethod

@@ -35,7 +35,7 @@ def _localised(text: str, folder: Path) -> str:
         tiny |= {"num_hidden_layers": 32 if "layer_range" in text else 4}
         model = make_model(family, seed, **(tiny if family in LLAMAS else {}))
         path = save(model, folder / name.replace("/", "-"), torch.bfloat16)
-        if "objective: activations" in text:
+        if ": activations" in text:  # objective or cost
             word_tokenizer(11).save_pretrained(path)
         text = text.replace(name, str(path))
         _measure(text, folder, {str(path): model})

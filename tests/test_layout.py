@@ -44,13 +44,13 @@ ROOMS: dict[str, str] = {
     "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/admitted",
     "families": "errors symmetry/options symmetry/element",
     "planting": f"families {ELEMENTS} symmetry/heads",
-    "activations": "errors families symmetry/element symmetry/by_activations",
+    "fusion": f"errors families {ELEMENTS} symmetry/assignment symmetry/heads symmetry/by_activations symmetry/solve",
+    "activations": "errors families fusion symmetry/element symmetry/by_activations",
     "alignments": f"errors families whole_file sealed {ELEMENTS} symmetry/admitted symmetry/membership",
-    "planned_methods": "errors families",
+    "planned_methods": "errors families activations",
     "data_methods": "planned_methods",
     "aligned_methods": "activations data_methods planned_methods",
     "methods": "aligned_methods data_methods planned_methods",
-    "fusion": "errors",
     "graph": f"errors families whole_file sealed statistics activations alignments methods fusion {ELEMENTS} "
     "symmetry/heads symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved symmetry/consensus "
     "symmetry/statistics",

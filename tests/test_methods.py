@@ -136,6 +136,7 @@ def test_the_documented_parameters_are_those_of_the_code() -> None:
     for path, written in (
         (write_methods.PAGE, write_methods.table()),
         (write_methods.DATA_PAGE, write_methods.data_table()),
+        (write_methods.TRANSPORT_PAGE, write_methods.data_table(write_methods.TRANSPORT_METHODS)),
     ):
         page = path.read_text("utf-8")
         assert write_methods.page(page, written) == page

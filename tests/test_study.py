@@ -67,7 +67,10 @@ def test_the_page_follows_the_numbers(study: Study) -> None:
     assert readme_paragraph(replace(study, main=main)) != readme_paragraph(study)
 
 
-@pytest.mark.parametrize(("part", "arm", "variant"), [("fusion", "hot", "weights"), ("smollm2", "transfer", "plain")])
+@pytest.mark.parametrize(
+    ("part", "arm", "variant"),
+    [("fusion", "hot", "weights"), ("smollm2", "transfer", "plain"), ("vits", "simple", "match")],
+)
 def test_the_page_follows_the_numbers_of_the_other_parts(study: Study, part: str, arm: str, variant: str) -> None:
     findings = getattr(study, part)
     key = next(key for key in findings.rows if key[2:] == (arm, variant))
@@ -107,7 +110,7 @@ def test_every_section_opens_with_words_for_a_user(study: Study) -> None:
     sections = re.split(r"^## ", page(study), flags=re.M)[1:]
     measured = [text for text in sections if text[0].isdigit()]
     opens = r"[^\n]+\n\n\*\*(No difference|Better|Worse)"
-    assert len(measured) == 5
+    assert len(measured) == 6
     assert all(re.match(opens, text) for text in measured)
     assert not re.search(r"^[^\n]+\n\n\|", "\n".join(sections))  # no section starts with a table
 

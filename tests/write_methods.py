@@ -14,6 +14,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "methods.md"
 DATA_PAGE = DOCS / "data-methods.md"
 DATA_METHODS = ("regmean_task_arithmetic", "regmean", "fisher")
+TRANSPORT_PAGE = DOCS / "optimal-transport.md"
+TRANSPORT_METHODS = ("ot_fusion",)
 BEGIN, END = "<!-- parameters: written by make methods -->\n", "<!-- end of parameters -->"
 KINDS = {bool: "bool", int: "int", float: "number", str: "path", str | None: "path"}
 
@@ -24,11 +26,11 @@ def table() -> str:
     return "\n".join(["| parameter | values | default | meaning |", "|---|---|---|---|", *rows, ""])
 
 
-def data_table() -> str:
-    """All parameters of the methods that use data, in Markdown."""
+def data_table(methods: tuple[str, ...] = DATA_METHODS) -> str:
+    """All parameters of methods that use data, in Markdown."""
     rows = (
         f"| `{name}` | `{p.name}` | {_values(p)} | {_default(p)} | {_escaped(p.description)} |"
-        for name in DATA_METHODS
+        for name in methods
         for p in merge_methods.get(name).spec.parameters
     )
     return "\n".join(["| method | parameter | values | default | meaning |", "|---|---|---|---|---|", *rows, ""])
@@ -56,5 +58,5 @@ def _escaped(text: str | None) -> str:
 
 
 if __name__ == "__main__":
-    for path, written in ((PAGE, table()), (DATA_PAGE, data_table())):
+    for path, written in ((PAGE, table()), (DATA_PAGE, data_table()), (TRANSPORT_PAGE, data_table(TRANSPORT_METHODS))):
         path.write_text(page(path.read_text("utf-8"), written), "utf-8")

@@ -15,6 +15,8 @@ from .settings import HERE, Settings
 from .smollm2 import FineTuning, SmolLM2
 from .store import Store
 from .sweep import reproducible, sweep
+from .vit_models import Vits
+from .vits import Fusions
 
 SMALL_MODELS = ("full", "small")
 
@@ -37,9 +39,18 @@ def smollm2(results: Path, work: Path) -> None:
     SmolLM2(settings, work / "smollm2", Store.open(results / "smollm2.json", settings)).run()
 
 
+def vits(results: Path, work: Path) -> None:
+    """Part 6."""
+    settings = Vits.read()
+    Fusions(settings, work / "vits", Store.open(results / "vits.json", settings)).run()
+
+
+OTHERS = {"fusion": encoders, "smollm2": smollm2, "vits": vits}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", choices=(*SMALL_MODELS, "fusion", "smollm2"))
+    parser.add_argument("parts", choices=(*SMALL_MODELS, *OTHERS))
     parser.add_argument("--results", type=Path, default=HERE / "results", help="directory of the results files")
     parser.add_argument("--work", type=Path, default=Path(".cache/study"), help="directory for models and merges")
     args = parser.parse_args()
@@ -48,7 +59,7 @@ def main() -> None:
     if args.parts in SMALL_MODELS:
         small_models(args.parts, args.results, work)
     else:
-        {"fusion": encoders, "smollm2": smollm2}[args.parts](args.results, work)
+        OTHERS[args.parts](args.results, work)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from .skills.encoders import Encoders
 from .skills.settings import Skills
 from .store import Store
 from .sweep import reproducible, sweep
+from .vit_models import Vits
+from .vits import Fusions
 
 
 def main() -> None:
@@ -31,6 +33,8 @@ def main() -> None:
     settings = Settings.read("small")
     results = folder / "results" / "small.json"
     sweep(settings, settings.seeds, drifts(settings), Store.open(results, settings), folder / "work")
+    small = Vits.read("vits-small")
+    Fusions(small, folder / "work" / "vits", Store.open(results.with_name("vits.json"), small)).run()
     report_differences(settings, results, folder / "again")
     skills(results.parent, folder / "work")
     write(Study.read(results.parent, settings.name), folder)

@@ -75,11 +75,11 @@ def run_layer(
                 layer, stream.weights, stream.hidden[batch], stream.recorded[batch], stream.seen
             )
             hidden[i].append(out)
-            columns = {axis: _columns(x, at) for axis, x in found.tokens.items() if axis in stream.seen}
+            columns = {axis: unpadded(x, at) for axis, x in found.tokens.items() if axis in stream.seen}
             if batch == 0:
                 columns |= {axis: torch.cat((columns[axis], x)) for axis, x in found.positions.items()}
             if found.routing is not None:
-                routing[i].append(Routing(*(_columns(x.unsqueeze(0), at) for x in found.routing.tensors())))
+                routing[i].append(Routing(*(unpadded(x.unsqueeze(0), at) for x in found.routing.tensors())))
             if i == 0:
                 ours = columns
             else:
@@ -92,7 +92,7 @@ def run_layer(
     return hidden, sums
 
 
-def _columns(x: Tensor, at: Tensor | None) -> Tensor:
+def unpadded(x: Tensor, at: Tensor | None) -> Tensor:
     """The tokens of [prompts, tokens, axis] that are no padding, as [tokens, axis]."""
     x = x.flatten(0, 1)
     return x if at is None else x.index_select(0, at)

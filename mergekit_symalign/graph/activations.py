@@ -15,7 +15,6 @@ from mergekit_symalign.activations.statistics import Statistics, Stream, run_lay
 from mergekit_symalign.errors import ModelError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock, packed
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by, align_mlp_by
 from mergekit_symalign.symmetry.by_activations.experts import Routing, align_experts_by
@@ -27,7 +26,7 @@ from mergekit_symalign.symmetry.solve import solve_block
 from mergekit_symalign.symmetry.solved import Solved
 
 HEADS = frozenset(HEAD_AXES)
-Loads = Tuple[Tuple[str, LoadFinite], ...]  # name inside the layer (or the model) and load of each tensor
+Loads = Tuple[Tuple[str, Task], ...]  # name inside the layer (or the model) and the task that gives each tensor
 
 
 @lru_cache(maxsize=8)
@@ -60,7 +59,7 @@ def reads_images(layout: ModelLayout) -> bool:
     return all("vocabulary" not in spec.axes for spec in layout.outside.values())
 
 
-class _Streaming(Task[Dict[str, Any]]):
+class StreamingTask(Task[Dict[str, Any]]):
     """A step of a run on prompts, known by what it runs: hashing all steps before it would take forever.
 
     Attributes:
@@ -104,7 +103,7 @@ class _Streaming(Task[Dict[str, Any]]):
         return {name: x.to(compute_dtype(x.dtype)) for name, x in found.items() if x is not None}
 
 
-class EmbedPrompts(_Streaming):
+class EmbedPrompts(StreamingTask):
     """What enters the first layer of each model, and the arguments of all its layers.
 
     Attributes:
@@ -130,7 +129,7 @@ class EmbedPrompts(_Streaming):
         return {"hidden": hidden, "arguments": {"calls": calls, "kept": kept}}
 
 
-class RunLayer(_Streaming):
+class RunLayer(StreamingTask):
     """Runs one layer of all models on the prompts.
 
     Attributes:

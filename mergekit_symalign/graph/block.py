@@ -60,6 +60,7 @@ class Block:
     @cached_property
     def symmetries(self) -> Symmetries:
         chosen = {name: self.agreed(name) for name in SYMMETRY_NAMES}
+        chosen["heads"] = chosen["heads"] is not False  # ot_fusion's own parameter of this name says ignore or respect
         return Symmetries(**chosen | {"rotation": Rotation(chosen["rotation"])})
 
     def moved(self) -> list[ModelReference]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
 from mergekit.config import MergeConfiguration
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.config_groups import Group, Settings, all_settings, groups_of, scalars
-from mergekit_symalign.methods import PlannedMethod
+from mergekit_symalign.methods import DataMethod, PlannedMethod
 
 
 def check_models(config: MergeConfiguration, trust_remote_code: bool) -> None:
@@ -26,6 +27,21 @@ def check_models(config: MergeConfiguration, trust_remote_code: bool) -> None:
         resolve(model.config(trust_remote_code=trust_remote_code), model=str(model))
 
 
+def require_extra(method: PlannedMethod) -> None:
+    """
+    Raises:
+        ConfigError: if the method needs a library that is not installed.
+    """
+    inner = method.inner
+    if isinstance(inner, DataMethod) and inner.extra is not None and find_spec(inner.extra[0]) is None:
+        module, extra = inner.extra
+        raise ConfigError(
+            f"merge_method {method.spec.name}",
+            f"it needs the Python package {module}, which is not installed",
+            f"pip install 'mergekit-symalign[{extra}]'",
+        )
+
+
 def check_config(config: MergeConfiguration, method: PlannedMethod) -> None:
     """Refuse what cannot be merged, whatever the models are.
 
@@ -33,6 +49,7 @@ def check_config(config: MergeConfiguration, method: PlannedMethod) -> None:
         ParameterError: an unknown parameter, a value that a parameter cannot have, or a required one that is not given.
         ConfigError: no anchor, nothing to align to it, or another number of models than the method takes.
     """
+    require_extra(method)
     for where, settings in all_settings(config):
         for name, value in settings.items():
             _check_parameter(where, name, value, method.spec)
@@ -67,11 +84,7 @@ def _check_sources(group: Group, method: PlannedMethod) -> None:
     if not method.aligns and not method.anchor_is_base:
         return
     if anchor is None:
-        needs, remedy = (
-            ("aligns every model to base_model, but none is given", "that all others are aligned to")
-            if method.aligns
-            else ("adds what the models learned to base_model, but none is given", "that they are fine-tunes of")
-        )
+        needs, remedy = method.needs_base
         raise ConfigError(
             f"base_model ({group.where})", f"{method.spec.name} {needs}", f"Add base_model: the model {remedy}"
         )

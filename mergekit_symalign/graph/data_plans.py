@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 
 from mergekit_symalign.graph.fusion import plan_fisher, plan_regmean, plan_task_vectors
 from mergekit_symalign.graph.ready import Context, DataPlan
+from mergekit_symalign.graph.transport_plan import plan_transport
 
 PLANS: Mapping[str, Callable[[Context], DataPlan]] = {
     "regmean": plan_regmean,
     "fisher": plan_fisher,
     "regmean_task_arithmetic": plan_task_vectors,
+    "ot_fusion": plan_transport,
 }
 """By the method's name: the function that plans all tensors of a merge at once."""
 

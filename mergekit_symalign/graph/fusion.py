@@ -33,7 +33,7 @@ from mergekit_symalign.graph.fusion_tasks import (
 from mergekit_symalign.graph.linear import Linear
 from mergekit_symalign.graph.ready import Context, DataPlan, Ready
 from mergekit_symalign.graph.statistics import Lookup, MeanFisher, StatisticsFiles
-from mergekit_symalign.methods import PAPERS, TASK_VECTORS
+from mergekit_symalign.methods import TASK_VECTORS
 
 FACTORS = ("gram", "gradient_gram")
 
@@ -95,8 +95,7 @@ class _Planner:
         ]
         self.files.require_one_tokenizer()
         warn_of_few_tokens(self._read)
-        papers = [{"title": title, "url": url} for title, url in PAPERS[self.context.method.spec.name]]
-        facts = {"statistics": self.files.facts(), "papers": papers, "tensors_with_data": len(found)}
+        facts = {"statistics": self.files.facts(), "papers": self.context.papers(), "tensors_with_data": len(found)}
         return DataPlan(tensors, facts, tuple(self.findings))
 
     @cached_property

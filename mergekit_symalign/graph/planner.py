@@ -6,13 +6,14 @@ import functools
 import inspect
 from typing import Any
 
+from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import ReturnTensor
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
-from mergekit_symalign.graph.config_checks import check_config, check_models
+from mergekit_symalign.graph.config_checks import check_config, check_models, require_extra
 from mergekit_symalign.graph.config_groups import listed_models
 from mergekit_symalign.graph.fresh import forget_architectures
 from mergekit_symalign.graph.layer_checks import check_layers
@@ -28,6 +29,7 @@ def before_merge(config: MergeConfiguration, options: MergeOptions) -> None:
     Raises:
         SymalignError: for what MergeKit would not explain.
     """
+    require_extra(merge_methods.get(config.merge_method))
     require_openable(config.referenced_models(), options)
     forget_architectures()
     check_models(config, options.trust_remote_code)

@@ -20,6 +20,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
 from mergekit_symalign.errors import ParameterError
+from mergekit_symalign.families.flow import is_front
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.alignments import Alignments
 from mergekit_symalign.graph.apply import ApplyBlock
@@ -30,7 +31,7 @@ from mergekit_symalign.graph.leftovers import shortened
 from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
-from mergekit_symalign.graph.ready import Context, Ready, ready
+from mergekit_symalign.graph.ready import Context, DataPlan, Ready, ready
 from mergekit_symalign.graph.solutions import Solutions
 from mergekit_symalign.graph.streaming import in_order
 from mergekit_symalign.methods import ALIGNMENT_NAMES, DataMethod, PlannedMethod
@@ -101,13 +102,24 @@ class AlignedPlan:
         planned = [(weight, task) for weight, task in planned if not self._models.is_superfluous(task)]
         self._unread = self._models.check(planned)
         self._functions = self._compared(planned)
+        if isinstance(self.method.inner, DataMethod) and self.method.inner.layer_by_layer:
+            planned = in_order(sorted(planned, key=self._depth))
         planned, aligned = self._aligned(planned) if self.method.aligns else (planned, {})
         self._warn_if_inexact(planned)
         self._warn_of_unread()
         tensors = tuple(self._ready(one, aligned.get(one[0].name, {})) for one in planned)
-        tasks, with_data = self._merged(tensors)
-        self._head = {**self._report_head(planned), **with_data}
-        return tasks
+        merged = self._merged(tensors)
+        self.reports.find(merged.findings)
+        self._head = self._report_head(planned, merged)
+        return merged.tensors
+
+    def _depth(self, planned: Planned) -> float:
+        """Where a tensor stands in the model: MergeKit lists those of an inferred architecture in any order."""
+        weight, task = planned
+        claim = self._models.checkpoints[anchor_of(task)].layout.claim(weight.name)
+        if claim is None or (claim.layer is None and not is_front(claim.part, claim.spec)):
+            return float("inf")
+        return -1 if claim.layer is None else claim.layer
 
     def _aligned(self, planned: list[Planned]) -> tuple[list[Planned], Aligned]:
         """The tensors in the order of their layers if models run, and the aligned task of each tensor and model."""
@@ -128,14 +140,12 @@ class AlignedPlan:
         base = task.base_model if self.method.anchor_is_base or listed else None
         return ready(planned, order, base, aligned, self._models.checkpoints, self.config)
 
-    def _merged(self, tensors: tuple[Ready, ...]) -> tuple[list[tuple[WeightInfo, Task]], dict[str, Any]]:
+    def _merged(self, tensors: tuple[Ready, ...]) -> DataPlan:
         """The tasks that merge, and what the report says of the data behind them."""
         inner = self.method.inner
         if not isinstance(inner, DataMethod):
-            return [(one.weight, self._merge_task(one)) for one in tensors], {}
-        plan = plan_with_data(Context(inner, tensors, self._models.checkpoints, self.config, self.options))
-        self.reports.find(plan.findings)
-        return plan.tensors, {"data": dict(plan.facts)}
+            return DataPlan([(one.weight, self._merge_task(one)) for one in tensors])
+        return plan_with_data(Context(inner, tensors, self._models.checkpoints, self.config, self.options))
 
     def _blocks(self, planned: list[Planned]) -> list[Block]:
         members: dict[BlockKey, list[Planned]] = defaultdict(list)
@@ -197,7 +207,7 @@ class AlignedPlan:
                 shortened(names),
             )
 
-    def _report_head(self, planned: list[Planned]) -> dict[str, Any]:
+    def _report_head(self, planned: list[Planned], merged: DataPlan) -> dict[str, Any]:
         """What the report says of the merge as a whole: the parameters where all tensors agree on them."""
         settings: dict[str, Any] = {}
         own = {p.name for p in self.method.spec.parameters} if isinstance(self.method.inner, DataMethod) else set()
@@ -209,6 +219,7 @@ class AlignedPlan:
         reasons = [
             *(["rotation: full changes what the aligned models compute"] if full else []),
             *self._functions.reasons(),
+            *merged.inexact_because,
         ]
         anchors = dict.fromkeys(str(anchor_of(task)) for _, task in planned)
         return {
@@ -219,6 +230,7 @@ class AlignedPlan:
             **self._functions.facts(),
             "settings": settings,
             "unused_tensors": {str(model): list(names) for model, names in self._unread.items()},
+            **({"data": dict(merged.facts)} if isinstance(self.method.inner, DataMethod) else {}),
         }
 
     def _merge_task(self, one: Ready) -> ExecuteMergeMethodTask:

@@ -21,7 +21,7 @@ from mergekit_symalign.graph.checkpoint_checks import Checkpoint, merged_dtype
 from mergekit_symalign.graph.load import GatherAligned
 from mergekit_symalign.graph.merge import merge_task
 from mergekit_symalign.graph.planned import Planned, gather_of
-from mergekit_symalign.methods import DataMethod
+from mergekit_symalign.methods import PAPERS, DataMethod
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,10 @@ class Context:
     config: MergeConfiguration
     options: MergeOptions
 
+    def papers(self) -> list[dict[str, str]]:
+        """What the report says of the method's papers."""
+        return [{"title": title, "url": url} for title, url in PAPERS[self.method.spec.name]]
+
 
 @dataclass(frozen=True)
 class DataPlan:
@@ -125,11 +129,13 @@ class DataPlan:
         tensors: each tensor of the output with the task that gives it, or None where there is none to give.
         facts: what is known of the data before the merge, for the report: plain values under names.
         findings: tasks that tell more when they have run, by the name of the tensor: a flat dict of plain values each.
+        inexact_because: why the models do not enter the merge as they are, if they do not.
     """
 
     tensors: list[tuple[WeightInfo, Task]]
     facts: Mapping[str, Any] = field(default_factory=dict)
     findings: tuple[tuple[str, Task], ...] = ()
+    inexact_because: tuple[str, ...] = ()
 
 
 def ready(

@@ -115,7 +115,9 @@ class Solutions:
         folder = block.agreed("save_alignment")
         if folder is not None:
             names = (*SYMMETRY_NAMES, "objective", *SHARED)
-            settings = {name: block.members[0][1].parameters[name] for name in names}
+            settings = {name: block.members[0][1].parameters[name] for name in names} | {
+                "heads": block.symmetries.heads
+            }
             source = _source(block, model, "save_alignment")
             self.alignments.record(folder, block.anchor, model, source, solution, settings)
 

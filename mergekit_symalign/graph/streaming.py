@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mergekit.architecture import WeightInfo
@@ -26,13 +27,14 @@ from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, config_digest, reads_images, seen_axes
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
-from mergekit_symalign.graph.load import GatherAligned, LoadFinite
+from mergekit_symalign.graph.load import GatherAligned
 from mergekit_symalign.graph.planned import Planned, gather_of
 
 LOG = logging.getLogger(__name__)
 
 SHARED = ("calibration", "calibration_tokens", "calibration_sequence_length")  # one value for the whole merge
 _OUTSIDE = -1
+Aligned = Mapping[str, Mapping[ModelReference, Task]]
 
 
 @dataclass(frozen=True)
@@ -88,27 +90,76 @@ def plan_streaming(
     anchor = next(iter(anchors))
     assert anchor is not None  # graph/config_checks.py
     models = (anchor, *dict.fromkeys(w.model for w in wanted))
-    loads = _Loads(planned, checkpoints)
     last = max(w.layer for w in wanted)
-    loads.require(models, last)
-    calibration = _calibration(planned, models, options, checkpoints)
+    run = start_run(planned, models, last, checkpoints, options)
+    hidden = run.hidden
+    statistics: dict[Wanted, Task] = {}
+    for layer in range(last + 1):
+        here = [w for w in wanted if w.layer == layer]
+        seen = tuple(_seen((w.kind for w in here if w.model == m), checkpoints[m].layout) for m in models[1:])
+        step = RunLayer(hidden=hidden, recorded=run.recorded, wanted=seen, **run.step(layer))
+        hidden = Part(of=step, keys=("hidden",))
+        for w in here:
+            statistics[w] = Part(of=step, keys=("statistics", models.index(w.model) - 1, w.kind.value))
+    return StreamingPlan(statistics, run.digests[0])
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run on prompts up to the first layer, and what the steps through the layers need.
+
+    Attributes:
+        digests: of the models' configs.
+        hidden: the task that gives what enters the first layer.
+        recorded: the task that gives the arguments of all layers, and where the prompts are no padding.
+    """
+
+    digests: tuple[str, ...]
+    hidden: Task
+    recorded: Task
+    _models: tuple[ModelReference, ...]
+    _shared: Mapping[str, Any]
+    _loads: _Loads
+
+    def step(self, layer: int) -> dict[str, Any]:
+        """The fields that every step has, of one layer."""
+        return {"layer": layer, "loads": self._loads.at(self._models, layer), **self._shared}
+
+
+def start_run(
+    planned: list[Planned],
+    models: tuple[ModelReference, ...],
+    last: int,
+    checkpoints: Mapping[ModelReference, Checkpoint],
+    options: MergeOptions,
+    aligned: Aligned = MappingProxyType({}),
+    *,
+    parameter: str = "objective",
+) -> Started:
+    """The first step of a run on prompts.
+
+    Args:
+        planned: all tensors of the merge.
+        models: anchor first.
+        last: the last layer that is to run.
+        checkpoints, options: of the merge.
+        aligned: of each tensor by name, the tasks that give it for models that run aligned.
+        parameter: which asks for the run, for messages.
+
+    Raises:
+        ConfigError: if the merge does not have all layers up to ``last``, of every model, at the same depth.
+        CalibrationError: if the prompts cannot be used.
+    """
+    loads = _Loads(planned, checkpoints, aligned)
+    loads.require(models, last, parameter)
+    calibration = _calibration(planned, models, options, checkpoints, parameter)
     trust = options.trust_remote_code
     digests = tuple(config_digest(model.config(trust_remote_code=trust)) for model in models)
     key = _key(planned, models, digests, calibration)
     shared: dict[str, Any] = {"key": key, "models": models, "digests": digests, "trust_remote_code": trust}
     embed = EmbedPrompts(layer=_OUTSIDE, loads=loads.at(models, _OUTSIDE), calibration=calibration, **shared)
     hidden, recorded = Part(of=embed, keys=("hidden",)), Part(of=embed, keys=("arguments",))
-    statistics: dict[Wanted, Task] = {}
-    for layer in range(last + 1):
-        here = [w for w in wanted if w.layer == layer]
-        seen = tuple(_seen((w.kind for w in here if w.model == m), checkpoints[m].layout) for m in models[1:])
-        step = RunLayer(
-            layer=layer, loads=loads.at(models, layer), hidden=hidden, recorded=recorded, wanted=seen, **shared
-        )
-        hidden = Part(of=step, keys=("hidden",))
-        for w in here:
-            statistics[w] = Part(of=step, keys=("statistics", models.index(w.model) - 1, w.kind.value))
-    return StreamingPlan(statistics, digests[0])
+    return Started(digests, hidden, recorded, models, shared, loads)
 
 
 def _seen(kinds: Iterable[BlockKind], layout: ModelLayout) -> tuple[str, ...]:
@@ -118,15 +169,18 @@ def _seen(kinds: Iterable[BlockKind], layout: ModelLayout) -> tuple[str, ...]:
 class _Loads:
     """The loads of a merge by model and layer, under the names inside the layer."""
 
-    def __init__(self, planned: Iterable[Planned], checkpoints: Mapping[ModelReference, Checkpoint]) -> None:
-        self._found: dict[tuple[ModelReference, int], dict[str, LoadFinite]] = defaultdict(dict)
+    def __init__(
+        self, planned: Iterable[Planned], checkpoints: Mapping[ModelReference, Checkpoint], aligned: Aligned
+    ) -> None:
+        self._found: dict[tuple[ModelReference, int], dict[str, Task]] = defaultdict(dict)
         self._depth: dict[tuple[ModelReference, int], set[int]] = defaultdict(set)
         in_front = True
         for weight, task in planned:
             gather = gather_of(task)
             at = checkpoints[next(iter(gather.weight_info.keys()))].layout.claim(weight.name)
             in_front = in_front and at is not None and at.layer is None
-            for model, load in GatherAligned(**dict(gather)).loads().items():
+            loads: dict[ModelReference, Task] = {**GatherAligned(**dict(gather)).loads()}
+            for model, load in {**loads, **aligned.get(weight.name, {})}.items():
                 claim = checkpoints[model].layout.claim(gather.weight_info[model].name)
                 if claim is None or (claim.layer is None and not (in_front or claim.spec.in_front)):
                     continue
@@ -135,20 +189,20 @@ class _Loads:
                 if at is not None and at.layer is not None:
                     self._depth[model, layer].add(at.layer)
 
-    def at(self, models: tuple[ModelReference, ...], layer: int) -> tuple[tuple[tuple[str, LoadFinite], ...], ...]:
+    def at(self, models: tuple[ModelReference, ...], layer: int) -> tuple[tuple[tuple[str, Task], ...], ...]:
         return tuple(tuple(self._found[model, layer].items()) for model in models)
 
-    def require(self, models: tuple[ModelReference, ...], last: int) -> None:
+    def require(self, models: tuple[ModelReference, ...], last: int, parameter: str) -> None:
         """Every layer up to ``last``, of every model, at its own depth of the output."""
         for model in models:
             for layer in range(last + 1):
                 if layer not in self._depth[model, layer]:
                     raise ConfigError(
-                        "parameter objective",
+                        f"parameter {parameter}",
                         f"activations of layer {last} need all layers below it, and the merge does not use layer "
                         f"{layer} of {model} at that depth",
                         "Solve whole models first (mergekit-symalign solve) and use alignment: with the file, or use "
-                        "objective: weights",
+                        f"{parameter}: weights",
                     )
 
 
@@ -163,13 +217,14 @@ def _calibration(
     models: tuple[ModelReference, ...],
     options: MergeOptions,
     checkpoints: Mapping[ModelReference, Checkpoint],
+    parameter: str,
 ) -> Calibration | ImageCalibration:
     path, tokens, length = (_shared(name, planned) for name in SHARED)
     if reads_images(checkpoints[models[0]].layout):
         return _images(path, tokens, models, options, checkpoints)
     if path is None:
         raise CalibrationError(
-            "parameter calibration", "objective: activations compares what models do on prompts, and none are given",
+            "parameter calibration", f"{parameter}: activations compares what models do on prompts, and none are given",
             "Add calibration: prompts.jsonl, or calibration: default for the small set that ships with the package",
         )  # fmt: skip
     tokenizers = {str(model): tokenizer_of(model, options) for model in models}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,18 +120,7 @@ class BlockElement:
             return x
         if not self.calculates(axes):
             axes = replace(axes, offset=0.0)
-        weights = axes.read(x)
-        for dim, axis in enumerate(axes.names):
-            weights = self._along(weights, dim, axis)
-        return axes.write(weights)
-
-    def _along(self, x: Tensor, dim: int, axis: str | Fused) -> Tensor:
-        if isinstance(axis, str):
-            return self.actions[axis](x, dim) if axis in self.actions else x
-        if not self.actions.keys() & axis_names(axis):
-            return x
-        parts = [self._along(part, dim, name) for name, part in fused_parts(x, dim, axis).items()]
-        return torch.cat([x.unflatten(dim, (axis.groups, -1)) for x in parts], dim=dim + 1).flatten(dim, dim + 1)
+        return acted(x, axes, self.actions)
 
     def moves(self, axes: TensorAxes) -> list[int]:
         """The dimensions of a tensor, after joining, along which this acts."""
@@ -152,6 +141,29 @@ class BlockElement:
     @staticmethod
     def unpack(packed: Mapping[str, Sequence[Mapping[str, Sequence[Tensor]]]]) -> BlockElement:
         return BlockElement({axis: unpack(action) for axis, action in packed.items()})
+
+
+def acted(x: Tensor, axes: TensorAxes, actions: Mapping[str, Callable[[Tensor, int], Tensor]]) -> Tensor:
+    """A stored tensor with what acts on each of its axes applied.
+
+    Args:
+        x: the tensor.
+        axes: what its axes are.
+        actions: by axis, from a tensor and one of its dimensions to the tensor acted upon; other axes stay.
+    """
+    weights = axes.read(x)
+    for dim, axis in enumerate(axes.names):
+        weights = _along(weights, dim, axis, actions)
+    return axes.write(weights)
+
+
+def _along(x: Tensor, dim: int, axis: str | Fused, actions: Mapping[str, Callable[[Tensor, int], Tensor]]) -> Tensor:
+    if isinstance(axis, str):
+        return actions[axis](x, dim) if axis in actions else x
+    if not actions.keys() & axis_names(axis):
+        return x
+    parts = [_along(part, dim, name, actions) for name, part in fused_parts(x, dim, axis).items()]
+    return torch.cat([x.unflatten(dim, (axis.groups, -1)) for x in parts], dim=dim + 1).flatten(dim, dim + 1)
 
 
 def rows_by_axis(x: Tensor, axes: TensorAxes) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from types import ModuleType
 from ..data import ALPHABET
 from ..estimates import CONFIDENCE
 from ..findings import SKILL, Findings
-from . import advice, claims, drift, foreign, fusion, skills, smollm2, transfer
+from . import advice, claims, drift, foreign, fusion, skills, smollm2, transfer, vits
 from .drift import exact_variants, measured
 from .markdown import DRIFT_TITLES, listing, paragraphs
 
@@ -23,6 +23,7 @@ class Study:
     main: Findings
     fusion: Findings | None
     smollm2: Findings | None
+    vits: Findings | None = None
     skills: Findings | None = None
     skill_encoders: Findings | None = None
 
@@ -30,7 +31,7 @@ class Study:
     def read(folder: Path, name: str) -> Study:
         """The results in a directory; ``name`` is that of the settings of parts 1 to 3."""
         main = Findings.read(folder / f"{name}.json")
-        parts = {"fusion": fusion, "smollm2": smollm2, "skills": skills, "skill-encoders": skills}
+        parts = {"fusion": fusion, "smollm2": smollm2, "vits": vits, "skills": skills, "skill-encoders": skills}
         return Study(main, *(_finished(folder / f"{file}.json", part) for file, part in parts.items()))
 
 
@@ -55,6 +56,7 @@ def page(study: Study) -> str:
         foreign.section(main),
         "## 4 Fusion of encoders\n\nNot measured yet." if study.fusion is None else fusion.section(study.fusion),
         "## 5 SmolLM2\n\nNot measured yet." if study.smollm2 is None else smollm2.section(study.smollm2),
+        "## 6 Vision transformers\n\nNot measured yet." if study.vits is None else vits.section(study.vits),
         *_skills(study),
         _limits(study),
         _again(),
@@ -69,9 +71,10 @@ def _skills(study: Study) -> list[str]:
 
 
 def _more_claims(study: Study) -> list[claims.Claim]:
-    """What parts 4 and 5 have to say, where they were measured."""
+    """What parts 4 to 6 have to say, where they were measured."""
     encoders = [] if study.fusion is None else fusion.claims(study.fusion)
-    return encoders + ([] if study.smollm2 is None else smollm2.claims(study.smollm2))
+    tuned = [] if study.smollm2 is None else smollm2.claims(study.smollm2)
+    return encoders + tuned + ([] if study.vits is None else vits.claims(study.vits))
 
 
 def readme_paragraph(study: Study) -> str:
@@ -140,7 +143,7 @@ training again from almost the start, not a long continued training as large mod
         f"Fewer seeds than the others have: {listing(fewer)}." if fewer else "",
         f"Planned and not measured yet: {listing(missing)}." if missing else "",
         "" if "activations" in exact_variants(study.main) else "Matching from activations is not in these results.",
-        "Parts 4 and 5 are short fine-tunes on a CPU.",
+        "Parts 4 to 6 are short trainings on a CPU.",
         "" if _has_activations(study.smollm2) else "Matching from activations was not measured on SmolLM2.",
     ]
     return "## Limits\n\n" + " ".join(part for part in parts if part)

@@ -48,7 +48,7 @@ def best_assignment(score: Tensor) -> Tensor:
     index = shortlist_assignment(Scores.known(score), sparse_matching) if len(score) >= LARGE else None
     if index is None:
         index = _on_cpu(lambda s: linear_sum_assignment(s, maximize=True)[1], score)
-    return _without_idle_cycles(index, score)
+    return without_idle_cycles(index, score)
 
 
 def identity_is_optimal(unmoved: Tensor, bounds: Tensor) -> bool:
@@ -122,7 +122,7 @@ def sparse_matching(rows: Tensor, columns: Tensor, cost: Tensor) -> Tensor:
     return _on_cpu(solve, torch.stack((rows, columns)), cost)
 
 
-def _without_idle_cycles(index: Tensor, score: Tensor) -> Tensor:
+def without_idle_cycles(index: Tensor, score: Tensor) -> Tensor:
     """The same permutation [n] with those of its cycles undone that gain no more than the rounding of their scores."""
     rows = torch.arange(len(index), device=index.device)
     unmoved, moved = score.diagonal().double(), score.gather(1, index.unsqueeze(1)).squeeze(1).double()
