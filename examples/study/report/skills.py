@@ -68,7 +68,9 @@ head of that task's own model. {_measured_on(findings)} {_reading()}"""
 
 def _measured_on(findings: Findings) -> str:
     versions = findings.environment
-    return f"Measured on {versions.get('accelerator', 'a CPU')} with torch {versions['torch']}."
+    return f"""\
+Measured on {versions.get("accelerator", "a CPU")} with torch {versions["torch"]}; `make study-skills` measures it again
+(`SKILLS="--device cuda --workers 6"` on a GPU)."""
 
 
 def _reading() -> str:
