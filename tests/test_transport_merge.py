@@ -13,8 +13,9 @@ import torch
 import transformers
 from conftest import load, merge_config, merged
 from models import make_model, perturbed, save, with_weights, word_tokenizer
+from PIL import Image
 from tokenizers.models import WordLevel
-from transformers import AutoConfig
+from transformers import AutoConfig, ViTImageProcessorPil
 from transport_twins import shuffled
 
 from mergekit_symalign.errors import ArchitectureError, CalibrationError, ConfigError, ParameterError, SymalignError
@@ -206,10 +207,21 @@ def test_experts_are_refused_by_name(family: str, tmp_path: Path) -> None:
         merged(merge_config("ot_fusion", paths[0], paths), tmp_path / "out")
 
 
-def test_images_are_refused_by_name_where_prompts_are_asked_for(tmp_path: Path) -> None:
-    paths = [save(make_model("vit", seed), tmp_path / str(seed)) for seed in (0, 1)]
-    with pytest.raises(ArchitectureError, match=r"reads no text\. Use cost: weights"):
-        merged(merge_config("ot_fusion", paths[0], paths, parameters=_by_activations(tmp_path)), tmp_path / "out")
+def test_vision_models_are_compared_on_images(tmp_path: Path) -> None:
+    anchor, twin = _pair(tmp_path, "vit-classifier")
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "images").mkdir()
+    for i in range(16):
+        pixels = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i}.png")
+    for path in (anchor, twin):
+        ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(path)
+    parameters = {"cost": "activations", "calibration": str(tmp_path / "images")}
+    merged(merge_config("ot_fusion", anchor, [anchor, twin], parameters=parameters), tmp_path / "out")
+    out = _in_memory(tmp_path / "out")
+    assert all(torch.equal(x, out[name]) for name, x in _in_memory(anchor).items())
+    with pytest.raises(CalibrationError, match=r"cost: activations compares what models do, and .* reads images"):
+        merged(merge_config("ot_fusion", anchor, [twin], parameters={"cost": "activations"}), tmp_path / "none")
 
 
 def test_no_anchor_is_refused(tmp_path: Path) -> None:

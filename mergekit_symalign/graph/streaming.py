@@ -221,7 +221,7 @@ def _calibration(
 ) -> Calibration | ImageCalibration:
     path, tokens, length = (_shared(name, planned) for name in SHARED)
     if reads_images(checkpoints[models[0]].layout):
-        return _images(path, tokens, models, options, checkpoints)
+        return _images(path, tokens, models, options, checkpoints, parameter)
     if path is None:
         raise CalibrationError(
             "parameter calibration", f"{parameter}: activations compares what models do on prompts, and none are given",
@@ -252,12 +252,13 @@ def _images(
     models: tuple[ModelReference, ...],
     options: MergeOptions,
     checkpoints: Mapping[ModelReference, Checkpoint],
+    parameter: str,
 ) -> ImageCalibration:
     if path in (None, "default"):
         raise CalibrationError(
             "parameter calibration",
-            f"objective: activations compares what models do, and {models[0]} reads images",
-            "Add calibration: FOLDER, a folder of images; or use objective: weights",
+            f"{parameter}: activations compares what models do, and {models[0]} reads images",
+            f"Add calibration: FOLDER, a folder of images; or use {parameter}: weights",
         )
     processors = {str(model): image_processor_of(model, options) for model in models}
     found = calibrate_images(Path(path), checkpoints[models[0]].config, processors, tokens)
