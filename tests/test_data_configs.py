@@ -22,6 +22,7 @@ from models import ROUNDINGS, make_model, off_by, perturbed, save, with_weights,
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from whole_statistics import fishers, grams, inputs_of, measure
 
+from mergekit_symalign.graph import fusion_tasks
 from mergekit_symalign.graph.fusion_tasks import MergeLinear
 
 FINER = 64
@@ -213,6 +214,21 @@ def test_the_written_dtype_is_the_one_that_is_asked_for(folder: Path, tmp_path: 
     assert {x.dtype for x in merged(config, tmp_path / "one").values()} == {torch.bfloat16}
     del config["dtype"]
     assert {x.dtype for x in merged(config, tmp_path / "two").values()} == {torch.float32}
+
+
+def test_large_tensors_are_merged_a_few_rows_at_a_time(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head as large as a vocabulary in float64 would be larger than the model."""
+    for method, kind in (("regmean", ""), ("fisher", "-fisher")):
+        config = merge_config(method, None, _listed(folder, "a", "b", kind=kind))
+        whole = merged(config, tmp_path / f"{method}-whole")
+        with monkeypatch.context() as patch:
+            patch.setattr(fusion_tasks, "_ROWS", 20)
+            patch.setattr(fusion_tasks, "PIECE", 500)
+            patch.setattr(fusion_tasks, "is_large", lambda x: x.ndim > 1)
+            divided = merged(config, tmp_path / f"{method}-divided")
+        assert off_by(divided, whole) < ROUNDINGS
 
 
 def test_the_command(

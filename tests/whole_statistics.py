@@ -123,10 +123,12 @@ def measure(
     statistics, tokens = (
         fishers(model, inputs) if fisher == "empirical" else grams(model, inputs, factors=fisher == "kronecker")
     )
+    tied = [name for name in statistics if fisher != "empirical" and len(_names_of(model, name)) > 1]
+    statistics = {name: kinds for name, kinds in statistics.items() if name not in tied}
     if fisher == "kronecker":
         rest, counts = fishers(model, inputs)
-        statistics |= {name: kinds for name, kinds in rest.items() if name not in statistics}
-        tokens = counts | tokens
+        rest = {name: kinds for name, kinds in rest.items() if name not in statistics}
+        statistics, tokens = statistics | rest, tokens | {name: counts[name] for name in rest}
     if gram == "diagonal":
         for kinds in statistics.values():
             kinds["gram"] = kinds["gram"].diagonal(dim1=-2, dim2=-1)
@@ -134,8 +136,6 @@ def measure(
     statistics = {n: {k: x.detach().float().contiguous() for k, x in kinds.items()} for n, kinds in statistics.items()}
     if edit is not None:
         edit(statistics, tokens)
-    tied = [name for name, kinds in statistics.items() if "gram" in kinds and len(_names_of(model, name)) > 1]
-    statistics = {name: kinds for name, kinds in statistics.items() if name not in tied}
     write_statistics(
         out,
         origin(model, folder) if "origin" not in changes else changes.pop("origin"),
