@@ -34,6 +34,7 @@ from study.store import Store  # noqa: E402
 
 SMALL = Settings.read("small")
 SETTINGS = ("skills", "skill-encoders")
+RESULTS = ROOT / "examples" / "study" / "results"
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -96,6 +97,14 @@ def test_tasks_have_examples_of_every_class_on_both_sides(task: str) -> None:
     assert not {example.text for example in train} & {example.text for example in heldout}
     assert [group[0].label for group in by_class(train)] == list(range(CLASSES))
     assert all(len(group) >= 4 for group in by_class(heldout))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_results_are_of_the_settings_in_the_repository(name: str) -> None:
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        pytest.skip(f"{name} was not measured yet")
+    assert Store.open(file, Skills.read(name)).rows
 
 
 @dataclass(frozen=True)

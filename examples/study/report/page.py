@@ -159,5 +159,5 @@ def _again() -> str:
 
 `make study` measures everything on this page. It goes on with what is missing in `examples/study/results/`; delete a
 file there to measure it anew. `make study-again` measures the first seed of sections 1 and 3 again from nothing
-and compares every number with the results. `make study-small` runs the same code on a fraction of the training, in a
-minute."""
+and compares every number with the results. `make study-small` runs the same code on a fraction of the training, in
+minutes."""
