@@ -32,6 +32,7 @@ TITLES = {
     "della": "`della`",
     "sce": "`sce`",
     "fisher": "`fisher`, 60 texts",
+    "fisher-normalized": "`fisher`, 60 texts, `normalize_fisher: model`",
     REGMEAN: "`regmean`, 60 texts",
     "regmean-8": "`regmean`, 8 texts",
     "regmean-prompts": "`regmean`, prompts of the package",
