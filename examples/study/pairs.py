@@ -38,13 +38,13 @@ def functions(split: Split) -> list[Pair]:
     pairs = {}
     for module in map(importlib.import_module, MODULES):
         for name in sorted(dir(module)):
-            summary = _summary(getattr(module, name, None))
-            if not name.startswith("_") and summary and split_of(name) == split:
-                pairs[name] = (name.replace("_", " "), summary)
+            said = summary(getattr(module, name, None))
+            if not name.startswith("_") and said and split_of(name) == split:
+                pairs[name] = (name.replace("_", " "), said)
     return list(pairs.values())
 
 
-def _summary(entry: object) -> str:
+def summary(entry: object) -> str:
     """The first prose line of a docstring, without signatures."""
     lines = (inspect.getdoc(entry) or "").splitlines() if callable(entry) else []
     return next((line for line in lines if len(line.split()) > 3 and "(" not in line), "")

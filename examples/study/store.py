@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -65,9 +67,12 @@ class Store:
 def environment() -> dict[str, str]:
     """What else a result depends on: a text of the study ships with Python, and kernels differ between versions."""
     packages = ("torch", "transformers", "mergekit")
-    return {"python": platform.python_version(), "machine": platform.machine()} | {
-        name: metadata.version(name) for name in packages
-    }
+    accelerator = {"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return (
+        {"python": platform.python_version(), "machine": platform.machine()}
+        | accelerator
+        | {name: metadata.version(name) for name in packages}
+    )
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -13,7 +13,11 @@ from .again import report_differences
 from .lineage import drifts
 from .report.__main__ import write
 from .report.page import Study
-from .settings import Settings
+from .settings import HERE, Settings
+from .skills.compare import compare
+from .skills.comparison import Comparison
+from .skills.encoders import Encoders
+from .skills.settings import Skills
 from .store import Store
 from .sweep import reproducible, sweep
 from .vit_models import Vits
@@ -32,7 +36,15 @@ def main() -> None:
     small = Vits.read("vits-small")
     Fusions(small, folder / "work" / "vits", Store.open(results.with_name("vits.json"), small)).run()
     report_differences(settings, results, folder / "again")
+    skills(results.parent, folder / "work")
     write(Study.read(results.parent, settings.name), folder)
+
+
+def skills(results: Path, work: Path) -> None:
+    """Part 8, whose merges are the ones of part 7 too."""
+    settings = Skills.read("skill-encoders", HERE / "skill-encoders-small.yml")
+    store = Store.open(results / f"{settings.name}.json", settings)
+    compare(Comparison(Encoders(settings, work / settings.name, "cpu")), store, workers=1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from types import ModuleType
 from ..data import ALPHABET
 from ..estimates import CONFIDENCE
 from ..findings import SKILL, Findings
-from . import advice, claims, drift, foreign, fusion, smollm2, transfer, vits
+from . import advice, claims, drift, foreign, fusion, skills, smollm2, transfer, vits
 from .drift import exact_variants, measured
 from .markdown import DRIFT_TITLES, listing, paragraphs
 
@@ -18,19 +18,21 @@ BEGIN, END = "<!-- evidence: written by make study -->", "<!-- end of evidence -
 
 @dataclass(frozen=True)
 class Study:
-    """All results: parts 1 to 3, and where they were measured parts 4 to 6."""
+    """All results: parts 1 to 3, and where they were measured the others."""
 
     main: Findings
     fusion: Findings | None
     smollm2: Findings | None
-    vits: Findings | None
+    vits: Findings | None = None
+    skills: Findings | None = None
+    skill_encoders: Findings | None = None
 
     @staticmethod
     def read(folder: Path, name: str) -> Study:
         """The results in a directory; ``name`` is that of the settings of parts 1 to 3."""
         main = Findings.read(folder / f"{name}.json")
-        others = {"fusion": fusion, "smollm2": smollm2, "vits": vits}
-        return Study(main, **{part: _finished(folder / f"{part}.json", said) for part, said in others.items()})
+        parts = {"fusion": fusion, "smollm2": smollm2, "vits": vits, "skills": skills, "skill-encoders": skills}
+        return Study(main, *(_finished(folder / f"{file}.json", part) for file, part in parts.items()))
 
 
 def _finished(path: Path, part: ModuleType) -> Findings | None:
@@ -55,10 +57,17 @@ def page(study: Study) -> str:
         "## 4 Fusion of encoders\n\nNot measured yet." if study.fusion is None else fusion.section(study.fusion),
         "## 5 SmolLM2\n\nNot measured yet." if study.smollm2 is None else smollm2.section(study.smollm2),
         "## 6 Vision transformers\n\nNot measured yet." if study.vits is None else vits.section(study.vits),
+        *_skills(study),
         _limits(study),
         _again(),
     ]
     return paragraphs(*parts) + "\n"
+
+
+def _skills(study: Study) -> list[str]:
+    """Sections 7 and 8, where they were measured."""
+    found = {skills.LANGUAGE: study.skills, skills.ENCODERS: study.skill_encoders}
+    return [skills.section(findings, part) for part, findings in found.items() if findings is not None]
 
 
 def _more_claims(study: Study) -> list[claims.Claim]:
@@ -71,7 +80,8 @@ def _more_claims(study: Study) -> list[claims.Claim]:
 def readme_paragraph(study: Study) -> str:
     """What README says, between its two marks."""
     where = "docs/evidence.md"
-    return paragraphs(BEGIN, advice.rows(study.main, where), advice.reading(study.main, where), END)
+    first = [] if study.skills is None else [skills.short(study.skills), skills.short_reading(study.skills, where)]
+    return paragraphs(BEGIN, *first, advice.rows(study.main, where), advice.reading(study.main, where), END)
 
 
 def replaced(readme: str, paragraph: str) -> str:
@@ -149,5 +159,5 @@ def _again() -> str:
 
 `make study` measures everything on this page. It goes on with what is missing in `examples/study/results/`; delete a
 file there to measure it anew. `make study-again` measures the first seed of sections 1 and 3 again from nothing
-and compares every number with the results. `make study-small` runs the same code on a fraction of the training, in a
-minute."""
+and compares every number with the results. `make study-small` runs the same code on a fraction of the training, in
+minutes."""
