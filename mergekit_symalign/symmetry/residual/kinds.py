@@ -68,19 +68,6 @@ def best_element(kind: ResidualKind, cross: Tensor, gains: Tensor | None = None)
     return _SOLVERS[kind](cross, torch.zeros_like(cross) if gains is None else gains)
 
 
-def gained(element: BlockElement, cross: Tensor, gains: Tensor | None = None) -> float:
-    """``<Q, cross>`` of an element: the squared distance falls by twice this, from the sum of the squared norms."""
-    inner = {STREAM: cross, GAIN: gains}
-    moved = {axis: element.actions[axis].inverse() for axis in element.actions}
-    return float(
-        sum(
-            (moved[axis](m, 0).diagonal().sum() if axis in moved else m.diagonal().sum()).double()
-            for axis, m in inner.items()
-            if m is not None
-        )
-    )
-
-
 def _nothing(cross: Tensor, gains: Tensor) -> BlockElement:
     return BlockElement({})
 
