@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, EverythingInFloat64, logits, make_model, relative_deviation
+from models import EverythingInFloat64, logits, relative_deviation
+from streams import CASES, case
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -17,30 +17,8 @@ from mergekit_symalign.families.schema import StreamNorm
 from mergekit_symalign.families.stream import is_gain, residual_group, residual_kind, ties_embeddings
 from mergekit_symalign.symmetry.residual.kinds import Residual, ResidualKind
 
-VARIANTS = {
-    "bert-tokens": ("bert-classifier", "BertForTokenClassification", {}),
-    "roberta-classifier": ("roberta", "RobertaForSequenceClassification", {}),
-    "distilbert-classifier": ("distilbert", "DistilBertForSequenceClassification", {}),
-    "distilbert-tokens": ("distilbert", "DistilBertForTokenClassification", {}),
-    "modernbert-classifier": ("modernbert", "ModernBertForSequenceClassification", {}),
-    "modernbert-tokens": ("modernbert", "ModernBertForTokenClassification", {}),
-    "modernbert-biased": ("modernbert", "ModernBertForMaskedLM", {"norm_bias": True}),
-    "deberta-classifier": ("deberta-v3", "DebertaV2ForSequenceClassification", {}),
-    "deberta-tokens": ("deberta-v3", "DebertaV2ForTokenClassification", {}),
-    "stablelm-unbiased": ("stablelm", "StableLmForCausalLM", {"use_qkv_bias": False}),
-    "starcoder2-unbiased": ("starcoder2", "Starcoder2ForCausalLM", {"use_bias": False}),
-    "neox-sequential": ("gpt-neox", "GPTNeoXForCausalLM", {"use_parallel_residual": False}),
-    "gpt2-untied": ("gpt2", "GPT2LMHeadModel", {"tie_word_embeddings": False}),
-}
-CASES = {name: (name, None, {}) for name in FAMILIES} | VARIANTS
-
 _ON_THE_WAY = frozenset(("__getitem__", "reshape", "view", "dropout", "to", "float", "contiguous", "index_select"))
 _READING = frozenset(("linear", "addmm", "matmul", "conv2d"))
-
-
-def case(name: str, seed: int = 0) -> PreTrainedModel:
-    family, class_name, overrides = CASES[name]
-    return make_model(family, seed, **({"class_name": class_name} if class_name else {}), **overrides)
 
 
 class _Readers(TorchFunctionMode):
@@ -70,7 +48,7 @@ class _Readers(TorchFunctionMode):
 
 
 def _is_last_of_several(model: PreTrainedModel, gain: str) -> bool:
-    """Whether a norm belongs to the last layer: behind a block, its output does not go on there, as it does elsewhere."""
+    """Whether a norm belongs to the last layer: behind a block, its output goes on along the stream only before it."""
     layout = resolve(model.config, model="m")
     return layout.layer_of(gain) == layout.layers - 1
 
@@ -181,7 +159,9 @@ def test_what_is_not_exact_is_refused_with_what_would_be(name: str) -> None:
     if isinstance(wanted, ResidualKind):
         assert residual_kind(layout, tied, Residual.rotation) is wanted
     else:
-        with pytest.raises(ParameterError, match=rf"residual: rotation with {layout.family.title.split()[0]}.*{wanted}"):
+        with pytest.raises(
+            ParameterError, match=rf"residual: rotation with {layout.family.title.split()[0]}.*{wanted}"
+        ):
             residual_kind(layout, tied, Residual.rotation)
     signed = residual_kind(layout, tied, Residual.permutation) is ResidualKind.signed_permutation
     assert signed == (layout.family.stream.norm is StreamNorm.rms)

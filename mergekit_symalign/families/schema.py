@@ -22,8 +22,8 @@ axis                 length                                      moved by
 ``other``            anything else (labels, pixels, …)           nothing
 ===================  ==========================================  =================================
 
-A transform in front of a decoder that may be tied (BERT's masked-language head) writes ``residual`` as well, because the
-decoder is then the embedding. One that a classifier reads moves along, which is exact too.
+A transform in front of a decoder that may be tied (BERT's masked-language head) writes ``residual`` as well, because
+the decoder is then the embedding. One that a classifier reads moves along, which is exact too.
 
 ``expert`` beside a neuron axis and ``head`` beside a gain are stored apart and belong together: the symmetry acts on
 experts × neurons, heads × coordinates.

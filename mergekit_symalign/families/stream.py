@@ -12,6 +12,7 @@ from mergekit_symalign.errors import ParameterError
 from mergekit_symalign.families.resolve import ModelLayout, lookup
 from mergekit_symalign.families.schema import BlockKind, StreamNorm, TensorSpec
 from mergekit_symalign.symmetry.element import TensorAxes
+from mergekit_symalign.symmetry.options import HeadShape, MlpShape
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, Residual, ResidualKind
 from mergekit_symalign.symmetry.residual.scope import Block, Norm, Scope
 
@@ -98,7 +99,10 @@ def outside_scope(layout: ModelLayout, names: Collection[str]) -> Scope:
 def layer_scope(layout: ModelLayout, layer: int, names: Collection[str]) -> Scope:
     """A layer of a model, by the names inside it. Takes what `outside_scope` does."""
     inside = {part: spec for part, spec in layout.inside.items() if layout.name(layer, part) in names}
-    shapes = {BlockKind.attention: layout.head_shape(layer), BlockKind.mlp: layout.mlp_shape()}
+    shapes: dict[BlockKind, HeadShape | MlpShape] = {
+        BlockKind.attention: layout.head_shape(layer),
+        BlockKind.mlp: layout.mlp_shape(),
+    }
     blocks = {
         kind.value: Block(shape, tuple(part for part, spec in inside.items() if spec.block is kind))
         for kind, shape in shapes.items()

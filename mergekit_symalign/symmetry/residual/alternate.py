@@ -19,13 +19,12 @@ from mergekit_symalign.symmetry.residual.cross import (
     StreamSums,
     rows,
     standing_distance,
-    stream_axes,
     stream_sums,
     sums_in_units,
 )
 from mergekit_symalign.symmetry.residual.kinds import STREAM, ResidualKind
 from mergekit_symalign.symmetry.residual.move import Elements, comparable, moved_along
-from mergekit_symalign.symmetry.residual.scope import Block, Scope, Tensors
+from mergekit_symalign.symmetry.residual.scope import Block, Scope, Tensors, stream_axes
 from mergekit_symalign.symmetry.solve import align_block, without_identities
 
 Read = Callable[[int], tuple[Tensors, Tensors]]  # number of a scope -> its tensors as stored, anchor's and model's
@@ -103,7 +102,8 @@ def from_vocabulary(outside: Scope, anchor: Tensors, model: Tensors, kind: Resid
 
 def hidden_size(scope: Scope, tensors: Tensors) -> int:
     """Size of the stream."""
-    return next(len(rows(x, scope.axes[name])) for name, x in tensors.items() if stream_axes(scope.axes[name]) == 1)
+    name = next(name for name in tensors if stream_axes(scope.axes[name]) == 1)
+    return len(rows(tensors[name], scope.axes[name]))
 
 
 def block_sides(scope: Scope, block: Block, anchor: Tensors, model: Tensors) -> Sides:
@@ -117,14 +117,14 @@ def block_sides(scope: Scope, block: Block, anchor: Tensors, model: Tensors) -> 
 
 
 def solve_blocks(scope: Scope, anchor: Tensors, model: Tensors, use: Symmetries, before: Elements) -> Elements:
-    """The blocks' elements for comparable tensors whose stream was moved; none is farther than the one it had before."""
+    """The blocks' elements for tensors whose stream was moved; none is farther than the one it had before."""
     found = {}
     for kind, block in scope.blocks.items():
         new = without_identities(align_block(block_sides(scope, block, anchor, model), block.shape, use).element)
         parts = {part: model[part] for part in block.parts}
 
         def distance(element: BlockElement, kind: str = kind, parts: Tensors = parts) -> float:
-            return standing_distance(scope, _some(anchor, parts), moved_along(scope, parts, BlockElement({}), {kind: element}))
+            return standing_distance(_some(anchor, parts), moved_along(scope, parts, BlockElement({}), {kind: element}))
 
         known = before.get(kind)
         found[kind] = new if known is None or distance(new) <= distance(known) else known
@@ -136,7 +136,11 @@ def _some(tensors: Tensors, names: Tensors) -> dict[str, Tensor]:
 
 
 def _round(
-    scopes: Sequence[Scope], read: Read, kind: ResidualKind, use: Symmetries, last: tuple[BlockElement, Sequence[Elements]]
+    scopes: Sequence[Scope],
+    read: Read,
+    kind: ResidualKind,
+    use: Symmetries,
+    last: tuple[BlockElement, Sequence[Elements]],
 ) -> _Round:
     stream, before = last
     found: list[tuple[Elements, StreamSums, float]] = []
@@ -145,6 +149,6 @@ def _round(
         blocks = solve_blocks(scope, anchor, moved_along(scope, model, stream), use, before[number])
         moved = moved_along(scope, model, BlockElement({}), blocks)
         sums = stream_sums(scope, anchor, moved, hidden_size(scope, anchor))
-        found.append((blocks, sums, standing_distance(scope, anchor, model)))
+        found.append((blocks, sums, standing_distance(anchor, model)))
     blocks_of, sums_of, standing = zip(*found, strict=True)
     return _Round(blocks_of, reduce(add, sums_of), sum(standing))

@@ -1,4 +1,4 @@
-"""What finding a residual element needs to know of the weights: sums over tensors, a scope at a time.
+"""What finding a residual element needs to know of the weights: sums over comparable tensors, a scope at a time.
 
 With every tensor's stream axis first, ``X``, the squared distance of a model to its anchor under an element ``Q`` is
 ``Σ ‖X_A‖² + ‖X_B‖² − 2 <Q, M>`` with ``M = Σ X_A X_Bᵀ``: one matrix for any number of tensors.
@@ -14,8 +14,10 @@ from torch import Tensor
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes
 from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind, best_element
-from mergekit_symalign.symmetry.residual.scope import Scope, Tensors
+from mergekit_symalign.symmetry.residual.scope import Scope, Tensors, stream_axes
 from mergekit_symalign.symmetry.rows import compute_dtype
+
+_ROUNDING = 64 * torch.finfo(torch.float64).eps  # of the squared norms: what a distance may be off by
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class StreamSums:
     Attributes:
         cross: ``M`` [hidden, hidden] of all tensors with a stream axis but gains, float64.
         gains: the same of the gains of norms.
-        constant: what no element of the stream changes: squared norms of those tensors, and squared distances of others.
+        constant: what the stream does not change: squared norms of those tensors, and squared distances of others.
     """
 
     cross: Tensor
@@ -41,8 +43,10 @@ class StreamSums:
 
     def distance(self, element: BlockElement) -> float:
         """Squared distance under an element; 0 for what rounding leaves of one."""
-        found = self.constant - 2 * sum(_inner(element, axis, m) for axis, m in ((STREAM, self.cross), (GAIN, self.gains)))
-        return found if found > 64 * torch.finfo(torch.float64).eps * self.constant else 0.0
+        found = self.constant - 2 * sum(
+            _inner(element, axis, m) for axis, m in ((STREAM, self.cross), (GAIN, self.gains))
+        )
+        return 0.0 if abs(found) <= _ROUNDING * self.constant else found
 
 
 def _inner(element: BlockElement, axis: str, cross: Tensor) -> float:
@@ -53,9 +57,6 @@ def _inner(element: BlockElement, axis: str, cross: Tensor) -> float:
 
 def stream_sums(scope: Scope, anchor: Tensors, model: Tensors, hidden: int) -> StreamSums:
     """Of the tensors of one scope, in comparable form.
-
-    Transforms of the stream onto itself, as heads of encoders have them, have two stream axes: they move along and do
-    not count.
 
     Args:
         scope: of the tensors.
@@ -70,10 +71,9 @@ def stream_sums(scope: Scope, anchor: Tensors, model: Tensors, hidden: int) -> S
     for name in anchor:
         axes, a, b = scope.axes[name], anchor[name], model[name]
         require_shape(f"tensor {name} of the model", b, a.shape)
-        if not is_counted(axes):
-            continue
         if stream_axes(axes):
-            (sums.gains if GAIN in axes.names else sums.cross).add_(_product(axes, a, b))
+            a, b = rows(a, axes), rows(b, axes)
+            (sums.gains if GAIN in axes.names else sums.cross).add_((a @ b.mT).double())
             constant += squared_norm(a) + squared_norm(b)
         else:
             constant += squared_norm(a.double() - b.double())
@@ -87,37 +87,24 @@ def sums_in_units(scope: Scope, anchor: Tensors, model: Tensors, hidden: int) ->
         axes, a, b = scope.axes[name], anchor[name], model[name]
         require_shape(f"tensor {name} of the model", b, a.shape)
         unit = (squared_norm(a) * squared_norm(b)) ** 0.5
-        if is_counted(axes) and stream_axes(axes) and a.numel() > hidden and unit > 0:
-            sums.cross.add_(_product(axes, a, b), alpha=1 / unit)
+        if stream_axes(axes) and a.numel() > hidden and unit > 0:
+            sums.cross.add_((rows(a, axes) @ rows(b, axes).mT).double(), alpha=1 / unit)
     return sums
 
 
-def standing_distance(scope: Scope, anchor: Tensors, model: Tensors) -> float:
-    """Squared distance of comparable tensors as they are, of those that `stream_sums` counts."""
-    counted = (name for name in anchor if is_counted(scope.axes[name]))
-    return sum(squared_norm(anchor[name].double() - model[name].double()) for name in counted)
-
-
-def is_counted(axes: TensorAxes) -> bool:
-    return stream_axes(axes) < 2
-
-
-def stream_axes(axes: TensorAxes) -> int:
-    """How many axes of a tensor are the stream's."""
-    return sum(axis in (STREAM, GAIN) for axis in axes.names)
+def standing_distance(anchor: Tensors, model: Tensors) -> float:
+    """Squared distance of tensors as they are."""
+    return sum(squared_norm(x.double() - model[name].double()) for name, x in anchor.items())
 
 
 def squared_norm(x: Tensor) -> float:
     return float(x.double().square().sum())
 
 
-def _product(axes: TensorAxes, anchor: Tensor, model: Tensor) -> Tensor:
-    return (rows(anchor, axes) @ rows(model, axes).mT).double()
-
-
 def _nothing(hidden: int, like: Tensors) -> StreamSums:
     device = next(iter(like.values())).device
-    return StreamSums(*torch.zeros(2, hidden, hidden, dtype=torch.float64, device=device).unbind())
+    cross, gains = torch.zeros(2, hidden, hidden, dtype=torch.float64, device=device).unbind()
+    return StreamSums(cross, gains)
 
 
 def rows(x: Tensor, axes: TensorAxes) -> Tensor:

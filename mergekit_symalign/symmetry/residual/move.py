@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.residual.kinds import ResidualKind
-from mergekit_symalign.symmetry.residual.scope import NormWeights, Scope, Tensors, folded, unfolded
+from mergekit_symalign.symmetry.residual.scope import NormWeights, Scope, Tensors, folded, stream_axes, unfolded
 
 Elements = Mapping[str, BlockElement]  # of the blocks of a scope, by kind
 
@@ -31,19 +31,26 @@ def move_scope(
         blocks: elements of the scope's blocks.
         norms: what the norms shall be (`norms_of` the anchor); a rotation needs them, a permutation does not ask.
     """
-    moved = moved_along(scope, comparable(scope, tensors, kind), stream, blocks)
-    return unfolded(scope, moved, norms or {}) if kind.rotates else moved
+    if not kind.rotates:
+        return moved_along(scope, tensors, stream, blocks)
+    return unfolded(scope, moved_along(scope, folded(scope, tensors), stream, blocks), norms or {})
 
 
 def comparable(scope: Scope, tensors: Tensors, kind: ResidualKind) -> dict[str, Tensor]:
-    """Tensors in the form in which models are compared: folded where the stream may turn."""
-    return folded(scope, tensors) if kind.rotates else dict(tensors)
+    """The tensors by which models are compared, in the form for it: folded where the stream may turn.
+
+    Two kinds move along and do not count: transforms of the stream onto itself, as heads of encoders have them, and
+    biases of norms in units of their gains, which a gain next to zero makes as large as you please.
+    """
+    biases = {norm.bias for norm in scope.norms} if kind.rotates else set()
+    form = folded(scope, tensors) if kind.rotates else tensors
+    return {name: x for name, x in form.items() if stream_axes(scope.axes[name]) < 2 and name not in biases}
 
 
 def moved_along(
     scope: Scope, tensors: Tensors, stream: BlockElement, blocks: Elements | None = None
 ) -> dict[str, Tensor]:
-    """Comparable tensors under the stream's element and those of blocks."""
+    """Tensors under the stream's element and those of blocks, their norms left alone."""
     element = {part: element for kind, element in (blocks or {}).items() for part in scope.blocks[kind].parts}
     return {
         name: BlockElement({**stream.actions, **(element[name].actions if name in element else {})})(

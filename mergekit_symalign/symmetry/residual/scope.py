@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -18,13 +17,14 @@ from torch import Tensor
 from mergekit_symalign.errors import SymmetryError
 from mergekit_symalign.symmetry.element import TensorAxes
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape
-from mergekit_symalign.symmetry.residual.kinds import STREAM
+from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM
 from mergekit_symalign.symmetry.rows import compute_dtype
 
+_VOCABULARY = "vocabulary"
 FLOOR = 1e-2  # of a gain's root mean square: smaller gains are no divisors
 
 Tensors = Mapping[str, Tensor]
-NormWeights = Mapping[str, tuple[Tensor, Optional[Tensor]]]  # name of the gain -> gain and bias, as weights
+NormWeights = Mapping[str, tuple[Tensor, Tensor | None]]  # name of the gain -> gain and bias, as weights
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Norm:
     Attributes:
         gain: name of its gain.
         bias: name of its bias; None if it has none.
-        readers: names of the weights that read its output, if nothing else does; none where it goes on along the stream.
+        readers: names of the weights that read its output, if nothing else does; none where it goes on along the
+            stream.
         reader_biases: their biases; none unless every reader has one.
     """
 
@@ -70,6 +71,23 @@ class Scope:
     axes: Mapping[str, TensorAxes]
     norms: tuple[Norm, ...] = ()
     blocks: Mapping[str, Block] = field(default_factory=dict)
+
+
+def at_tokens(scope: Scope, tensors: Tensors, rows: Tensor) -> dict[str, Tensor]:
+    """Embedding, head and what else has a row for each token, with some of the rows, in the order given.
+
+    Models whose tokenizers differ are compared by the tokens that both have.
+    """
+    result = dict(tensors)
+    for name, x in tensors.items():
+        if _VOCABULARY in scope.axes[name].names:
+            result[name] = x.index_select(scope.axes[name].names.index(_VOCABULARY), rows.to(x.device))
+    return result
+
+
+def stream_axes(axes: TensorAxes) -> int:
+    """How many axes of a tensor are the stream's."""
+    return sum(axis in (STREAM, GAIN) for axis in axes.names)
 
 
 def folded(scope: Scope, tensors: Tensors) -> dict[str, Tensor]:
@@ -139,7 +157,7 @@ def floored(gain: Tensor) -> Tensor:
     """The same gain with numbers next to zero moved away from it: readers are divided by them."""
     least = FLOOR * gain.square().mean().sqrt()
     away = torch.where(gain < 0, -least, least)
-    return torch.where(gain.abs() < least, torch.where(away == 0, torch.ones_like(gain), away), gain)
+    return torch.where(gain.abs() <= least, torch.where(away == 0, torch.ones_like(gain), away), gain)
 
 
 def _times(x: Tensor, axes: TensorAxes, gain: Tensor) -> Tensor:
