@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-FORMAT = 2
+FORMAT = 3
 MOST_TEXT = 8 << 20  # characters; an alignment of 126 layers has half a million
 _DEPTH = 16  # of brackets; a file has 7
 _REPEATS = 1024  # of a matrix along the heads of an axis
@@ -92,7 +92,7 @@ class FirstContent(_Data):
 
 
 class Content(FirstContent):
-    """Format 2: the digest covers this text, which has a digest of each tensor."""
+    """Format 2: the digest covers this text, which has a digest of each tensor. Format 3 has more kinds of steps."""
 
     tensors: dict[_Word, tuple[_Word, list[int], _Word]]
 
