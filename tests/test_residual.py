@@ -183,8 +183,7 @@ def _aligned(layout: ModelLayout, anchor: State, model: State, kind: ResidualKin
 
 @pytest.mark.parametrize("name", RECOVERED)
 def test_planted_coordinates_of_stream_and_blocks_are_recovered(name: str) -> None:
-    layers = {"n_layer" if "gpt2" in name else "num_hidden_layers": 1}
-    model = case(name, **layers)
+    model = case(name, num_hidden_layers=1)
     layout = resolve(model.config, model="m")
     near = stored(perturbed(model, 0.2, 7))
     for kind in _kinds(model, layout):
@@ -192,7 +191,7 @@ def test_planted_coordinates_of_stream_and_blocks_are_recovered(name: str) -> No
             layout,
             near,
             kind,
-            stored(case(name, 5, **layers)),
+            stored(case(name, 5, num_hidden_layers=1)),
             stream=random_stream(kind, HIDDEN, 1),
             blocks=_planted_blocks(layout, 2),
         )
