@@ -26,6 +26,7 @@ from mergekit.merge_methods.base import (
 from mergekit_symalign.activations.defaults import DEFAULT_LENGTH, DEFAULT_TOKENS
 from mergekit_symalign.errors import UnalignedCallError
 from mergekit_symalign.families.resolve import is_block_tensor
+from mergekit_symalign.symmetry.options import GREATEST_CONDITION
 
 TASK_VECTORS_TITLE = "Leveraging Parameter Space Symmetries for Reasoning Skill Transfer in LLMs"
 TASK_VECTORS_PAPER = "https://arxiv.org/abs/2511.10850"
@@ -79,6 +80,21 @@ ALIGNMENT_PARAMETERS = (
         default=False,
         description="rescale each neuron's up projection against its down projection: signed in gated MLPs, positive "
         "in plain MLPs with ReLU, refused in other plain MLPs",
+    ),
+    ParameterSpec(
+        "value_output",
+        Literal["orthogonal", "general"],
+        ParameterScope.SHARED,
+        default="orthogonal",
+        description="what values may carry while the output projection undoes it. orthogonal: a rotation and a scale "
+        "for each KV head; general: any invertible matrix (with objective: weights and anchor: base)",
+    ),
+    ParameterSpec(
+        "condition",
+        float,
+        ParameterScope.SHARED,
+        default=GREATEST_CONDITION,
+        description="with value_output: general, the largest condition number of a matrix; above 1, at most 10000",
     ),
     ParameterSpec(
         "objective",

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import logits, make_model, perturbed, relative_deviation, with_weights
+from conftest import load, merge_config, merged, squared_distance
+from models import logits, make_model, perturbed, relative_deviation, save, with_weights
 from safetensors import safe_open
 from scipy.optimize import minimize
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from mergekit_symalign.alignment_file import AlignmentFile, Origin, save_alignment
 from mergekit_symalign.alignments.fit import require_fits
 from mergekit_symalign.alignments.numbers import ENTRY
-from mergekit_symalign.errors import AlignmentFileError, ShapeError, SymmetryError
+from mergekit_symalign.errors import AlignmentFileError, ConfigError, ShapeError, SymmetryError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.planting import random_elements, transform
@@ -203,3 +204,54 @@ def test_what_reads_the_values_must_undo_the_matrix() -> None:
             require_symmetry(BlockElement(whole | wrong), shape)
     with pytest.raises(SymmetryError, match="cannot have a head_matrix"):
         require_symmetry(BlockElement({"key": g}), shape)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An anchor, a sibling, and the sibling's twin whose values were multiplied by random matrices."""
+    folder = tmp_path_factory.mktemp("general")
+    anchor = make_model("llama", 0)
+    sibling = perturbed(anchor, 0.1, 1)
+    twin = with_weights(anchor, _planted(resolve(anchor.config, model="m"), sibling.state_dict(), 20.0))
+    models = {"anchor": anchor, "sibling": sibling, "twin": twin}
+    return {name: save(model, folder / name) for name, model in models.items()}
+
+
+def _merge(pair: dict[str, Path], name: str, out: Path, **parameters: object) -> State:
+    settings = {"value_output": "general"} | parameters
+    return merged(merge_config("rotation_match", pair["anchor"], [pair[name]], parameters=settings), out)
+
+
+def test_a_merge_undoes_random_matrices_and_its_file_repeats_it(pair: dict[str, Path], tmp_path: Path) -> None:
+    saved = tmp_path / "alignments"
+    out = _merge(pair, "twin", tmp_path / "out", save_alignment=str(saved))
+    reference = _merge(pair, "sibling", tmp_path / "reference")
+    anchor = load(pair["anchor"])
+    assert squared_distance(anchor, out) == pytest.approx(squared_distance(anchor, reference), rel=5e-3)
+    assert squared_distance(anchor, out) <= 1.005 * squared_distance(anchor, load(pair["sibling"]))
+    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text("utf-8"))
+    blocks = [block for model in report["models"].values() for block in model["blocks"] if block["block"] == "attention"]
+    assert blocks
+    assert all(15 < block["value_condition_max"] < 100 for block in blocks)
+    assert report["exact"]
+    models = [{"model": pair["twin"], "parameters": {"alignment": str(saved / "twin.safetensors")}}]
+    again = merged(merge_config("rotation_match", pair["anchor"], models), tmp_path / "again")
+    assert all(torch.equal(x, again[name]) for name, x in out.items())
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"objective": "activations", "calibration": "default"}, "parameter value_output: .*objective is activations"),
+        ({"anchor": "consensus"}, "parameter value_output: .*anchor is consensus"),
+        ({"condition": 1.0}, "parameter condition: it is 1.0.*above 1"),
+        ({"condition": 1e6}, "parameter condition: it is 1000000.0.*at most 10000"),
+        ({"value_output": "any"}, "parameter value_output .*cannot be 'any'"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(
+    pair: dict[str, Path], tmp_path: Path, parameters: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _merge(pair, "twin", tmp_path / "out", **parameters)
+    assert not (tmp_path / "out").exists()

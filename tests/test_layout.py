@@ -44,10 +44,10 @@ ROOMS: dict[str, str] = {
     "planting": f"families {ELEMENTS} symmetry/heads symmetry/residual",
     "activations": "errors families symmetry/element symmetry/by_activations",
     "alignments": f"errors families whole_file {ELEMENTS} symmetry/admitted symmetry/membership",
-    "aligned_methods": "errors families activations",
+    "aligned_methods": "errors families activations symmetry/options",
     "methods": "aligned_methods",
     "graph": f"errors families whole_file activations alignments aligned_methods methods {ELEMENTS} symmetry/heads "
-    "symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved symmetry/consensus",
+    "symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved symmetry/consensus symmetry/membership",
     "card": "methods aligned_methods graph",
     "hook": "errors host method_names aligned_methods methods graph card",
     "demo": "errors families planting whole_file",

@@ -11,7 +11,7 @@ from mergekit_symalign.methods import ALIGNMENT_PARAMETERS
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 BEGIN, END = "<!-- parameters: written by make methods -->\n", "<!-- end of parameters -->"
-KINDS = {bool: "bool", int: "int", str | None: "path"}
+KINDS = {bool: "bool", int: "int", float: "number", str | None: "path"}
 
 
 def table() -> str:

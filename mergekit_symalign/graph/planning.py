@@ -107,6 +107,8 @@ class AlignedPlan:
         streamed = any(task.parameters["objective"] == "activations" for _, task in planned)
         planned = in_order(planned) if streamed else planned
         blocks = self._blocks(planned)
+        for block in blocks:
+            block.require_possible_values()
         if streamed:
             self._stream(planned, blocks)
         aligned: dict[str, dict[ModelReference, ApplyBlock]] = {}

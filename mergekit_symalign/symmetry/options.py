@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+GREATEST_CONDITION = 100.0  # of a general matrix of values, unless the user says otherwise
+
 Pair = tuple[Tensor, Tensor]
 Facts = dict[str, Any]  # what is known of a solve: plain numbers and strings by name
 Sides = Mapping[str, Sequence[Pair]]  # axis -> (anchor, model) rows [axis, columns] of each tensor that has it
@@ -49,7 +51,7 @@ class Symmetries:
     scaling: bool = True
     neuron_scaling: bool = False
     value_output: ValueOutput = ValueOutput.orthogonal
-    condition: float = 100.0
+    condition: float = GREATEST_CONDITION
 
 
 class GainScope(str, Enum):

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.groups import HeadMatrix
-from mergekit_symalign.symmetry.options import HeadShape, Pair, Sides
+from mergekit_symalign.symmetry.options import GREATEST_CONDITION, HeadShape, Pair, Sides
 
-CONDITION = 100.0  # the default bound
 _STEPS = 200  # at most
 _STILL = 1e-4  # relative fall of the objective after which a head rests
 _NOTHING = 1e-14  # of the squared norms: a distance that is rounding
@@ -108,7 +107,7 @@ def _grams(pair: Pair, heads: int, beside: Tensor | None, kv_heads: int) -> Side
 
 
 def align_general(
-    value: SideGrams, attended: SideGrams, start: Tensor, *, condition: float = CONDITION
+    value: SideGrams, attended: SideGrams, start: Tensor, *, condition: float = GREATEST_CONDITION
 ) -> GeneralOptimum:
     """One invertible matrix for each KV head, from a start downhill.
 
