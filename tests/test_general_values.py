@@ -230,7 +230,9 @@ def test_a_merge_undoes_random_matrices_and_its_file_repeats_it(pair: dict[str, 
     assert squared_distance(anchor, out) == pytest.approx(squared_distance(anchor, reference), rel=5e-3)
     assert squared_distance(anchor, out) <= 1.005 * squared_distance(anchor, load(pair["sibling"]))
     report = json.loads((tmp_path / "out" / "symalign_report.json").read_text("utf-8"))
-    blocks = [block for model in report["models"].values() for block in model["blocks"] if block["block"] == "attention"]
+    blocks = [
+        block for model in report["models"].values() for block in model["blocks"] if block["block"] == "attention"
+    ]
     assert blocks
     assert all(15 < block["value_condition_max"] < 100 for block in blocks)
     assert report["exact"]
