@@ -24,8 +24,8 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_symalign.activations.defaults import DEFAULT_LENGTH, DEFAULT_TOKENS
-from mergekit_symalign.errors import UnalignedCallError
-from mergekit_symalign.families.resolve import is_block_tensor
+from mergekit_symalign.data_methods import DataMethod
+from mergekit_symalign.planned_methods import PlannedMethod
 from mergekit_symalign.symmetry.options import GREATEST_CONDITION
 
 TASK_VECTORS_TITLE = "Leveraging Parameter Space Symmetries for Reasoning Skill Transfer in LLMs"
@@ -142,23 +142,31 @@ ALIGNMENT_PARAMETERS = (
 ALIGNMENT_NAMES = frozenset(p.name for p in ALIGNMENT_PARAMETERS)
 
 
-class AlignedMethod(MergeMethod):
-    """A merge method that aligns every model to ``base_model`` before ``inner`` merges them.
+class AlignedMethod(PlannedMethod):
+    """A merge method that aligns every model to ``base_model`` before ``inner`` merges them."""
 
-    Attributes:
-        inner: MergeKit's method that does the merging.
-        anchor_is_base: whether the anchor is the inner method's base; otherwise it takes part in the merge only if
-            it is listed as a model.
-    """
+    aligns = True
 
     def __init__(self, inner: MergeMethod, spec: MergeMethodSpec, *, anchor_is_base: bool) -> None:
-        self.inner = inner
+        self._inner = inner
         self.anchor_is_base = anchor_is_base
+        own = {p.name for p in spec.parameters}
         self.spec = replace(
             spec,
-            parameters=(*spec.parameters, *ALIGNMENT_PARAMETERS),
+            parameters=(*spec.parameters, *(p for p in ALIGNMENT_PARAMETERS if p.name not in own)),
             contract=_contract(inner.spec.contract, anchor_is_base=anchor_is_base),
         )
+
+    @property
+    def inner(self) -> MergeMethod:
+        return self._inner
+
+    @property
+    def alone(self) -> str:
+        return "would merge it unaligned: it needs the whole block"
+
+    def _plain_remedy(self) -> str:
+        return f", or use {self.inner.spec.name} for a plain merge"
 
     def with_unlisted_anchor(self) -> AlignedMethod:
         """The same method for a merge whose anchor is no listed model.
@@ -197,19 +205,6 @@ class AlignedMethod(MergeMethod):
         base = next((entry.id for entry in group.entries if entry.is_base), None)
         return [entry.id for entry in group.entries], base
 
-    def require_unblocked(self, name: str | None) -> None:
-        """Refuse a tensor that cannot be merged without the rest of its attention block or MLP.
-
-        Raises:
-            UnalignedCallError: if a family takes ``name`` for part of a block, or there is no name to tell.
-        """
-        if name is None or is_block_tensor(name):
-            raise UnalignedCallError(
-                f"tensor {name}" if name is not None else "a tensor without a name",
-                f"{self.spec.name} was called on it alone, and would merge it unaligned: it needs the whole block",
-                f"Merge whole models with mergekit-yaml, or use {self.inner.spec.name} for a plain merge",
-            )
-
 
 def _contract(inner: InputContract, *, anchor_is_base: bool) -> InputContract:
     """The inner method's contract with an anchor, which may be one too many for it: an unlisted one takes no part."""
@@ -224,10 +219,13 @@ def aligned(inner: MergeMethod) -> AlignedMethod | None:
     it is also listed as a model.
 
     Returns:
-        None for a method that has nothing to align (passthrough, our own) or a parameter of the same name as ours.
+        None for a method that has nothing to align (passthrough, an aligned one) or a parameter of the same name as
+        ours; a method of ours that reads data shares its parameter with the alignment.
     """
     names = {p.name for p in inner.spec.parameters}
-    if inner.spec.name in _UNALIGNABLE or isinstance(inner, AlignedMethod) or names & ALIGNMENT_NAMES:
+    if inner.spec.name in _UNALIGNABLE or isinstance(inner, AlignedMethod):
+        return None
+    if names & ALIGNMENT_NAMES and not isinstance(inner, DataMethod):
         return None
     title = inner.spec.pretty_name or inner.spec.name
     own = f"; {title}: {inner.spec.reference_url}" if inner.spec.reference_url else ""

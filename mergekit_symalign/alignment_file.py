@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 
 from mergekit_symalign.alignments import numbers
 from mergekit_symalign.alignments.numbers import ENTRY, Steps, Stored
-from mergekit_symalign.alignments.schema import Content, FirstContent, NewerFormatError, finite_facts, parsed, shown
+from mergekit_symalign.alignments.schema import Content, FirstContent, finite_facts, parsed
 from mergekit_symalign.errors import AlignmentFileError, OtherModelsError
+from mergekit_symalign.sealed.text import NewerFormatError, shown
 from mergekit_symalign.symmetry.element import BlockElement
 
 BlockName = str  # "layer 3 mlp": how a block is called in a file

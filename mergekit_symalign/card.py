@@ -1,4 +1,4 @@
-"""The section on alignment in the model card that MergeKit writes, and the sentence that sums an alignment up."""
+"""Our sections in the model card that MergeKit writes, and the sentence that sums an alignment up."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergekit.config import MergeConfiguration
+
+from mergekit_symalign.graph.config_groups import statistics_paths
 from mergekit_symalign.graph.leftovers import shortened
 from mergekit_symalign.graph.merge_report import REPORT
 from mergekit_symalign.methods import ROTATION_PAPER, ROTATION_TITLE, TASK_VECTORS_PAPER, TASK_VECTORS_TITLE
@@ -14,6 +17,7 @@ from mergekit_symalign.methods import ROTATION_PAPER, ROTATION_TITLE, TASK_VECTO
 TAG = "mergekit-symalign"
 _NOTHING, _LITTLE = 0.01, 0.1  # shares of the distance
 _CONFIGURATION = "### Configuration\n"
+_DIGITS = 12  # of a digest
 
 
 def symmetry_share(totals: Mapping[str, Any]) -> float | None:
@@ -41,19 +45,63 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def extend_card(out_path: Path) -> None:
-    """Add what the report says to the card that MergeKit has written; every other line stays as it is."""
+def extend_card(out_path: Path, config: MergeConfiguration) -> None:
+    """Add what the report says to the card that MergeKit has written; every other line stays as it is.
+
+    Except that the configuration in it names files of statistics without their folder, which is one of this machine.
+    """
     card, report = out_path / "README.md", out_path / REPORT
     if not card.exists() or not report.exists():
         return
     text = card.read_text("utf-8")
     front, separator, body = text.partition(_CONFIGURATION)
     front = front.replace("- merge\n", f"- merge\n- {TAG}\n", 1)
-    card.write_text(front + section(json.loads(report.read_text("utf-8"))) + separator + body, "utf-8")
+    for path in sorted(statistics_paths(config), key=len, reverse=True):
+        body = body.replace(path, Path(path).name)
+    told = json.loads(report.read_text("utf-8"))
+    sections = (section(told) if told["anchor"] else "") + (data_section(told) if "data" in told else "")
+    card.write_text(front + sections + separator + body, "utf-8")
+
+
+def data_section(report: Mapping[str, Any]) -> str:
+    """The card's section on the data behind a merge, as Markdown."""
+    data = report["data"]
+    lines = ["### Data behind the merge", "", f"Merged by {report['method']} of mergekit-symalign.", ""]
+    for model, told in data.get("statistics", {}).items():
+        lines.append(f"- **{_name(model)}**: {_measured(told)}")
+    for paper in data.get("papers", ()):
+        lines += ["", f"Reference: [{paper['title']}]({paper['url']})."]
+    for by, what in _EXCEPTIONS.items():
+        names = [name for name, one in report.get("tensors", {}).items() if one.get("merged_by") == by]
+        if names:
+            lines += ["", f"{what}: {shortened(names)}."]
+    return "\n".join(lines) + "\n\n"
+
+
+_EXCEPTIONS = {
+    "ridge": "Solved with a ridge, because the statistics are of too few tokens",
+    "average": "Averaged, because no token reached them",
+}
+
+
+def _measured(told: Mapping[str, Any]) -> str:
+    """One line on a file of statistics."""
+    kinds = [f"{told['gram']} Gram matrices"] if told["gram"] != "none" else []
+    kinds += [f"{told['fisher']} Fisher information"] if told["fisher"] != "none" else []
+    only = f", of the tensors that match `{told['only']}`" if told["only"] else ""
+    return (
+        f"statistics `{told['file']}` ({' and '.join(kinds)}{only}; {told['tokens']} tokens in "
+        f"{told['sequences']} sequences; SHA-256 {told['sha256'][:_DIGITS]})"
+    )
+
+
+def _name(model: str) -> str:
+    """A model as a card may name it: not by a folder of this machine."""
+    return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
 
 
 def section(report: Mapping[str, Any]) -> str:
-    """The card's section as Markdown."""
+    """The card's section on the alignment, as Markdown."""
     exact = (
         "Exact: every aligned model computes what the original computed, up to rounding."
         if report["exact"]

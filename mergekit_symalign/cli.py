@@ -16,6 +16,7 @@ from mergekit_symalign.errors import HostError
 _COMMANDS = {
     "demo": "demo",
     "inspect": "inspect",
+    "measure": "measure",
     "solve": "solve",
     "apply": "apply",
     "verify": "verify",

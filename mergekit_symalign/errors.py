@@ -61,6 +61,14 @@ class OtherModelsError(AlignmentFileError):
     """A saved alignment is absent, or sound and of other models: the user named the wrong one."""
 
 
+class StatisticsFileError(SymalignError):
+    """A file of statistics is damaged, of a newer format, or belongs to another model."""
+
+
+class OtherStatisticsError(StatisticsFileError):
+    """A file of statistics is absent, or sound and not what is needed: the user named the wrong one."""
+
+
 class SymmetryError(SymalignError):
     """An element of a block is no symmetry of that block: applied, it would change what the model computes."""
 

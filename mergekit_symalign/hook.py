@@ -92,16 +92,18 @@ def _bindings(value: object) -> Iterator[tuple[ModuleType, str]]:
 
 def _method_of_ours(method: Any) -> bool:
     """Whether a method is one of ours; imports nothing, as there is none before our methods were imported."""
-    methods = sys.modules.get("mergekit_symalign.aligned_methods")
-    return methods is not None and isinstance(method, methods.AlignedMethod)
+    methods = sys.modules.get("mergekit_symalign.planned_methods")
+    return methods is not None and isinstance(method, methods.PlannedMethod)
 
 
 def _hook_methods(merge_methods: Any) -> None:
     """Our methods for all that MergeKit has, and for those that are registered later when they are asked for."""
     from mergekit_symalign.aligned_methods import aligned, rotation_match
+    from mergekit_symalign.data_methods import data_methods
 
     known = {method.spec.name: method for method in merge_methods.registered_methods()}
-    ours = [*map(aligned, known.values()), rotation_match(known["linear"])]
+    with_data = [method for method in data_methods(known) if method.spec.name not in known]
+    ours = [*with_data, *map(aligned, (*known.values(), *with_data)), rotation_match(known["linear"])]
     for method in ours:
         if method is not None and method.spec.name not in known:
             merge_methods.register(method)
@@ -178,7 +180,7 @@ def _hook_merge(merge: Any) -> None:
     def hooked(original: Any) -> Any:
         def run_merge(merge_config: Any, out_path: str, options: Any, *args: Any, **kwargs: Any) -> Any:
             with readable_errors():
-                ours = _is_aligned_merge(merge_config)
+                ours = _is_our_merge(merge_config)
                 if ours:
                     from mergekit_symalign.graph.planner import before_merge
 
@@ -187,7 +189,7 @@ def _hook_merge(merge: Any) -> None:
                 if ours and options.write_model_card:
                     from mergekit_symalign.card import extend_card
 
-                    extend_card(Path(out_path))
+                    extend_card(Path(out_path), merge_config)
                 return result
 
         return run_merge
@@ -195,7 +197,7 @@ def _hook_merge(merge: Any) -> None:
     _replace(merge, "run_merge", hooked)
 
 
-def _is_aligned_merge(merge_config: Any) -> bool:
+def _is_our_merge(merge_config: Any) -> bool:
     """Whether one of our methods is asked for; a name that nobody has is MergeKit's to refuse, unless ours is meant."""
     from mergekit import merge_methods
 

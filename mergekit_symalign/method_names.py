@@ -9,13 +9,14 @@ from mergekit_symalign.errors import UnknownMethodError
 
 PREFIX = "aligned_"
 ROTATION_MATCH = "rotation_match"
+WITH_DATA = ("regmean", "fisher", "regmean_task_arithmetic", "ot_fusion")
 _LIKE = 0.75  # similarity from which a name is taken for a misspelling of another one
 _NEAR = 0.6  # similarity from which a name is worth mentioning
 _SHOWN = 3
 
 
 def is_ours(name: str) -> bool:
-    return name == ROTATION_MATCH or name.startswith(PREFIX)
+    return name in (ROTATION_MATCH, *WITH_DATA) or name.startswith(PREFIX)
 
 
 def misspelt(name: str, known: Collection[str]) -> UnknownMethodError | None:

@@ -12,6 +12,8 @@ import yaml
 from conftest import BIN, OFFLINE, load, merged
 from mergekit.config import MergeConfiguration
 from models import make_model, save, word_tokenizer
+from transformers import PreTrainedModel
+from whole_statistics import measure
 
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.yml"))
@@ -36,7 +38,18 @@ def _localised(text: str, folder: Path) -> str:
         if "objective: activations" in text:
             word_tokenizer(11).save_pretrained(path)
         text = text.replace(name, str(path))
+        _measure(text, folder, {str(path): model})
     return text
+
+
+def _measure(text: str, folder: Path, models: dict[str, PreTrainedModel]) -> None:
+    """Write the files of statistics that a configuration names for these models."""
+    for document in yaml.safe_load_all(text):
+        fisher = "empirical" if document["merge_method"].endswith("fisher") else "none"
+        for listed in document.get("models", []):
+            file = (listed.get("parameters") or {}).get("statistics")
+            if file is not None and listed["model"] in models:
+                measure(models[listed["model"]], Path(listed["model"]), folder / file, fisher=fisher)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)

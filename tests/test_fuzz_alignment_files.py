@@ -7,7 +7,8 @@ import torch
 from fuzz import alignment_files
 from fuzz.memory import guarded
 
-from mergekit_symalign.alignments import fit, schema
+from mergekit_symalign.alignments import fit
+from mergekit_symalign.sealed import text
 
 COUNT = 240
 MEMORY_KIB = 32 * 1024  # of one file: the largest changed text has 2 MB, a parsed one takes a few times that
@@ -34,4 +35,4 @@ def test_the_guard_measures_and_limits() -> None:
 
 
 def test_depth_is_counted_outside_strings() -> None:
-    assert schema._depth('{"a[[[": [{"\\"{{": "]"}]}') == 3
+    assert text._depth('{"a[[[": [{"\\"{{": "]"}]}') == 3

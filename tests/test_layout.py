@@ -20,6 +20,8 @@ ROOMS: dict[str, str] = {
     "host": "",
     "method_names": "errors",
     "whole_file": "errors",
+    "sealed": "",
+    "statistics": "errors whole_file sealed",
     "symmetry/options": "",
     "symmetry/threads": "",
     "symmetry/rows": "",
@@ -27,6 +29,7 @@ ROOMS: dict[str, str] = {
     "symmetry/groups": "errors symmetry/rows",
     "symmetry/element": "symmetry/groups symmetry/rows",
     "symmetry/solved": "symmetry/element",
+    "symmetry/statistics": "errors symmetry/element",
     "symmetry/scale": "symmetry/threads",
     "symmetry/distance": f"{GROUND} symmetry/groups",
     "symmetry/assignment": "errors symmetry/rows symmetry/threads symmetry/fitting",
@@ -43,19 +46,35 @@ ROOMS: dict[str, str] = {
     "families": "errors symmetry/options symmetry/element symmetry/residual",
     "planting": f"families {ELEMENTS} symmetry/heads symmetry/residual",
     "activations": "errors families symmetry/element symmetry/by_activations",
-    "alignments": f"errors families whole_file {ELEMENTS} symmetry/admitted symmetry/membership",
-    "aligned_methods": "errors families activations symmetry/options",
-    "methods": "aligned_methods",
-    "graph": f"errors families whole_file activations alignments aligned_methods methods {ELEMENTS} symmetry/heads "
-    "symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved symmetry/consensus symmetry/membership",
-    "card": "methods aligned_methods graph",
-    "hook": "errors host method_names aligned_methods methods graph card",
+    "alignments": f"errors families whole_file sealed {ELEMENTS} symmetry/admitted symmetry/membership",
+    "planned_methods": "errors families",
+    "data_methods": "planned_methods",
+    "aligned_methods": "activations data_methods planned_methods symmetry/options",
+    "methods": "aligned_methods data_methods planned_methods",
+    "fusion": "errors",
+    "graph": f"errors families whole_file sealed statistics activations alignments methods fusion {ELEMENTS} "
+    "symmetry/heads symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved symmetry/consensus "
+    "symmetry/statistics symmetry/membership",
+    "card": "methods graph",
+    "hook": "errors host method_names aligned_methods data_methods graph card",
     "demo": "errors families planting whole_file",
-    "commands": "errors host method_names families whole_file activations alignments methods graph card hook demo",
+    "commands": "errors host method_names families whole_file sealed statistics activations alignments methods graph "
+    "card hook demo",
     "cli": "errors hook commands",
 }
 ONE_ROOM = {"alignment_file": "alignments", "autoload": "hook"}
-KNOWS_MERGEKIT = {"aligned_methods", "methods", "graph", "card", "hook", "demo", "commands", "cli"}
+KNOWS_MERGEKIT = {
+    "planned_methods",
+    "data_methods",
+    "aligned_methods",
+    "methods",
+    "graph",
+    "card",
+    "hook",
+    "demo",
+    "commands",
+    "cli",
+}
 
 
 def _room(parts: tuple[str, ...]) -> str:

@@ -15,10 +15,10 @@ from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase
 from models import ROUNDINGS, make_model, off_by, perturbed, save, with_weights
 
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.methods import ALIGNMENT_NAMES, ALIGNMENT_PARAMETERS, AlignedMethod
+from mergekit_symalign.methods import ALIGNMENT_NAMES, ALIGNMENT_PARAMETERS, PlannedMethod
 from mergekit_symalign.planting import random_elements, transform
 
-INNER = {m.spec.name: m for m in merge_methods.registered_methods() if not isinstance(m, AlignedMethod)}
+INNER = {m.spec.name: m for m in merge_methods.registered_methods() if not isinstance(m, PlannedMethod)}
 PARAMETERS = {"weight": 0.6, "t": 0.4, "density": 0.5}
 # A weight is kept if its change times the divergence of its row is large. Of rows that are nearly equal, float32 leaves
 # that divergence a few digits, so single weights that lie at the threshold fall to either side.
@@ -133,7 +133,12 @@ def test_the_documented_parameters_are_those_of_the_code() -> None:
     """`make methods` writes them."""
     import write_methods
 
+    for path, written in (
+        (write_methods.PAGE, write_methods.table()),
+        (write_methods.DATA_PAGE, write_methods.data_table()),
+    ):
+        page = path.read_text("utf-8")
+        assert write_methods.page(page, written) == page
     text = write_methods.PAGE.read_text("utf-8")
-    assert write_methods.page(text) == text
     assert all(f"| `{p.name}` |" in text for p in ALIGNMENT_PARAMETERS)
     assert all(p.description for p in ALIGNMENT_PARAMETERS)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_symalign.activations.defaults import DEFAULT_LENGTH, DEFAULT_TOKENS
+from mergekit_symalign.activations.defaults import DEFAULT_LENGTH, DEFAULT_PROMPTS, DEFAULT_TOKENS
 from mergekit_symalign.activations.runner import Batch
 from mergekit_symalign.errors import CalibrationError
 
@@ -42,13 +42,7 @@ class Calibration:
 
     def batches(self) -> Iterator[Batch]:
         """Prompts of similar length together, padded on the right."""
-        for together in self._together():
-            ids = torch.zeros(len(together), len(together[0]), dtype=torch.int64)
-            valid = torch.zeros_like(ids, dtype=torch.bool)
-            for row, sequence in enumerate(together):
-                ids[row, : len(sequence)] = torch.tensor(sequence)
-                valid[row, : len(sequence)] = True
-            yield Batch(ids, valid)
+        yield from map(padded, self._together())
 
     def kept(self) -> Iterator[Tensor | None]:
         """Of each batch, where among all its prompts × tokens those are that are no padding; None if all are."""
@@ -59,11 +53,27 @@ class Calibration:
 
     def _together(self) -> Iterator[list[tuple[int, ...]]]:
         """The prompts of each batch, the longest first."""
-        ordered = sorted(self.sequences, key=len, reverse=True)
-        while ordered:
-            count = max(1, BATCH_TOKENS // len(ordered[0]))
-            yield ordered[:count]
-            ordered = ordered[count:]
+        for group in groups([len(sequence) for sequence in self.sequences]):
+            yield [self.sequences[i] for i in group]
+
+
+def groups(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Which prompts run together: those of similar length, the longest first."""
+    ordered = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while ordered:
+        count = max(1, BATCH_TOKENS // lengths[ordered[0]])
+        yield ordered[:count]
+        ordered = ordered[count:]
+
+
+def padded(sequences: Sequence[Sequence[int]]) -> Batch:
+    """Some prompts as one batch, padded on the right."""
+    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
+    valid = torch.zeros_like(ids, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        valid[row, : len(sequence)] = True
+    return Batch(ids, valid)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -107,14 +117,12 @@ def calibrate(
     Raises:
         CalibrationError: also if tokenizers differ on a prompt that is used, or there is no chat template for messages.
     """
-    for name, value in (("calibration_tokens", tokens), ("calibration_sequence_length", length)):
-        if value < 1:
-            raise CalibrationError(f"parameter {name}", f"it is {value}", "Give a positive number")
+    require_positive(tokens, length)
     used: list[tuple[int, ...]] = []
     left = tokens
     for number, prompt in enumerate(read_prompts(path), 1):
         where = f"calibration {path}, prompt {number}"
-        text, special = _text(prompt, anchor, where)
+        text, special = text_of(prompt, anchor, where)
         ids = anchor(text, add_special_tokens=special)["input_ids"]
         for name, tokenizer in models.items():
             _require_same(where, text, ids, name, tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -128,6 +136,45 @@ def calibrate(
     return Calibration(tuple(used))
 
 
+def require_positive(tokens: int, length: int) -> None:
+    """
+    Raises:
+        CalibrationError: if one of them is not.
+    """
+    for name, value in (("calibration_tokens", tokens), ("calibration_sequence_length", length)):
+        if value < 1:
+            raise CalibrationError(f"parameter {name}", f"it is {value}", "Give a positive number")
+
+
+def read_labels(path: Path) -> list[Any]:
+    """The field ``label`` of each line of a ``.jsonl`` file that holds a prompt.
+
+    Raises:
+        CalibrationError: if a line has none.
+    """
+    if path.suffix != ".jsonl":
+        raise CalibrationError(f"calibration {path}", "only a .jsonl file can hold labels", "Give each line a label")
+    labels = []
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            entry = json.loads(line)  # `read_prompts` found every line well formed
+            if "label" not in entry:
+                where = f"calibration {path}, line {number}"
+                raise CalibrationError(where, "it has no label", "Give each line an object with text and label")
+            labels.append(entry["label"])
+    return labels
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """What a tokenizer does, as SHA-256 of the ids that it gives for the prompts of the package.
+
+    Special tokens are left out, so a fine-tune that adds some has the digest of its base.
+    """
+    texts = [prompt for prompt in read_prompts(DEFAULT_PROMPTS) if isinstance(prompt, str)]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
 def _prompt(path: Path, number: int, line: str) -> Prompt:
     try:
         entry = json.loads(line)
@@ -139,7 +186,7 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
     raise CalibrationError(f"calibration {path}, line {number}", "it has no text, prompt or messages", _FORMS)
 
 
-def _text(prompt: Prompt, anchor: Any, where: str) -> tuple[str, bool]:
+def text_of(prompt: Prompt, anchor: Any, where: str) -> tuple[str, bool]:
     """The prompt as text, and whether the tokenizer shall add its special tokens (a template has them already)."""
     if isinstance(prompt, str):
         return prompt, True

@@ -88,15 +88,17 @@ class LayerRunner:
     Args:
         config: its transformers config.
         layout: its tensors and their axes.
+        attention: how transformers computes it; ``eager`` where the model does not know another one.
     """
 
-    def __init__(self, config: Any, layout: ModelLayout) -> None:
+    def __init__(self, config: Any, layout: ModelLayout, attention: str = "eager") -> None:
         self.layout = layout
         config = copy.deepcopy(config)
         model_type = getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
         build = getattr(model_type, "_from_config", None) or model_type.from_config
+        known = attention == "eager" or getattr(model_type, f"_supports_{attention}", False)
         with init_empty_weights(include_buffers=False):
-            model = build(config, attn_implementation="eager", experts_implementation="eager")
+            model = build(config, attn_implementation=attention if known else "eager", experts_implementation="eager")
         model.tie_weights()  # building it without weights takes them apart
         self.model = model.eval().requires_grad_(False)
         path = layout.name(0, "").rstrip(".").rpartition(".")[0]
@@ -105,6 +107,10 @@ class LayerRunner:
 
     @torch.inference_mode()
     def record(self, batch: Batch, weights: Mapping[str, Tensor]) -> Recorded:
+        """`embed`, without gradients."""
+        return self.embed(batch, weights)
+
+    def embed(self, batch: Batch, weights: Mapping[str, Tensor]) -> Recorded:
         """Run everything in front of the layers, and note what each layer would be called with.
 
         Args:
@@ -142,15 +148,23 @@ class LayerRunner:
         Returns:
             The hidden states after the layer, and the activations of each axis.
         """
-        module = self.layers[layer]
+        with _watched(self.layers[layer], self.layout, seen) as activations:
+            out = self.call(layer, weights, hidden, recorded)
+        return out, activations
+
+    def call(self, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, recorded: Recorded) -> Tensor:
+        """The hidden states after one layer. Takes what `run` takes."""
         self._move_buffers(hidden.device)
         args, kwargs = recorded.arguments(layer)
-        with _watched(module, self.layout, seen) as activations:
-            out = functional_call(module, dict(weights), (hidden, *args), kwargs)
-        return (out[0] if isinstance(out, tuple) else out), activations
+        out = functional_call(self.layers[layer], dict(weights), (hidden, *args), kwargs)
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def finish(self, batch: Batch, weights: Mapping[str, Tensor], hidden: Tensor) -> Any:
+        """`head`, without gradients."""
+        return self.head(batch, weights, hidden)
+
+    def head(self, batch: Batch, weights: Mapping[str, Tensor], hidden: Tensor) -> Any:
         """Run everything after the layers.
 
         Args:

@@ -11,8 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from mergekit_symalign.alignments.numbers import ENTRY
-from mergekit_symalign.alignments.schema import shown
 from mergekit_symalign.errors import ConfigError
+from mergekit_symalign.sealed.text import shown
 
 _SUFFIX = ".safetensors"
 _MOST = 200  # bytes of a name; file systems take 255

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 from mergekit_symalign.alignment_file import AlignmentFile, BlockName, block_name
 from mergekit_symalign.alignments.numbers import Steps
-from mergekit_symalign.alignments.schema import shown
 from mergekit_symalign.errors import AlignmentFileError, SymmetryError
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.sealed.text import shown
 from mergekit_symalign.symmetry.admitted import Admitted, admitted
 from mergekit_symalign.symmetry.groups import Permutation
 from mergekit_symalign.symmetry.membership import STEPS, require_symmetry

@@ -14,7 +14,9 @@ import torch
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from mergekit_symalign.alignments.schema import FORMAT, MOST_TEXT, digest
+from mergekit_symalign.alignments.schema import FORMAT, MOST_TEXT
+from mergekit_symalign.sealed.tensors import bytes_digest, described
+from mergekit_symalign.sealed.text import digest
 from mergekit_symalign.symmetry.element import unpack
 from mergekit_symalign.symmetry.groups import AxisAction
 from mergekit_symalign.whole_file import written_whole
@@ -90,7 +92,7 @@ def write(path: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor])
 
 def sealed(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The text of a file of this format, as JSON holds it, with the digests that tell damage."""
-    table = {name: [*_described(x), _bytes_digest(x)] for name, x in tensors.items()}
+    table = {name: [*described(x), bytes_digest(x)] for name, x in tensors.items()}
     whole: dict[str, Any] = json.loads(json.dumps({**content, "format": FORMAT, "tensors": table}))
     return whole | {"sha256": digest(whole)}
 
@@ -136,7 +138,7 @@ def tensor(file: Any, name: str, stored: Stored) -> Tensor:
         ValueError: if it is not the one that was saved.
     """
     x: Tensor = file.get_tensor(name)
-    if stored.sha256 is not None and _bytes_digest(x) != stored.sha256:
+    if stored.sha256 is not None and bytes_digest(x) != stored.sha256:
         raise ValueError("its numbers are damaged: they differ from what was saved")
     return x
 
@@ -152,12 +154,3 @@ def _repeats(x: Tensor) -> int:
         return 1
     changes = (x.narrow(0, 1, len(x) - 1) != x.narrow(0, 0, len(x) - 1)).flatten(1).any(1)
     return gcd(len(x), *(torch.nonzero(changes).flatten() + 1).tolist())
-
-
-def _described(x: Tensor) -> tuple[str, list[int]]:
-    names = {torch.int32: "I32", torch.int64: "I64", torch.float32: "F32", torch.float64: "F64"}
-    return names.get(x.dtype, str(x.dtype)), list(x.shape)
-
-
-def _bytes_digest(x: Tensor) -> str:
-    return hashlib.sha256(x.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()

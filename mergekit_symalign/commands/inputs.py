@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from mergekit.options import MergeOptions
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
+from mergekit_symalign.activations.images import in_batches, patches_of
 from mergekit_symalign.activations.runner import Batch
 from mergekit_symalign.commands.models import StoredModel
 from mergekit_symalign.errors import CalibrationError
@@ -20,14 +19,6 @@ from mergekit_symalign.graph.streaming import require_embedded, tokenizer_of
 
 RANDOM_LENGTH = 64  # tokens of each random prompt
 _SEED = 0
-
-
-@dataclass(frozen=True)
-class Images(Batch):
-    """Random images, in place of token ids [images, channels, height, width]; every patch is valid."""
-
-    def inputs(self) -> dict[str, Any]:
-        return {"pixel_values": self.ids}
 
 
 def reads_text(model: StoredModel) -> bool:
@@ -74,9 +65,8 @@ def _random_tokens(model: StoredModel, tokens: int) -> Iterator[Batch]:
 
 def _random_images(model: StoredModel, tokens: int) -> Iterator[Batch]:
     config = model.runner.model.config
-    patches = (config.image_size // config.patch_size) ** 2 + 1
+    patches = patches_of(config)
     count = max(1, -(-tokens // patches))
     generator = torch.Generator().manual_seed(_SEED)
     size = (count, config.num_channels, config.image_size, config.image_size)
-    for images in torch.randn(size, generator=generator).split(max(1, 4096 // patches)):
-        yield Images(images, torch.ones(len(images), patches, dtype=torch.bool))
+    yield from in_batches(torch.randn(size, generator=generator), patches, max(1, 4096 // patches))

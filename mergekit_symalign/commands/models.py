@@ -36,11 +36,12 @@ class StoredModel:
     device: str
 
     @staticmethod
-    def open(name: str, options: MergeOptions) -> StoredModel:
+    def open(name: str, options: MergeOptions, attention: str = "eager") -> StoredModel:
         """
         Args:
             name: as a merge takes it: ``model``, ``model@revision``, ``model+adapter``.
             options: of MergeKit.
+            attention: how transformers computes it, if the model knows it.
 
         Raises:
             ModelError: if there is no such model.
@@ -52,7 +53,7 @@ class StoredModel:
         layout = resolve(config, model=name)
         require_openable([reference], options)
         checkpoint = Checkpoint.open(reference, config, layout)
-        model = StoredModel(checkpoint, LayerRunner(config, layout), options.device or "cpu")
+        model = StoredModel(checkpoint, LayerRunner(config, layout, attention), options.device or "cpu")
         model._untie()
         model._check()
         return model

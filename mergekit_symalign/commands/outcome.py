@@ -16,12 +16,15 @@ from mergekit_symalign.errors import (
     CheckpointError,
     HostError,
     OtherModelsError,
+    OtherStatisticsError,
+    StatisticsFileError,
     SymalignError,
     ValueInTensorError,
 )
 
-_NOT_THE_CALL = (CheckpointError, ValueInTensorError, AlignmentFileError, HostError)
+_NOT_THE_CALL = (CheckpointError, ValueInTensorError, AlignmentFileError, StatisticsFileError, HostError)
 """What another call does not help against: damaged files, and a MergeKit that is not known."""
+_WRONG_NAME = (OtherModelsError, OtherStatisticsError)
 _PATHS = frozenset(
     (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 ) | {errno.ENAMETOOLONG}
@@ -69,7 +72,7 @@ def explained(error: Exception) -> click.ClickException | None:
     if isinstance(error, click.ClickException) and isinstance(error.__cause__, SymalignError):
         return explained(error.__cause__)  # from a merge inside a command (graph/error_translation.py)
     if isinstance(error, SymalignError):
-        final = isinstance(error, _NOT_THE_CALL) and not isinstance(error, OtherModelsError)
+        final = isinstance(error, _NOT_THE_CALL) and not isinstance(error, _WRONG_NAME)
         return click.ClickException(str(error)) if final else BadInput(str(error))
     if isinstance(error, OSError):
         kind = BadInput if error.errno in _PATHS else click.ClickException

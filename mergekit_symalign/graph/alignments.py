@@ -167,7 +167,6 @@ class Alignments:
         """What a file belongs to, from the settings of each of its blocks."""
         agreed, differing = agreed_settings(settings)
         layout = self.checkpoints[model].layout
-        versions = {name: metadata.version(name) for name in ("mergekit", "torch", "transformers")}
         return Origin(
             anchor=str(anchor),
             model=str(model),
@@ -176,7 +175,7 @@ class Alignments:
             family=layout.family.name,
             sizes=sizes_of(self.checkpoints[model]),
             settings=agreed,
-            versions={"mergekit_symalign": __version__, **versions},
+            versions=package_versions(),
             settings_by_block=differing,
         )
 
@@ -203,6 +202,12 @@ def agreed_settings(by_block: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str
     differing = [name for name, of in values.items() if len(of) > 1]
     own = {block: {name: settings.get(name) for name in differing} for block, settings in by_block.items()}
     return agreed, own if differing else {}
+
+
+def package_versions() -> dict[str, str]:
+    """Of what alignments and statistics depend on."""
+    others = {name: metadata.version(name) for name in ("mergekit", "torch", "transformers")}
+    return {"mergekit_symalign": __version__, **others}
 
 
 def sizes_of(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-from mergekit.config import ConditionalParameter, MergeConfiguration
+from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope
 from pydantic import ValidationError
 
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.graph.config_groups import Group, Settings, all_settings, groups_of
-from mergekit_symalign.methods import AlignedMethod
+from mergekit_symalign.graph.config_groups import Group, Settings, all_settings, groups_of, scalars
+from mergekit_symalign.methods import PlannedMethod
 
 
 def check_models(config: MergeConfiguration, trust_remote_code: bool) -> None:
@@ -26,7 +26,7 @@ def check_models(config: MergeConfiguration, trust_remote_code: bool) -> None:
         resolve(model.config(trust_remote_code=trust_remote_code), model=str(model))
 
 
-def check_config(config: MergeConfiguration, method: AlignedMethod) -> None:
+def check_config(config: MergeConfiguration, method: PlannedMethod) -> None:
     """Refuse what cannot be merged, whatever the models are.
 
     Raises:
@@ -51,7 +51,7 @@ def _check_parameter(where: str, name: str, value: Any, spec: MergeMethodSpec) -
             f"{spec.name} has no parameter of this name",
             f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}",
         )
-    for scalar in _scalars(value):
+    for scalar in scalars(value):
         try:
             known[name].validate(scalar)
         except ValidationError as error:
@@ -62,41 +62,39 @@ def _check_parameter(where: str, name: str, value: Any, spec: MergeMethodSpec) -
             ) from error
 
 
-def _scalars(value: Any) -> Iterator[Any]:
-    """Every single value of a setting with filters and gradients."""
-    if isinstance(value, ConditionalParameter):
-        yield from _scalars(value.value)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _scalars(item)
-    else:
-        yield value
-
-
-def _check_sources(group: Group, method: AlignedMethod) -> None:
+def _check_sources(group: Group, method: PlannedMethod) -> None:
     anchor = group.anchor
+    if not method.aligns and not method.anchor_is_base:
+        return
     if anchor is None:
+        needs, remedy = (
+            ("aligns every model to base_model, but none is given", "that all others are aligned to")
+            if method.aligns
+            else ("adds what the models learned to base_model, but none is given", "that they are fine-tunes of")
+        )
         raise ConfigError(
-            f"base_model ({group.where})",
-            f"{method.spec.name} aligns every model to base_model, but none is given",
-            "Add base_model: the model that all others are aligned to",
+            f"base_model ({group.where})", f"{method.spec.name} {needs}", f"Add base_model: the model {remedy}"
         )
     if not set(group.models) - {anchor}:
         raise ConfigError(
             group.where,
-            f"the only model is the anchor {anchor} itself, so there is nothing to align or merge",
+            f"the only model is the anchor {anchor} itself, so there is nothing to align or merge"
+            if method.aligns
+            else f"the only model is base_model {anchor} itself, so there is nothing to merge",
             "List at least one other model",
         )
     if group.from_slices and anchor not in group.models:
         weight = ", with weight: 0.0 if it shall not take part" if not method.anchor_is_base else ""
         raise ConfigError(
             group.where,
-            f"the anchor {anchor} is not among the sources, so nothing says which of its layers to align to",
+            f"the anchor {anchor} is not among the sources, so nothing says which of its layers to align to"
+            if method.aligns
+            else f"base_model {anchor} is not among the sources, so nothing says which of its layers is the base",
             f"List it as a source with its layer_range{weight}",
         )
 
 
-def _check_required(group: Group, method: AlignedMethod) -> None:
+def _check_required(group: Group, method: PlannedMethod) -> None:
     """Parameters without a default must be given at some level, to every listed model that the method asks for them."""
     for p in method.spec.parameters:
         if p.required and p.scope is ParameterScope.SHARED and not _given(p.name, group.settings):
@@ -119,10 +117,10 @@ def _given(name: str, settings: Iterable[Settings]) -> bool:
     return any(name in level for level in settings)
 
 
-def _check_number(group: Group, method: AlignedMethod) -> None:
+def _check_number(group: Group, method: PlannedMethod) -> None:
     """What MergeKit would say of the inner method's inputs, with a traceback."""
     models = group.all_models if method.anchor_is_base else group.models
-    base = group.anchor if group.anchor in models else None
+    base = group.anchor if group.anchor in models else None  # a method that needs none does not look at it
     try:
         method.inner.validate_inputs(models, base)
     except ValueError as error:

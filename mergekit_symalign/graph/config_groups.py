@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration, OutputSliceDefinition
+from mergekit.config import ConditionalParameter, MergeConfiguration, OutputSliceDefinition
 
 Settings = Mapping[str, Any]
 
@@ -93,3 +93,20 @@ def _slice_settings(where: str, out: OutputSliceDefinition) -> Iterator[tuple[st
     yield where, out.parameters or {}
     for source in out.sources:
         yield f"{where}: {source.model}", source.parameters or {}
+
+
+def scalars(value: Any) -> Iterator[Any]:
+    """Every single value of a setting with filters and gradients."""
+    if isinstance(value, ConditionalParameter):
+        yield from scalars(value.value)
+    elif isinstance(value, list):
+        for item in value:
+            yield from scalars(item)
+    else:
+        yield value
+
+
+def statistics_paths(config: MergeConfiguration) -> frozenset[str]:
+    """All files of statistics that the configuration names."""
+    values = (settings.get("statistics") for _, settings in all_settings(config))
+    return frozenset(path for value in values for path in scalars(value) if isinstance(path, str))

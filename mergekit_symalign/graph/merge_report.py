@@ -54,16 +54,19 @@ class WriteReport(Task[str]):
         path: of the file.
         head: method, anchor, settings and versions, as JSON.
         blocks: model, layer of the output, kind of block, and the task that gives the facts.
+        findings: what a method that uses data tells of a tensor, by its name.
         after: the task that ends the merge.
     """
 
     path: str
     head: str
     blocks: Tuple[Tuple[str, int, BlockKind, FactsOf], ...]
+    findings: Tuple[Tuple[str, Task], ...] = ()
     after: Optional[Task] = None
 
     def arguments(self) -> Dict[str, Task]:
         tasks: Dict[str, Task] = {f"block{i}": facts for i, (*_, facts) in enumerate(self.blocks)}
+        tasks |= {f"finding{i}": task for i, (_, task) in enumerate(self.findings)}
         return tasks if self.after is None else {**tasks, "after": self.after}
 
     def main_thread_only(self) -> bool:
@@ -71,7 +74,9 @@ class WriteReport(Task[str]):
 
     def execute(self, after: Any = None, **facts: Dict[str, Any]) -> str:
         found = [(model, layer, kind, facts[f"block{i}"]) for i, (model, layer, kind, _) in enumerate(self.blocks)]
-        text = json.dumps(json.loads(self.head) | {"models": by_model(found)}, indent=1)
+        told = {name: facts[f"finding{i}"] for i, (name, _) in enumerate(self.findings)}
+        tensors = {"tensors": {name: one for name, one in told.items() if one}} if self.findings else {}
+        text = json.dumps(json.loads(self.head) | {"models": by_model(found)} | tensors, indent=1)
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as scratch:
@@ -109,9 +114,14 @@ class Reports:
     """The facts of a merge, as they are planned."""
 
     _blocks: list[tuple[str, int, BlockKind, FactsOf]] = field(default_factory=list)
+    _findings: list[tuple[str, Task]] = field(default_factory=list)
 
     def record(self, model: ModelReference, layer: int, kind: BlockKind, solution: Task) -> None:
         self._blocks.append((str(model), layer, kind, FactsOf(solution=solution)))
+
+    def find(self, findings: Sequence[tuple[str, Task]]) -> None:
+        """Add what tasks will tell of tensors."""
+        self._findings.extend(findings)
 
     @property
     def blocks(self) -> tuple[tuple[str, int, BlockKind, FactsOf], ...]:
@@ -120,4 +130,10 @@ class Reports:
     def task(self, out_path: str, head: Mapping[str, Any], after: Task | None) -> WriteReport:
         versions = {name: metadata.version(name) for name in ("mergekit", "torch", "transformers")}
         whole = {"format": FORMAT, **head, "versions": {"mergekit_symalign": __version__, **versions}}
-        return WriteReport(path=str(Path(out_path) / REPORT), head=json.dumps(whole), blocks=self.blocks, after=after)
+        return WriteReport(
+            path=str(Path(out_path) / REPORT),
+            head=json.dumps(whole),
+            blocks=self.blocks,
+            findings=tuple(self._findings),
+            after=after,
+        )

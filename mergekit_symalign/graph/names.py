@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.initialization import no_init_weights
 
 from mergekit_symalign.errors import CheckpointError
+from mergekit_symalign.graph.linear import Linear, linear_layers
 
 _MOVED = ("rotary_emb.inv_freq", "position_ids")  # buffers that were stored once
 
@@ -73,6 +74,11 @@ class Names:
     def is_left_behind(self, stored: str) -> bool:
         """Whether old checkpoints of this model carry such a tensor, and transformers passes over it in silence."""
         return self._silent is not None and self._silent.search(stored) is not None
+
+    @cached_property
+    def linear(self) -> Mapping[str, Linear]:
+        """The linear layers, by the name of their weight in the model."""
+        return linear_layers(self._model)
 
     @cached_property
     def _ties(self) -> Mapping[str, frozenset[str]]:

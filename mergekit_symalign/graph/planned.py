@@ -11,9 +11,9 @@ Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
 
 
 def anchor_of(task: ExecuteMergeMethodTask) -> ModelReference:
-    """The model whose coordinates a tensor shall have."""
-    assert task.base_model is not None  # graph/config_checks.py
-    return task.base_model
+    """The model whose coordinates a tensor shall have; the first one, in a merge that aligns nothing."""
+    base = task.base_model
+    return base if base is not None and base in task.model_order else task.model_order[0]
 
 
 def gather_of(task: ExecuteMergeMethodTask) -> GatherTensors:

@@ -48,6 +48,8 @@ def plan_aligned(planner: Any, original: Any) -> None:
     _know_other_names(planner, plan)
     if planner.config.base_model not in listed:
         planner._method = method.with_unlisted_anchor()
+        if not method.aligns and not method.anchor_is_base:
+            planner.config.base_model = None  # it names a tokenizer and a config; its weights are not merged
     original(planner)
     planner._method = method
     planner._tensors = plan.rewrite(planner._tensors)

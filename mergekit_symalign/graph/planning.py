@@ -1,48 +1,45 @@
-"""From MergeKit's plan to the aligned one: the same tasks, the same inner method, on aligned inputs."""
+"""From MergeKit's plan to ours: the same tensors, aligned inputs, and the inner method or one that uses data."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergekit.architecture import WeightInfo
-from mergekit.common import ImmutableMap, ModelReference
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel
 from mergekit.merge_methods.base import ParameterScope
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
-from mergekit.tokenizer import PermutedVocabulary
-from mergekit.tokenizer.truncate import TruncatedVocabulary
 
 from mergekit_symalign.errors import ParameterError
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.graph.activations import SolveActivations
-from mergekit_symalign.graph.alignments import Alignments, ReadBlock, SourceBlock, require_same_layers
+from mergekit_symalign.graph.alignments import Alignments
 from mergekit_symalign.graph.apply import ApplyBlock
-from mergekit_symalign.graph.block import SYMMETRY_NAMES, Block
-from mergekit_symalign.graph.checkpoint_checks import merged_dtype
+from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.config_differences import Functions, compare_functions
-from mergekit_symalign.graph.consensus import SolveConsensus
+from mergekit_symalign.graph.data_plans import plan_with_data
 from mergekit_symalign.graph.leftovers import shortened
-from mergekit_symalign.graph.load import GatherAligned, LoadFinite
-from mergekit_symalign.graph.merge import merge_task
 from mergekit_symalign.graph.merge_report import Reports
-from mergekit_symalign.graph.models import Models, check_possible, check_same_neurons
+from mergekit_symalign.graph.models import Models
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
-from mergekit_symalign.graph.solve import OneOf, SolveBlock, SolveTogether
-from mergekit_symalign.graph.streaming import SHARED, StreamingPlan, Wanted, in_order, plan_streaming
-from mergekit_symalign.methods import ALIGNMENT_NAMES, AlignedMethod
+from mergekit_symalign.graph.ready import Context, Ready, ready
+from mergekit_symalign.graph.solutions import Solutions
+from mergekit_symalign.graph.streaming import in_order
+from mergekit_symalign.methods import ALIGNMENT_NAMES, DataMethod, PlannedMethod
 from mergekit_symalign.whole_file import require_writable_folder
 
 LOG = logging.getLogger(__name__)
 
 BlockKey = tuple[int, BlockKind]  # output layer and block
+Aligned = dict[str, dict[ModelReference, ApplyBlock]]  # by the name of the output's tensor
 
 
 @dataclass
@@ -52,21 +49,21 @@ class AlignedPlan:
     Attributes:
         config: the merge configuration.
         options: MergeKit's options.
-        method: the aligned method.
+        method: ours.
         listed: models that the user listed (the anchor takes part in a method without base only if it is one).
     """
 
     config: MergeConfiguration
     options: MergeOptions
-    method: AlignedMethod
+    method: PlannedMethod
     listed: frozenset[ModelReference]
-    _streaming: StreamingPlan | None = None
 
     def __post_init__(self) -> None:
         self._models = Models(self.options.trust_remote_code)
         self._alignments = Alignments(self._models.checkpoints)
         self.reports = Reports()
         self._functions = Functions()
+        self._solutions = Solutions(self._models, self._alignments, self.reports, self.options)
 
     def extra_tasks(self, out_path: str, targets: list[Task]) -> list[Task]:
         """What the merge does beside ``targets``, which write tensors to ``out_path``.
@@ -104,20 +101,43 @@ class AlignedPlan:
         planned = [(weight, task) for weight, task in planned if not self._models.is_superfluous(task)]
         self._unread = self._models.check(planned)
         self._functions = self._compared(planned)
+        planned, aligned = self._aligned(planned) if self.method.aligns else (planned, {})
+        self._warn_if_inexact(planned)
+        self._warn_of_unread()
+        tensors = tuple(self._ready(one, aligned.get(one[0].name, {})) for one in planned)
+        tasks, with_data = self._merged(tensors)
+        self._head = {**self._report_head(planned), **with_data}
+        return tasks
+
+    def _aligned(self, planned: list[Planned]) -> tuple[list[Planned], Aligned]:
+        """The tensors in the order of their layers if models run, and the aligned task of each tensor and model."""
         streamed = any(task.parameters["objective"] == "activations" for _, task in planned)
         planned = in_order(planned) if streamed else planned
         blocks = self._blocks(planned)
         for block in blocks:
             block.require_possible_values()
         if streamed:
-            self._stream(planned, blocks)
-        aligned: dict[str, dict[ModelReference, ApplyBlock]] = {}
+            self._solutions.stream(planned, blocks)
+        aligned: Aligned = {}
         for block in blocks:
-            aligned.update(self._aligned(block))
-        self._warn_if_inexact(planned)
-        self._warn_of_unread()
-        self._head = self._report_head(planned)
-        return [(weight, self._merge_task(weight, task, aligned.get(weight.name, {}))) for weight, task in planned]
+            aligned.update(self._solutions.aligned(block))
+        return planned, aligned
+
+    def _ready(self, planned: Planned, aligned: Mapping[ModelReference, ApplyBlock]) -> Ready:
+        _, task = planned
+        order = tuple(m for m in task.model_order if self._takes_part(m, task))
+        listed = task.base_model in order and not isinstance(self.method.inner, DataMethod)
+        base = task.base_model if self.method.anchor_is_base or listed else None
+        return ready(planned, order, base, aligned, self._models.checkpoints, self.config)
+
+    def _merged(self, tensors: tuple[Ready, ...]) -> tuple[list[tuple[WeightInfo, Task]], dict[str, Any]]:
+        """The tasks that merge, and what the report says of the data behind them."""
+        inner = self.method.inner
+        if not isinstance(inner, DataMethod):
+            return [(one.weight, self._merge_task(one)) for one in tensors], {}
+        plan = plan_with_data(Context(inner, tensors, self._models.checkpoints, self.config, self.options))
+        self.reports.find(plan.findings)
+        return plan.tensors, {"data": dict(plan.facts)}
 
     def _blocks(self, planned: list[Planned]) -> list[Block]:
         members: dict[BlockKey, list[Planned]] = defaultdict(list)
@@ -134,7 +154,7 @@ class AlignedPlan:
 
     def _compared(self, planned: list[Planned]) -> Functions:
         """What the configs of all models say of the same weights."""
-        anchor = self.config.base_model or self.config.referenced_models()[0]
+        anchor = anchor_of(planned[0][1])
         return compare_functions(
             anchor,
             self._models.checkpoints,
@@ -159,6 +179,8 @@ class AlignedPlan:
 
     def _turns_fully(self, planned: list[Planned]) -> bool:
         """Whether any block is turned as ``rotation: full`` does, by a solve or by a file."""
+        if not self.method.aligns:
+            return False
         return not self._alignments.exact or any(task.parameters["rotation"] == "full" for _, task in planned)
 
     def _warn_if_inexact(self, planned: list[Planned]) -> None:
@@ -180,9 +202,10 @@ class AlignedPlan:
     def _report_head(self, planned: list[Planned]) -> dict[str, Any]:
         """What the report says of the merge as a whole: the parameters where all tensors agree on them."""
         settings: dict[str, Any] = {}
+        own = {p.name for p in self.method.spec.parameters} if isinstance(self.method.inner, DataMethod) else set()
         for name in sorted(planned[0][1].parameters):  # they come in the order of their hashes
             values = {json.dumps(task.parameters[name], default=str) for _, task in planned}
-            if name in ALIGNMENT_NAMES:
+            if name in ALIGNMENT_NAMES | own:
                 settings[name] = json.loads(values.pop()) if len(values) == 1 else "differs between layers"
         full = self._turns_fully(planned)
         reasons = [
@@ -192,7 +215,7 @@ class AlignedPlan:
         anchors = dict.fromkeys(str(anchor_of(task)) for _, task in planned)
         return {
             "method": self.method.spec.name,
-            "anchor": list(anchors),
+            "anchor": list(anchors) if self.method.aligns else [],
             "exact": not reasons,
             "inexact_because": reasons,
             **self._functions.facts(),
@@ -200,143 +223,19 @@ class AlignedPlan:
             "unused_tensors": {str(model): list(names) for model, names in self._unread.items()},
         }
 
-    def _aligned(self, block: Block) -> dict[str, dict[ModelReference, ApplyBlock]]:
-        """For each tensor of a block (by output name) the aligned task of each model that is aligned."""
-        check_possible(block.symmetries, block.kind, block.layout)
-        check_same_neurons(block.symmetries, block.kind, block.anchor, block.moved(), self._models.checkpoints)
-        loads = block.loads()
-        solutions = self._solutions(block, loads)
-        for model, solution in solutions.items():
-            self._record(block, model, solution)
-            self.reports.record(model, block.layer, block.kind, solution)
-        return {
-            weight.name: {
-                model: ApplyBlock(load=loads[model][i], axes=block.axes[i], solution=solution)
-                for model, solution in solutions.items()
-            }
-            for i, (weight, _) in enumerate(block.members)
-        }
-
-    def _solutions(
-        self, block: Block, loads: dict[ModelReference, tuple[LoadFinite, ...]]
-    ) -> dict[ModelReference, Task]:
-        """The task that gives each model's element."""
-        moved = block.moved()
-        shared: dict[str, Any] = {
-            "kind": block.kind,
-            "axes": block.axes,
-            "mlp": block.layout.mlp_shape(),
-            "use": block.symmetries,
-        }
-        heads = {model: block.heads(model) for model in moved}
-        if moved and block.agreed("anchor") == "consensus":
-            block.require_possible_consensus(moved)
-            ordered = sorted(moved, key=str)
-            models = tuple(loads[m] for m in (block.anchor, *ordered))
-            consensus = SolveConsensus(**shared, models=models, heads=heads[moved[0]])
-            return {m: OneOf(solved=consensus, index=i) for i, m in enumerate(ordered, start=1)}
-        solutions: dict[ModelReference, Task] = {}
-        for m in moved:
-            sides = {"anchor": loads[block.anchor], "model": loads[m], "heads": heads[m]}
-            solutions[m] = self._saved(block, m, loads[m][0]) or self._solver(block, m, shared | sides)
-        return solutions | _together({m: s for m, s in solutions.items() if type(s) is SolveBlock})
-
-    def _stream(self, planned: list[Planned], blocks: list[Block]) -> None:
-        """Plan the run on prompts for all blocks that are to be matched by activations."""
-        wanted = [
-            Wanted(block.layer_of(model), block.kind, model)
-            for block in blocks
-            if block.agreed("objective") == "activations"
-            for model in block.moved()
-            if block.agreed("alignment", model) is None
-        ]
-        if wanted:
-            self._streaming = plan_streaming(planned, wanted, self._models.checkpoints, self.options)
-
-    def _solver(self, block: Block, model: ModelReference, fields: dict[str, Any]) -> SolveBlock:
-        if self._streaming is None or block.agreed("objective") != "activations":
-            return SolveBlock(**fields)
-        statistics = self._streaming.statistics[Wanted(block.layer_of(model), block.kind, model)]
-        return SolveActivations(
-            statistics=statistics,
-            digest=self._streaming.anchor_digest,
-            trust_remote_code=self.options.trust_remote_code,
-            **fields,
-        )
-
-    def _saved(self, block: Block, model: ModelReference, load: LoadFinite) -> ReadBlock | None:
-        """The task that reads this block's element from the file that the user gave, if any."""
-        path = block.agreed("alignment", model)
-        if path is None:
-            return None
-        sha256, name = self._alignments.read(path, block.anchor, model, _source(block, model, "alignment"))
-        return ReadBlock(path=path, sha256=sha256, block=name, label=load.group_label())
-
-    def _record(self, block: Block, model: ModelReference, solution: Task) -> None:
-        folder = block.agreed("save_alignment")
-        if folder is not None:
-            names = (*SYMMETRY_NAMES, "objective", *SHARED)
-            settings = {name: block.members[0][1].parameters[name] for name in names}
-            source = _source(block, model, "save_alignment")
-            self._alignments.record(folder, block.anchor, model, source, solution, settings)
-
-    def _merge_task(
-        self, weight: WeightInfo, task: ExecuteMergeMethodTask, aligned: dict[ModelReference, ApplyBlock]
-    ) -> ExecuteMergeMethodTask:
+    def _merge_task(self, one: Ready) -> ExecuteMergeMethodTask:
         """The inner method on the aligned inputs of one tensor."""
-        gather = gather_of(task)
-        order = tuple(m for m in task.model_order if self._takes_part(m, task))
-        out_dtype = None
-        if aligned:
-            stored = merged_dtype(self._models.checkpoints[m].stored(gather.weight_info[m]) for m in order)
-            out_dtype = self.config.out_dtype or self.config.dtype or str(stored).removeprefix("torch.")
+        task, inner = one.planned, self.method.inner
         shared = {name: value for name, value in task.parameters.items() if name not in ALIGNMENT_NAMES}
-        return merge_task(
-            self.method.inner,
-            gather_tensors=_regathered(task, order, aligned),
-            model_order=order,
-            base_model=task.base_model if self.method.anchor_is_base or task.base_model in order else None,
-            output_weight=weight,
-            parameters=shared,
-            input_parameters={m: self._inner_parameters(m, task) for m in order},
-            dtype=task.dtype,
-            out_dtype=out_dtype,
-        )
-
-    def _inner_parameters(self, model: ModelReference, task: ExecuteMergeMethodTask) -> dict[str, object]:
-        return {
-            p.name: task.input_parameters[model][p.name]
-            for p in self.method.inner.spec.input_parameters
-            if model != task.base_model or p.scope is ParameterScope.INPUT
+        own = {
+            m: {
+                p.name: task.input_parameters[m][p.name]
+                for p in inner.spec.input_parameters
+                if m != task.base_model or p.scope is ParameterScope.INPUT
+            }
+            for m in one.order
         }
+        return one.merged_by(inner, shared, own)
 
     def _takes_part(self, model: ModelReference, task: ExecuteMergeMethodTask) -> bool:
         return self.method.anchor_is_base or model != task.base_model or model in self.listed
-
-
-def _together(solvers: dict[ModelReference, SolveBlock]) -> dict[ModelReference, Task]:
-    """The same solutions from weights, found side by side where there are several."""
-    if len(solvers) < 2:
-        return {}
-    together = SolveTogether(solvers=tuple(solvers.values()))
-    return {model: OneOf(solved=together, index=i) for i, model in enumerate(solvers)}
-
-
-def _source(block: Block, model: ModelReference, what: str) -> SourceBlock:
-    """Where an alignment file keeps a block: it pairs equal layers only."""
-    layer = block.layer_of(model)
-    require_same_layers(what, block.members[0][0].name, block.layer_of(block.anchor), layer)
-    return layer, block.kind
-
-
-def _regathered(
-    task: ExecuteMergeMethodTask, order: tuple[ModelReference, ...], aligned: dict[ModelReference, ApplyBlock]
-) -> Task:
-    """The same inputs with finite loads, aligned where they are; vocabulary steps keep all models they know."""
-    gather, inputs = gather_of(task), task.gather_tensors
-    if isinstance(inputs, (PermutedVocabulary, TruncatedVocabulary)):
-        return inputs.model_copy(update={"gather_tensors": GatherAligned(**dict(gather))})
-    infos = {m: info for m, info in gather.weight_info.items() if m in order}
-    replaced = tuple((m, apply) for m, apply in aligned.items() if m in order)
-    fields = dict(gather) | {"weight_info": ImmutableMap(data=infos), "aligned": replaced}
-    return GatherAligned(**fields)

@@ -16,7 +16,7 @@ from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
@@ -192,7 +192,14 @@ def _calibration(
 
 def require_embedded(calibration: Calibration, checkpoint: Checkpoint) -> None:
     """Every token must have its row in the embedding."""
-    largest = max(map(max, calibration.sequences))
+    require_embedded_ids(max(map(max, calibration.sequences)), checkpoint)
+
+
+def require_embedded_ids(largest: int, checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        CalibrationError: if a token has no row in the embedding.
+    """
     for name, spec in checkpoint.layout.outside.items():
         header = checkpoint.stored(WeightInfo(name=name))
         if spec.axes[0] == "vocabulary" and not spec.optional and header is not None:
@@ -233,6 +240,27 @@ def tokenizer_of(model: ModelReference, options: MergeOptions) -> Any:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CalibrationError(
             f"model {model}", f"its tokenizer cannot be loaded ({reason[0]})", "Put tokenizer files beside its weights"
+        ) from error
+
+
+def image_processor_of(model: ModelReference, options: MergeOptions) -> Any:
+    """
+    Raises:
+        CalibrationError: if it cannot be loaded.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(
+            model.model.path,
+            revision=model.model.revision,
+            cache_dir=options.transformers_cache,
+            trust_remote_code=options.trust_remote_code,
+        )
+    except Exception as error:  # transformers raises many kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CalibrationError(
+            f"model {model}",
+            f"its image processor cannot be loaded ({reason[0]})",
+            "Put its preprocessor_config.json beside its weights",
         ) from error
 
 

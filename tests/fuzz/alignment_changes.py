@@ -15,7 +15,7 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from mergekit_symalign.alignments.numbers import ENTRY, sealed
-from mergekit_symalign.alignments.schema import digest
+from mergekit_symalign.sealed.text import digest
 
 Content = dict[str, Any]
 Tensors = dict[str, Tensor]

@@ -1,0 +1,1 @@
+"""Kernels of merges that use data: pure functions of tensors."""
