@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import load, merge_config, merged, squared_distance
 from models import logits, make_model, perturbed, relative_deviation, save, with_weights
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from torch import Tensor
 from mergekit_symalign.alignment_file import AlignmentFile, Origin, save_alignment
 from mergekit_symalign.alignments.fit import require_fits
 from mergekit_symalign.alignments.numbers import ENTRY
+from mergekit_symalign.cli import main
 from mergekit_symalign.errors import AlignmentFileError, ConfigError, ShapeError, SymmetryError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
@@ -239,6 +241,18 @@ def test_a_merge_undoes_random_matrices_and_its_file_repeats_it(pair: dict[str, 
     models = [{"model": pair["twin"], "parameters": {"alignment": str(saved / "twin.safetensors")}}]
     again = merged(merge_config("rotation_match", pair["anchor"], models), tmp_path / "again")
     assert all(torch.equal(x, again[name]) for name, x in out.items())
+
+
+def test_solve_takes_the_parameters(pair: dict[str, Path], tmp_path: Path) -> None:
+    """A bound below what was planted is kept, and told."""
+    out = tmp_path / "solved.safetensors"
+    options = ["--value-output", "general", "--condition", "5", "--quiet", "-o", str(out)]
+    result = CliRunner().invoke(main, ["solve", str(pair["anchor"]), str(pair["twin"]), *options])
+    assert result.exit_code == 0, result.output
+    file = AlignmentFile.open(out)
+    assert file.settings_of("layer 0 attention")["condition"] == 5.0
+    found = [facts["value_condition_max"] for block, facts in file.facts.items() if "attention" in block]
+    assert all(4 < condition <= 5 for condition in found)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def _why_no_rotation(layout: ModelLayout, *, tied: bool) -> tuple[str, str] | No
     reason = "its head is its embedding, and the two would have to turn differently"
     if layout.family.variants.get("tie_word_embeddings") == (True,):
         return reason, _PERMUTE
-    return reason, f"Set untie: true, which writes a head of its own. {_PERMUTE}, too"
+    return reason, f"{_PERMUTE}, or give the models heads of their own (tie_word_embeddings: false)"
 
 
 def _staying(specs: Mapping[str, TensorSpec]) -> str | None:

@@ -28,7 +28,7 @@ _SUMMED = (
     *(f"{name}_moved" for name in _COUNTED),
     *ROUTES,
 )
-_LARGEST = ("query_angle_max", "value_angle_max", "scale_max")
+_LARGEST = ("query_angle_max", "value_angle_max", "value_condition_max", "scale_max")
 
 
 class FactsOf(Task[Dict[str, Any]]):
