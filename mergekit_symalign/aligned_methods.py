@@ -97,6 +97,22 @@ ALIGNMENT_PARAMETERS = (
         description="with value_output: general, the largest condition number of a matrix; above 1, at most 10000",
     ),
     ParameterSpec(
+        "residual",
+        Literal["none", "permutation", "rotation"],
+        ParameterScope.SHARED,
+        default="none",
+        description="align the residual stream, for models without a common base. permutation: an order of its "
+        "coordinates, with signs where norms do not subtract the mean; rotation: any rotation that keeps the function, "
+        "with the anchor's norms. One value for the whole merge; refused where it is not exact",
+    ),
+    ParameterSpec(
+        "residual_rounds",
+        int,
+        ParameterScope.SHARED,
+        default=10,
+        description="with residual: at most this many rounds over all layers; each reads the models once",
+    ),
+    ParameterSpec(
         "objective",
         Literal["weights", "activations"],
         ParameterScope.SHARED,

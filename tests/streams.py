@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.stream import layer_scope, outside_scope, untied
+from mergekit_symalign.symmetry.options import Symmetries
 from mergekit_symalign.symmetry.residual.scope import Scope
 
 State = dict[str, Tensor]
@@ -44,7 +45,9 @@ def stored(model: PreTrainedModel) -> State:
     return {name: x for name, x in model.state_dict().items() if name not in tied}
 
 
-def split(layout: ModelLayout, state: State, *, untie: bool = False) -> tuple[list[Scope], list[State]]:
+def split(
+    layout: ModelLayout, state: State, *, untie: bool = False, use: Symmetries | None = None
+) -> tuple[list[Scope], list[State]]:
     """Outside first, then each layer by the names inside it."""
     claims = {name: layout.claim(name) for name in state}
     outside = {name: state[name] for name, claim in claims.items() if claim is not None and claim.layer is None}
@@ -52,7 +55,7 @@ def split(layout: ModelLayout, state: State, *, untie: bool = False) -> tuple[li
     scopes = [outside_scope(layout, parts[0])]
     for layer in range(layout.layers):
         parts.append({c.part: state[name] for name, c in claims.items() if c is not None and c.layer == layer})
-        scopes.append(layer_scope(layout, layer, state))
+        scopes.append(layer_scope(layout, layer, state, use and {"attention": use, "mlp": use}))
     return scopes, parts
 
 

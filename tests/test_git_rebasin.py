@@ -100,9 +100,9 @@ def _distance(a: State, b: State) -> float:
 
 def _ours(anchor: State, model: State) -> State:
     layout = resolve(make_model("gpt2", 0, num_hidden_layers=LAYERS).config, model="m")
-    scopes, a = split(layout, anchor)
+    scopes, a = split(layout, anchor, use=USE)
     _, b = split(layout, model)
-    found = align_stream(scopes, lambda i: (a[i], b[i]), KIND, USE)
+    found = align_stream(scopes, lambda i: (a[i], b[i]), KIND)
     moved = zip(scopes, b, found.blocks, strict=True)
     return joined(layout, [move_scope(s, x, KIND, found.stream, blocks) for s, x, blocks in moved])
 

@@ -18,7 +18,6 @@ from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.stream import residual_group, ties_embeddings
 from mergekit_symalign.planting import Planted, random_elements, random_stream
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes
-from mergekit_symalign.symmetry.options import Symmetries
 from mergekit_symalign.symmetry.residual.alternate import StreamAlignment, align_stream
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind, best_element, centred_basis
 from mergekit_symalign.symmetry.residual.move import Elements, move_scope
@@ -176,7 +175,7 @@ RECOVERED += ["vit-classifier", "phi2"]
 def _aligned(layout: ModelLayout, anchor: State, model: State, kind: ResidualKind) -> tuple[StreamAlignment, State]:
     scopes, a = split(layout, anchor)
     _, b = split(layout, model)
-    found = align_stream(scopes, lambda i: (a[i], b[i]), kind, Symmetries(), rounds=2)
+    found = align_stream(scopes, lambda i: (a[i], b[i]), kind, rounds=2)
     moved = _moved(layout, model, kind, anchor, stream=found.stream, blocks=list(found.blocks))
     return found, moved
 
@@ -217,7 +216,7 @@ def test_the_distance_falls_in_every_round_that_reads_every_scope_once(name: str
         reads.append(i)
         return a[i], b[i]
 
-    found = align_stream(scopes, read, kind, Symmetries(), rounds=4)
+    found = align_stream(scopes, read, kind, rounds=4)
     assert len(found.distances) > (2 if kind.rotates else 1)
     assert all(later < earlier for earlier, later in itertools.pairwise(found.distances))
     rounds = (len(reads) - 1) // len(scopes)
@@ -241,7 +240,7 @@ def test_tokens_that_both_have_are_enough() -> None:
     shuffled = at_tokens(scopes[0], b[0], order)  # another tokenizer: the same tokens elsewhere, and some of its own
     rows, where = torch.arange(60), torch.argsort(order)[:60]
     b[0], a[0] = at_tokens(scopes[0], shuffled, where), at_tokens(scopes[0], a[0], rows)
-    found = align_stream(scopes, lambda i: (a[i], b[i]), K.rotation, Symmetries())
+    found = align_stream(scopes, lambda i: (a[i], b[i]), K.rotation)
     assert found.distances[-1] < 1e-9 * found.distances[0]
 
 

@@ -12,7 +12,7 @@ from mergekit_symalign.errors import ParameterError
 from mergekit_symalign.families.resolve import ModelLayout, lookup
 from mergekit_symalign.families.schema import BlockKind, StreamNorm, TensorSpec
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape
+from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Symmetries
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, Residual, ResidualKind
 from mergekit_symalign.symmetry.residual.scope import Block, Norm, Scope
 
@@ -96,16 +96,30 @@ def outside_scope(layout: ModelLayout, names: Collection[str]) -> Scope:
     return _scope(layout, {name: spec for name, spec in layout.outside.items() if name in names}, {})
 
 
-def layer_scope(layout: ModelLayout, layer: int, names: Collection[str]) -> Scope:
-    """A layer of a model, by the names inside it. Takes what `outside_scope` does."""
+def layer_scope(
+    layout: ModelLayout, layer: int, names: Collection[str], use: Mapping[str, Symmetries] | None = None
+) -> Scope:
+    """A layer of a model, by the names inside it.
+
+    Args:
+        layout: of the model.
+        layer: its index.
+        names: of all tensors of the model.
+        use: for each kind of block that is to be aligned the symmetries that it may use; all of them if not given.
+    """
     inside = {part: spec for part, spec in layout.inside.items() if layout.name(layer, part) in names}
     shapes: dict[BlockKind, HeadShape | MlpShape] = {
         BlockKind.attention: layout.head_shape(layer),
         BlockKind.mlp: layout.mlp_shape(),
     }
     blocks = {
-        kind.value: Block(shape, tuple(part for part, spec in inside.items() if spec.block is kind))
+        kind.value: Block(
+            shape,
+            tuple(part for part, spec in inside.items() if spec.block is kind),
+            Symmetries() if use is None else use[kind.value],
+        )
         for kind, shape in shapes.items()
+        if use is None or kind.value in use
     }
     return _scope(layout, inside, blocks)
 

@@ -14,7 +14,7 @@ from operator import add
 from torch import Tensor
 
 from mergekit_symalign.symmetry.element import BlockElement, rows_by_axis
-from mergekit_symalign.symmetry.options import Sides, Symmetries
+from mergekit_symalign.symmetry.options import Sides
 from mergekit_symalign.symmetry.residual.cross import (
     StreamSums,
     rows,
@@ -26,6 +26,7 @@ from mergekit_symalign.symmetry.residual.kinds import STREAM, ResidualKind
 from mergekit_symalign.symmetry.residual.move import Elements, comparable, moved_along
 from mergekit_symalign.symmetry.residual.scope import Block, Scope, Tensors, stream_axes
 from mergekit_symalign.symmetry.solve import align_block, without_identities
+from mergekit_symalign.symmetry.threads import one_thread
 
 Read = Callable[[int], tuple[Tensors, Tensors]]  # number of a scope -> its tensors as stored, anchor's and model's
 
@@ -42,12 +43,14 @@ class StreamAlignment:
         stream: the change of coordinates of the residual stream.
         blocks: elements of the blocks of each scope.
         distances: squared, of the comparable tensors: as they stand, and after every round. Never rises.
+        hidden: size of the stream.
     """
 
     kind: ResidualKind
     stream: BlockElement
     blocks: tuple[Elements, ...]
     distances: tuple[float, ...]
+    hidden: int
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,7 @@ class _Round:
     standing: float
 
 
-def align_stream(
-    scopes: Sequence[Scope], read: Read, kind: ResidualKind, use: Symmetries, rounds: int = ROUNDS
-) -> StreamAlignment:
+def align_stream(scopes: Sequence[Scope], read: Read, kind: ResidualKind, rounds: int = ROUNDS) -> StreamAlignment:
     """The change of coordinates of the stream and of all blocks that brings a model close to its anchor, from weights.
 
     A local optimum: where models have nothing in common, another start may end closer.
@@ -70,14 +71,13 @@ def align_stream(
         scopes: what lies outside the layers, then every layer.
         read: their tensors; called once for each in every round, and once for the first before.
         kind: of the stream's element.
-        use: which symmetries the blocks may use.
         rounds: at most; at least 1.
     """
     stream = from_vocabulary(scopes[0], *read(0), kind)
     blocks: tuple[Elements, ...] = ({},) * len(scopes)
     distances: list[float] = []
     for _ in range(rounds):
-        found = _round(scopes, read, kind, use, (stream, blocks))
+        found = _round(scopes, read, kind, (stream, blocks))
         after = found.sums.best(kind)
         distance = found.sums.distance(after)
         distances = distances or [found.standing]
@@ -85,7 +85,7 @@ def align_stream(
             break
         stream, blocks = after, found.blocks
         distances.append(distance)
-    return StreamAlignment(kind, stream, blocks, tuple(distances))
+    return StreamAlignment(kind, stream, blocks, tuple(distances), len(found.sums.cross))
 
 
 def from_vocabulary(outside: Scope, anchor: Tensors, model: Tensors, kind: ResidualKind) -> BlockElement:
@@ -116,11 +116,13 @@ def block_sides(scope: Scope, block: Block, anchor: Tensors, model: Tensors) -> 
     return sides
 
 
-def solve_blocks(scope: Scope, anchor: Tensors, model: Tensors, use: Symmetries, before: Elements) -> Elements:
+def solve_blocks(scope: Scope, anchor: Tensors, model: Tensors, before: Elements) -> Elements:
     """The blocks' elements for tensors whose stream was moved; none is farther than the one it had before."""
     found = {}
     for kind, block in scope.blocks.items():
-        new = without_identities(align_block(block_sides(scope, block, anchor, model), block.shape, use).element)
+        with one_thread():
+            solved = align_block(block_sides(scope, block, anchor, model), block.shape, block.use)
+        new = without_identities(solved.element)
         parts = {part: model[part] for part in block.parts}
 
         def distance(element: BlockElement, kind: str = kind, parts: Tensors = parts) -> float:
@@ -139,14 +141,13 @@ def _round(
     scopes: Sequence[Scope],
     read: Read,
     kind: ResidualKind,
-    use: Symmetries,
     last: tuple[BlockElement, Sequence[Elements]],
 ) -> _Round:
     stream, before = last
     found: list[tuple[Elements, StreamSums, float]] = []
     for number, scope in enumerate(scopes):
         anchor, model = (comparable(scope, x, kind) for x in read(number))
-        blocks = solve_blocks(scope, anchor, moved_along(scope, model, stream), use, before[number])
+        blocks = solve_blocks(scope, anchor, moved_along(scope, model, stream), before[number])
         moved = moved_along(scope, model, BlockElement({}), blocks)
         sums = stream_sums(scope, anchor, moved, hidden_size(scope, anchor))
         found.append((blocks, sums, standing_distance(anchor, model)))

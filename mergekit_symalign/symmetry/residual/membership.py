@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from mergekit_symalign.errors import SymmetryError
+from mergekit_symalign.symmetry.admitted import Admitted
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction
 from mergekit_symalign.symmetry.membership import TOLERANCE, steps_of
 from mergekit_symalign.symmetry.options import Facts
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind
 
-_STEPS = {
-    ResidualKind.none: frozenset[str](),
-    ResidualKind.permutation: frozenset(("permutation",)),
-    ResidualKind.signed_permutation: frozenset(("permutation", "scaling")),
-    ResidualKind.rotation: frozenset(("rotation",)),
-    ResidualKind.mean_keeping_rotation: frozenset(("rotation",)),
+_STEPS: Mapping[ResidualKind, tuple[str, ...]] = {
+    ResidualKind.none: (),
+    ResidualKind.permutation: ("permutation",),
+    ResidualKind.signed_permutation: ("permutation", "scaling"),
+    ResidualKind.rotation: ("rotation",),
+    ResidualKind.mean_keeping_rotation: ("rotation",),
 }
 _REMEDY = "Solve the alignment again"
 
@@ -35,11 +37,11 @@ def require_stream_symmetry(element: BlockElement, kind: ResidualKind, hidden: i
     Raises:
         SymmetryError: naming the axis and the reason.
     """
-    axes = {STREAM} if kind.rotates else {STREAM, GAIN}
     for axis, action in element.actions.items():
-        _require(axis in axes, axis, f"a {kind.value} does not move it")
+        kinds = admitted_steps(axis, kind, hidden)
+        _require(bool(kinds), axis, f"a {kind.value} does not move it")
         for step in steps_of(action):
-            _check_step(axis, step, kind, hidden)
+            _check_step(axis, step, kinds, hidden)
     q = dense(element.actions.get(STREAM), hidden)
     _require(_near(q.mT @ q, torch.eye(hidden, dtype=q.dtype)), STREAM, "its matrix is not orthogonal")
     if kind is ResidualKind.mean_keeping_rotation:
@@ -47,6 +49,14 @@ def require_stream_symmetry(element: BlockElement, kind: ResidualKind, hidden: i
         _require(_near(q @ ones, ones), STREAM, "it does not keep the mean, which the norms subtract")
     if not kind.rotates:
         _require(_near(q.abs(), dense(element.actions.get(GAIN), hidden)), GAIN, "gains do not move as the stream does")
+
+
+def admitted_steps(axis: str, kind: ResidualKind, hidden: int) -> Admitted:
+    """The kinds of steps that an axis may have, with the shapes of their numbers; none for other axes."""
+    if axis not in (STREAM, GAIN) or (axis == GAIN and kind.rotates):
+        return {}
+    names = [name for name in _STEPS[kind] if axis == STREAM or name != "scaling"]
+    return {name: ((hidden, hidden) if name == "rotation" else (hidden,),) for name in names}
 
 
 def describe_stream(element: BlockElement, hidden: int) -> Facts:
@@ -71,11 +81,9 @@ def dense(action: AxisAction | None, hidden: int) -> Tensor:
     return eye if action is None else action(eye, 0)
 
 
-def _check_step(axis: str, step: AxisAction, kind: ResidualKind, hidden: int) -> None:
-    admitted = _STEPS[kind] - ({"scaling"} if axis == GAIN else set())
-    _require(step.kind in admitted, axis, f"it cannot have a {step.kind} (only {' or '.join(sorted(admitted))})")
-    (x,) = step.tensors()
-    wanted = (hidden, hidden) if step.kind == "rotation" else (hidden,)
+def _check_step(axis: str, step: AxisAction, kinds: Admitted, hidden: int) -> None:
+    _require(step.kind in kinds, axis, f"it cannot have a {step.kind} (only {' or '.join(kinds)})")
+    (x,), (wanted,) = step.tensors(), kinds[step.kind]
     _require(tuple(x.shape) == wanted, axis, f"its {step.kind} has shape {tuple(x.shape)}, not {wanted}")
     if step.kind == "permutation":
         whole = not x.is_floating_point() and torch.equal(x.long().sort().values, torch.arange(hidden))

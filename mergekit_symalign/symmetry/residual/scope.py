@@ -8,15 +8,16 @@ computes: the anchor's, so that anchor and model share their norms (docs/symmetr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from mergekit_symalign.errors import SymmetryError
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape
+from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Symmetries
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM
 from mergekit_symalign.symmetry.rows import compute_dtype
 
@@ -52,10 +53,12 @@ class Block:
     Attributes:
         shape: of its heads or neurons.
         parts: names of its tensors.
+        use: symmetries that it may use.
     """
 
     shape: HeadShape | MlpShape
     parts: tuple[str, ...]
+    use: Symmetries = field(default_factory=Symmetries)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,43 @@ class Scope:
     axes: Mapping[str, TensorAxes]
     norms: tuple[Norm, ...] = ()
     blocks: Mapping[str, Block] = field(default_factory=dict)
+
+
+def around(scope: Scope, names: Collection[str], *, folds: bool) -> Scope:
+    """The scope of some tensors, with all others that their moved form depends on.
+
+    Args:
+        scope: of a layer, or of what lies outside the layers.
+        names: of the tensors.
+        folds: whether gains go into the readers (`ResidualKind.rotates`).
+    """
+    if not folds:
+        return _part(scope, names, ())
+    norms = tuple(norm for one in scope.norms if (norm := _touched(one, names)) is not None)
+    return _part(scope, {*names, *(name for norm in norms for name in _names(norm))}, norms)
+
+
+def _touched(norm: Norm, names: Collection[str]) -> Norm | None:
+    """A norm with those of its readers that are, or whose biases are, among some tensors; None if nothing of it is."""
+    pairs = zip_longest(norm.readers, norm.reader_biases)
+    touched = [(reader, bias) for reader, bias in pairs if reader in names or bias in names]
+    if not touched and not {norm.gain, norm.bias} & set(names):
+        return None
+    if not touched and norm.reader_biases:
+        touched = [(norm.readers[0], norm.reader_biases[0])]  # they tell that the norm's bias goes into the readers
+    biases = tuple(bias for _, bias in touched if bias is not None)
+    return replace(norm, readers=tuple(reader for reader, _ in touched), reader_biases=biases)
+
+
+def _names(norm: Norm) -> tuple[str, ...]:
+    own = (norm.gain,) if norm.bias is None else (norm.gain, norm.bias)
+    return (*own, *norm.readers, *norm.reader_biases)
+
+
+def _part(scope: Scope, names: Collection[str], norms: tuple[Norm, ...]) -> Scope:
+    parts = {kind: tuple(part for part in block.parts if part in names) for kind, block in scope.blocks.items()}
+    blocks = {kind: replace(scope.blocks[kind], parts=found) for kind, found in parts.items() if found}
+    return Scope({name: axes for name, axes in scope.axes.items() if name in names}, norms, blocks)
 
 
 def at_tokens(scope: Scope, tensors: Tensors, rows: Tensor) -> dict[str, Tensor]:
