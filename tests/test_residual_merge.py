@@ -1,18 +1,24 @@
-"""``residual`` in merges: planted twins come back through MergeKit, files repeat it, and what is not exact is refused."""
+"""``residual`` in merges: planted twins come back, files repeat it, and what is not exact is refused."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import State, merge_config, merged, squared_distance
+from click.testing import CliRunner
+from conftest import State, load, merge_config, merged, squared_distance
 from models import logits, perturbed, relative_deviation, save
 from streams import case, joined, split, stored
 from transformers import PreTrainedModel
 
+from mergekit_symalign.alignment_file import AlignmentFile
+from mergekit_symalign.alignments.fit import require_fitting_stream
+from mergekit_symalign.cli import main
+from mergekit_symalign.errors import AlignmentFileError, ConfigError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.families.stream import residual_group, residual_kind, ties_embeddings
 from mergekit_symalign.planting import random_elements, random_stream
@@ -90,3 +96,130 @@ def test_a_planted_twin_comes_back(twins: tuple[Twins, str], tmp_path: Path) -> 
     (entry,) = report["models"].values()
     assert report["exact"]
     assert entry["residual"]["distance_after"] < 0.1 * entry["residual"]["distance_before"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Twins:
+    return Twins("llama", "rotation", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize("wanted", ["permutation", "rotation"])
+def test_a_model_of_another_initialisation_computes_what_it_did(llama: Twins, tmp_path: Path, wanted: str) -> None:
+    other = case("llama", 9, **SIZE)
+    save(other, tmp_path / "other")
+    config = merge_config(
+        "rotation_match", llama.folder / "anchor", [tmp_path / "other"], parameters={"residual": wanted}
+    )
+    out = merged(config, tmp_path / "out")
+    assert relative_deviation(logits(other), logits(llama.at(tmp_path / "out"))) < 1e-3
+    anchor = load(llama.folder / "anchor")
+    assert squared_distance(anchor, out) < 0.95 * squared_distance(anchor, load(tmp_path / "other"))
+    gains = [name for name in out if "norm" in name]
+    same = all(torch.allclose(out[name], anchor[name], atol=0.02) for name in gains)
+    assert same == (wanted == "rotation")  # where the stream turns, the model has the anchor's norms
+
+
+def test_a_file_repeats_the_merge_that_saved_it(llama: Twins, tmp_path: Path) -> None:
+    saved = tmp_path / "alignments"
+    models = [llama.folder / "twin", llama.folder / "sibling"]
+    method = "aligned_task_arithmetic"
+    weighed = [{"model": path, "parameters": {"weight": 0.5}} for path in models]
+    parameters = {"residual": "rotation", "residual_rounds": 2, "save_alignment": str(saved)}
+    out = merged(merge_config(method, llama.folder / "anchor", weighed, parameters=parameters), tmp_path / "out")
+    files = [
+        {"model": path, "parameters": {"weight": 0.5, "alignment": str(saved / f"{path.name}.safetensors")}}
+        for path in models
+    ]
+    again = merged(merge_config(method, llama.folder / "anchor", files), tmp_path / "again")
+    assert all(torch.equal(x, again[name]) for name, x in out.items())
+    twin, sibling = (llama.merge(name, tmp_path / name, residual="rotation") for name in ("twin", "sibling"))
+    wanted = {name: (x + sibling[name]) / 2 for name, x in twin.items()}
+    assert squared_distance(out, wanted) < 1e-3 * squared_distance(out, load(llama.folder / "anchor"))
+
+
+def test_layers_that_are_not_aligned_move_along(llama: Twins, tmp_path: Path) -> None:
+    models = [{"model": llama.folder / "twin", "parameters": {"align": [True, False]}}]
+    parameters = {"residual": "rotation"}
+    merged(merge_config("rotation_match", llama.folder / "anchor", models, parameters=parameters), tmp_path / "out")
+    assert relative_deviation(logits(llama.twin), logits(llama.at(tmp_path / "out"))) < 1e-3
+    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text("utf-8"))
+    (entry,) = report["models"].values()
+    assert {block["layer"] for block in entry["blocks"]} == {0}
+
+
+def _solved(llama: Twins, out: Path, *args: str) -> AlignmentFile:
+    paths = [str(llama.folder / name) for name in ("anchor", "twin")]
+    result = CliRunner().invoke(main, ["solve", *paths, "-o", str(out), "--quiet", *args])
+    assert result.exit_code == 0, result.output
+    return AlignmentFile.open(out)
+
+
+def test_solve_saves_the_stream_and_apply_says_how_to_use_it(llama: Twins, tmp_path: Path) -> None:
+    file = _solved(llama, tmp_path / "a.safetensors", "--residual", "rotation", "--residual-rounds", "1")
+    assert "residual" in file.blocks
+    assert file.facts["residual"]["residual_rounds"] == 1
+    assert file.facts["residual"]["stream_angle_max"] > 90
+    model, out = str(llama.folder / "twin"), tmp_path / "applied"
+    result = CliRunner().invoke(main, ["apply", str(file.path), model, "-o", str(out)])
+    assert result.exit_code != 0
+    assert "moves the residual stream" in result.output
+    assert not out.exists()
+
+
+Change = Callable[[Twins, Path], dict[str, Any]]
+REFUSED: dict[str, tuple[Change, str]] = {
+    "mixed values": (
+        lambda t, _: {"residual": [{"filter": "mlp", "value": "permutation"}, {"value": "rotation"}]},
+        "parameter residual: it is .*one for the whole merge",
+    ),
+    "activations": (
+        lambda t, _: {"residual": "rotation", "objective": "activations", "calibration": "default"},
+        "parameter residual: .*objective is activations",
+    ),
+    "consensus": (lambda t, _: {"residual": "rotation", "anchor": "consensus"}, "anchor is consensus"),
+    "no rounds": (lambda t, _: {"residual": "rotation", "residual_rounds": 0}, "residual_rounds: it is 0"),
+    "a file without a stream": (
+        lambda t, path: {"residual": "rotation", "alignment": str(_solved(t, path / "b.safetensors").path)},
+        "the file moves no residual stream, but residual is rotation",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_combined_is_refused(llama: Twins, tmp_path: Path, name: str) -> None:
+    change, message = REFUSED[name]
+    with pytest.raises(ConfigError, match=message):
+        llama.merge("twin", tmp_path / "out", **change(llama, tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("family", "message"), [("gemma2", "behind the block"), ("gpt2", "its head is its embedding")])
+def test_a_rotation_that_is_not_exact_is_refused(tmp_path: Path, family: str, message: str) -> None:
+    models = Twins(family, "permutation", tmp_path)
+    with pytest.raises(ConfigError, match=rf"residual: rotation with .*{message}.*residual: permutation"):
+        models.merge("twin", tmp_path / "out", residual="rotation")
+    assert not (tmp_path / "out").exists()
+
+
+def test_different_layers_and_other_vocabularies_are_refused(llama: Twins, tmp_path: Path) -> None:
+    paths = [str(llama.folder / name) for name in ("anchor", "twin")]
+    sources = [{"model": path, "layer_range": [i, i + 1]} for i, path in enumerate(paths)]
+    config = {
+        "merge_method": "rotation_match",
+        "base_model": paths[0],
+        "slices": [{"sources": sources}],
+        "parameters": {"residual": "rotation"},
+    }
+    with pytest.raises(ConfigError, match="pairs different layers, but the residual stream is that of whole models"):
+        merged(config, tmp_path / "out")
+
+
+def test_a_file_whose_stream_is_no_symmetry_is_refused(llama: Twins, tmp_path: Path) -> None:
+    """A rotation in a file for models that admit none."""
+    file = _solved(llama, tmp_path / "a.safetensors", "--residual", "rotation", "--residual-rounds", "1")
+    text = dict(file.origin.settings)
+    assert text["residual"] == "rotation" or "residual" in str(file.origin.settings_by_block)
+    admitted = residual_group(llama.layout, tied=True)
+    assert admitted.rotation is None
+    with pytest.raises(AlignmentFileError, match=r"residual: .*its head is its embedding"):
+        require_fitting_stream(file, llama.layout, True)

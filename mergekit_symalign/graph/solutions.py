@@ -73,7 +73,7 @@ class Solutions:
     def _moved_along(
         self, block: Block, weight: WeightInfo, solutions: Mapping[ModelReference, Task]
     ) -> dict[ModelReference, ApplyStream]:
-        """The tasks of one tensor for the models whose residual stream is moved, whether their block is aligned or not."""
+        """The tasks of one tensor for models whose residual stream is moved, whether their block is aligned or not."""
         claim = block.layout.claim(weight.name)
         assert claim is not None
         kind = block.kind.value

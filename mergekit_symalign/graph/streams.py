@@ -217,8 +217,8 @@ def _require_whole(planned: Sequence[Planned], wanted: Residual) -> None:
         if not isinstance(task.gather_tensors, GatherTensors):
             raise ConfigError(
                 "parameter residual",
-                f"MergeKit brings the vocabularies of the models together (tensor {weight.name}), and the residual stream "
-                "is aligned by rows of the same token",
+                f"MergeKit brings the models' vocabularies together (tensor {weight.name}), and the residual stream is "
+                "aligned by rows of the same token",
                 "Give the models one tokenizer first, or use residual: none",
             )
         if {info.name for info in gather_of(task).weight_info.values()} != {weight.name}:
@@ -241,8 +241,8 @@ def _agreed(planned: Sequence[Planned], name: str) -> Any:
         if other.parameters[name] != value and (name != "save_alignment"):
             raise ParameterError(
                 f"parameter {name}",
-                f"it is {value} for {first.name} and {other.parameters[name]} for {weight.name}, but the residual stream "
-                "is one for the whole merge",
+                f"it is {value} for {first.name} and {other.parameters[name]} for {weight.name}, but the residual "
+                "stream is one for the whole merge",
                 "Give it one value, without filters",
             )
     return value
