@@ -42,11 +42,13 @@ ROOMS: dict[str, str] = {
     "symmetry/solve": f"errors {ELEMENTS} symmetry/solved symmetry/blocks symmetry/describe symmetry/consensus",
     "symmetry/admitted": f"{ELEMENTS} symmetry/heads",
     "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/admitted",
-    "symmetry/residual": f"errors {ELEMENTS} symmetry/assignment symmetry/heads symmetry/solve symmetry/membership",
+    "symmetry/residual": f"errors {ELEMENTS} symmetry/assignment symmetry/heads symmetry/solve "
+    "symmetry/admitted symmetry/membership",
     "families": "errors symmetry/options symmetry/element symmetry/residual",
     "planting": f"families {ELEMENTS} symmetry/heads symmetry/residual",
     "activations": "errors families symmetry/element symmetry/by_activations",
-    "alignments": f"errors families whole_file sealed {ELEMENTS} symmetry/admitted symmetry/membership",
+    "alignments": f"errors families whole_file sealed {ELEMENTS} symmetry/admitted symmetry/membership "
+    "symmetry/residual",
     "planned_methods": "errors families",
     "data_methods": "planned_methods",
     "aligned_methods": "activations data_methods planned_methods symmetry/options",
@@ -54,7 +56,7 @@ ROOMS: dict[str, str] = {
     "fusion": "errors",
     "graph": f"errors families whole_file sealed statistics activations alignments methods fusion {ELEMENTS} "
     "symmetry/heads symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved symmetry/consensus "
-    "symmetry/statistics symmetry/membership",
+    "symmetry/statistics symmetry/membership symmetry/residual",
     "card": "methods graph",
     "hook": "errors host method_names aligned_methods data_methods graph card",
     "demo": "errors families planting whole_file",

@@ -79,9 +79,7 @@ class WriteReport(Task[str]):
         found = [(model, layer, kind, facts[f"block{i}"]) for i, (model, layer, kind, _) in enumerate(self.blocks)]
         told = {name: facts[f"finding{i}"] for i, (name, _) in enumerate(self.findings)}
         tensors = {"tensors": {name: one for name, one in told.items() if one}} if self.findings else {}
-        models = by_model(found)
-        for i, (model, _) in enumerate(self.streams):
-            models.setdefault(model, {"totals": {}, "blocks": []})["residual"] = facts[f"stream{i}"]
+        models = with_streams(by_model(found), {m: facts[f"stream{i}"] for i, (m, _) in enumerate(self.streams)})
         text = json.dumps(json.loads(self.head) | {"models": models} | tensors, indent=1)
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +97,12 @@ def by_model(found: Sequence[tuple[str, int, BlockKind, Mapping[str, Any]]]) -> 
     for entry in models.values():
         entry["totals"] = totals(entry["blocks"])
     return models
+
+
+def with_streams(models: Mapping[str, Any], streams: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The same, with the facts of each residual stream that was moved."""
+    nothing: dict[str, Any] = {"totals": {}, "blocks": []}
+    return {**models, **{model: {**models.get(model, nothing), "residual": facts} for model, facts in streams.items()}}
 
 
 def totals(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -116,10 +116,10 @@ class AlignedPlan:
         blocks = self._blocks(planned)
         for block in blocks:
             block.require_possible_values()
-        if streamed:
-            self._solutions.stream(planned, blocks)
         aligned = self._solutions.move_streams(planned, blocks)
         self._require_no_data(aligned)
+        if streamed:
+            self._solutions.stream(planned, blocks)
         for block in blocks:
             aligned.update(self._solutions.aligned(block))
         return planned, aligned
