@@ -179,7 +179,7 @@ class AlignedMethod(PlannedMethod):
 
     @property
     def alone(self) -> str:
-        return "would merge it unaligned: it needs the whole block"
+        return "was called on it alone, and would merge it unaligned: it needs the whole block"
 
     def _plain_remedy(self) -> str:
         return f", or use {self.inner.spec.name} for a plain merge"

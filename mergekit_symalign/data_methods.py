@@ -65,7 +65,7 @@ class DataMethod(PlannedMethod):
 
     @property
     def alone(self) -> str:
-        return "would merge it without its data: it needs the whole model"
+        return "was called on it alone, and would merge it without its data: it needs the whole model"
 
     def with_unlisted_anchor(self) -> DataMethod:
         """The same: an unlisted base_model is not even planned (graph/planner.py)."""
@@ -100,8 +100,11 @@ class DataMethod(PlannedMethod):
         return tuple(results)
 
 
-def _weight(scope: ParameterScope) -> ParameterSpec:
-    return ParameterSpec("weight", float, scope, default=1.0, description="of this model, relative to the others")
+def _weight(scope: ParameterScope, more: str = ", relative to the others") -> ParameterSpec:
+    return ParameterSpec("weight", float, scope, default=1.0, description=f"of this model{more}")
+
+
+_IN_SOLVES = ": relative to the others in linear layers; elsewhere its update is multiplied by it"
 
 
 def _off_diagonal(default: float) -> ParameterSpec:
@@ -195,19 +198,19 @@ def regmean_task_arithmetic(task_arithmetic: MergeMethod) -> DataMethod:
             "ridge",
             float,
             ParameterScope.SHARED,
-            default=0.01,
+            default=0.1,
             description="pulls inputs that no model was trained on to the base: this, times the mean of the diagonal, "
             "is added to the diagonal",
         ),
     )
     spec = MergeMethodSpec(
         name="regmean_task_arithmetic",
-        parameters=(_weight(ParameterScope.NON_BASE), *own),
+        parameters=(_weight(ParameterScope.NON_BASE, _IN_SOLVES), *own),
         contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2),
         pretty_name=f"RegMean on task vectors ({REGMEAN_TITLE}; {WUDI_TITLE}: {WUDI_PAPER})",
         reference_url=REGMEAN_PAPER,
     )
-    return DataMethod(spec, task_arithmetic, {"normalize": True})
+    return DataMethod(spec, task_arithmetic)
 
 
 MAKERS: tuple[tuple[Callable[[MergeMethod], DataMethod], str], ...] = (

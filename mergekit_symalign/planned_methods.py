@@ -34,7 +34,7 @@ class PlannedMethod(MergeMethod):
     @property
     @abstractmethod
     def alone(self) -> str:
-        """What it would do to a single tensor, in words that follow "was called on it alone, and"."""
+        """Why it cannot merge a single tensor of a block, in words that follow its name."""
 
     def require_unblocked(self, name: str | None) -> None:
         """Refuse a tensor that cannot be merged without the rest of its attention block or MLP.
@@ -45,7 +45,7 @@ class PlannedMethod(MergeMethod):
         if name is None or is_block_tensor(name):
             raise UnalignedCallError(
                 f"tensor {name}" if name is not None else "a tensor without a name",
-                f"{self.spec.name} was called on it alone, and {self.alone}",
+                f"{self.spec.name} {self.alone}",
                 "Merge whole models with mergekit-yaml" + self._plain_remedy(),
             )
 

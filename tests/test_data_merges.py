@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from mergekit_symalign.planting import Planted, random_elements, transform
 
 FAMILIES = ["llama", "gpt2", "mixtral", "phi3", "bert-classifier", "qwen2"]
 ONLY_ORDER = {"rotation": "none", "scaling": False}
+EVERY_LAYOUT = ["gpt2", "mixtral"]  # fused and transposed tensors, biases, experts, tied embeddings
 FINER = 64  # what the solves may magnify: statistics are stored in float32
 
 
@@ -72,10 +75,11 @@ def _as_saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return with_weights(model, state)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def reordered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twins:
+@pytest.fixture(scope="module")
+def reordered(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Twins]:
+    """By family; made once."""
     planted = Planted(rotation=False, scaling=False)
-    return _twins(request.param, tmp_path_factory.mktemp(request.param), planted)
+    return cache(lambda family: _twins(family, tmp_path_factory.mktemp(family), planted))
 
 
 def _difference(got: State, wanted: State, plain: State) -> tuple[float, float]:
@@ -83,19 +87,19 @@ def _difference(got: State, wanted: State, plain: State) -> tuple[float, float]:
     return off_by(got, wanted), off_by(plain, wanted)
 
 
-@pytest.mark.parametrize(
-    ("method", "how"),
-    [
-        ("regmean", {"gram": "full"}),
-        ("regmean", {"gram": "diagonal"}),
-        ("fisher", {"fisher": "empirical"}),
-        ("fisher", {"fisher": "kronecker"}),
-    ],
-)
+CASES = [
+    *((family, "regmean", {"gram": "full"}) for family in FAMILIES),
+    *((family, "fisher", {"fisher": "empirical"}) for family in FAMILIES),
+    *((family, "regmean", {"gram": "diagonal"}) for family in EVERY_LAYOUT),
+    *((family, "fisher", {"fisher": "kronecker"}) for family in EVERY_LAYOUT),
+]
+
+
+@pytest.mark.parametrize(("family", "method", "how"), CASES)
 def test_reordered_twins_merge_like_the_original(
-    reordered: Twins, method: str, how: dict[str, str], tmp_path: Path
+    family: str, method: str, how: dict[str, str], reordered: Callable[[str], Twins], tmp_path: Path
 ) -> None:
-    t = reordered
+    t = reordered(family)
     wanted = merged(merge_config(method, None, t.listed("a", "b", **how)), tmp_path / "wanted")
     got = merged(
         merge_config(f"aligned_{method}", t.path("a"), t.listed("a", "twin", **how), parameters=ONLY_ORDER),
@@ -105,17 +109,11 @@ def test_reordered_twins_merge_like_the_original(
     off, unaligned = _difference(_felt(got), _felt(wanted), _felt(plain))
     assert off < ROUNDINGS * FINER
     assert unaligned > 1000 * ROUNDINGS * FINER
-    average = merged(merge_config("linear", None, _weighted(t)), tmp_path / "average")
-    assert off_by(average, wanted) > 100 * ROUNDINGS * FINER  # the data made a difference
 
 
 def _felt(state: State) -> State:
     """Without the biases of BERT's keys: a softmax does not feel them, so their gradients are rounding."""
     return {name: x for name, x in state.items() if not name.endswith("attention.self.key.bias")}
-
-
-def _weighted(t: Twins) -> list[dict[str, Any]]:
-    return [{"model": t.path(n), "parameters": {"weight": w}} for n, w in (("a", 1.0), ("b", 0.7))]
 
 
 @pytest.mark.parametrize(
@@ -174,11 +172,13 @@ def test_regmean_is_nearer_to_both_models_than_any_fixed_weight(changed: str, tm
     listed = [{"model": paths[n], "parameters": {"statistics": str(files[n])}} for n in "ab"]
     out = merged(merge_config("regmean", None, listed, parameters={"off_diagonal": 1.0}), tmp_path / "out")
 
+    seen = {name: grams(model, inputs[name])[0][changed]["gram"] for name, model in models.items()}
+
     def error(weight: torch.Tensor) -> float:
         """Of the changed layer's outputs, on both models' inputs."""
         total = 0.0
         for name, model in models.items():
-            gram = grams(model, inputs[name])[0][changed]["gram"]
+            gram = seen[name]
             off = weight.double() - model.state_dict()[changed]
             total += float((off @ gram * off).sum())
         return total

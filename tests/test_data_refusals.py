@@ -12,9 +12,12 @@ import pytest
 import torch
 from conftest import merge_config, merged
 from mergekit import merge_methods
-from models import ROUNDINGS, make_model, off_by, perturbed, save
+from models import ROUNDINGS, make_model, off_by, perturbed, save, word_tokenizer
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from whole_statistics import measure, origin
 
 from mergekit_symalign.errors import (
@@ -116,6 +119,25 @@ def test_statistics_with_another_tokenizer(models: dict[str, PreTrainedModel], f
     file = measure(models["b"], folder / "b", tmp_path / "b.safetensors", origin=other)
     config = _config(folder, "regmean", "a.safetensors", str(file))
     assert "measured with another tokenizer" in _refused(config, tmp_path, OtherStatisticsError)
+
+
+def test_statistics_of_a_model_whose_tokenizer_was_replaced(
+    models: dict[str, PreTrainedModel], folder: Path, tmp_path: Path
+) -> None:
+    """The weights are the same, but they were measured on other numbers for the same texts."""
+    path = save(models["b"], tmp_path / "b")
+    word_tokenizer(97).save_pretrained(path)
+    file = measure(models["b"], path, tmp_path / "b.safetensors")
+    PreTrainedTokenizerFast(tokenizer_object=_by_letters(), unk_token="<unk>").save_pretrained(path)
+    listed = [{"model": path, "parameters": {"statistics": str(file)}}]
+    message = _refused(merge_config("regmean", None, listed), tmp_path, OtherStatisticsError)
+    assert "another tokenizer than the one of" in message
+
+
+def _by_letters() -> Tokenizer:
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, **{chr(97 + i): i + 1 for i in range(26)}}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    return tokenizer
 
 
 @pytest.mark.parametrize(

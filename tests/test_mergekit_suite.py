@@ -101,7 +101,7 @@ def test_without_the_source_distribution_the_message_says_what_to_run(
         find_sdist()
 
 
-@pytest.mark.parametrize("method", ["aligned_task_arithmetic", "rotation_match"])
+@pytest.mark.parametrize("method", ["aligned_task_arithmetic", "rotation_match", "regmean", "aligned_fisher"])
 def test_mergekit_suite_covers_our_methods(suite_run: SuiteRun, method: str) -> None:
     """The parameters of MergeKit's test are the methods it found registered, so ours must be among them."""
     tested = f"{STRIDED_TEST}[{method}]" in suite_run.passed

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
 from models import EverythingInFloat64
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from mergekit_symalign.activations.calibration import tokenizer_digest
+from mergekit_symalign.errors import CalibrationError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.fingerprint import fingerprint
+from mergekit_symalign.graph.streaming import tokenizer_of
 from mergekit_symalign.statistics.file import Measured, Origin, write_statistics
 
 Kinds = dict[str, dict[str, Tensor]]
@@ -119,10 +123,12 @@ def measure(
     statistics, tokens = (
         fishers(model, inputs) if fisher == "empirical" else grams(model, inputs, factors=fisher == "kronecker")
     )
+    tied = [name for name in statistics if fisher != "empirical" and len(_names_of(model, name)) > 1]
+    statistics = {name: kinds for name, kinds in statistics.items() if name not in tied}
     if fisher == "kronecker":
         rest, counts = fishers(model, inputs)
-        statistics |= {name: kinds for name, kinds in rest.items() if name not in statistics}
-        tokens = counts | tokens
+        rest = {name: kinds for name, kinds in rest.items() if name not in statistics}
+        statistics, tokens = statistics | rest, tokens | {name: counts[name] for name in rest}
     if gram == "diagonal":
         for kinds in statistics.values():
             kinds["gram"] = kinds["gram"].diagonal(dim1=-2, dim2=-1)
@@ -130,8 +136,6 @@ def measure(
     statistics = {n: {k: x.detach().float().contiguous() for k, x in kinds.items()} for n, kinds in statistics.items()}
     if edit is not None:
         edit(statistics, tokens)
-    tied = [name for name, kinds in statistics.items() if "gram" in kinds and len(_names_of(model, name)) > 1]
-    statistics = {name: kinds for name, kinds in statistics.items() if name not in tied}
     write_statistics(
         out,
         origin(model, folder) if "origin" not in changes else changes.pop("origin"),
@@ -159,9 +163,17 @@ def origin(model: PreTrainedModel, folder: Path, **changes: Any) -> Origin:
         "fingerprint": fingerprint(LoaderCache().get(reference).index),
         "family": layout.family.name,
         "sizes": {"layers": layout.layers, **asdict(layout.geometry)},
-        "tokenizer": "none",
+        "tokenizer": _reader(reference),
     }
     return Origin(**fields | changes)
+
+
+def _reader(reference: ModelReference) -> str:
+    """Digest of the tokenizer that lies beside the weights, if one does."""
+    try:
+        return tokenizer_digest(tokenizer_of(reference, MergeOptions()))
+    except CalibrationError:
+        return "none"
 
 
 def _first_if(count: int | None, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mergekit_symalign.errors import ShapeError
 from mergekit_symalign.fusion.outcome import Merged, Route, average
 
-FALLBACK = 1e-3  # of each input's own size: the ridge where the matrices are singular and none was asked for
+FALLBACK = 1e-4  # of each input's own size: the ridge where the matrices are singular and none was asked for
 
 
 def regmean(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple
 
@@ -18,12 +18,14 @@ from mergekit_symalign.fusion.kronecker import Factors, kronecker_mean
 from mergekit_symalign.fusion.outcome import Merged, Route
 from mergekit_symalign.fusion.regmean import FALLBACK, gram_with_bias, regmean, regmean_of_task_vectors, with_bias
 from mergekit_symalign.graph.linear import Linear
+from mergekit_symalign.graph.pieces import PIECE, in_pieces, is_large
 from mergekit_symalign.graph.statistics import Lookup, mean_of_factors
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes
 from mergekit_symalign.symmetry.statistics import moved_fisher, moved_gram, moved_mean
 
 LOG = logging.getLogger(__name__)
 
+_ROWS = 1 << 14  # of a head as large as the vocabulary: the rows are independent, and float64 is large
 _WORST = (Route.exact, Route.ridge, Route.average)
 
 
@@ -213,8 +215,14 @@ class MergeRegMean(MergeLinear):
         statistics: Iterator[Mapping[str, Tensor]],
         base: Tensor | None,
     ) -> Merged:
+        settings = {"off_diagonal": self.off_diagonal, "ridge": self.ridge}
         grams = (one["gram"] for one in statistics)
-        return regmean(layers, shares, grams, off_diagonal=self.off_diagonal, ridge=self.ridge)
+        if len(layers[0]) <= _ROWS:
+            return regmean(layers, shares, grams, **settings)
+        held = list(grams)
+        starts = range(0, len(layers[0]), _ROWS)
+        blocks = [regmean([x[i : i + _ROWS] for x in layers], shares, held, **settings) for i in starts]
+        return Merged(torch.cat([self._rounded(one.weight, layers[0]) for one in blocks]), blocks[0].route)
 
 
 class MergeTaskVectors(MergeLinear):
@@ -335,18 +343,26 @@ class MergeFisher(_WithStatistics):
     ) -> Dict[str, Any]:
         found = [weights[part.model] for part in self.parts]
         information = [fishers[part.model].to(found[0].device) for part in self.parts]
-        means = [float(x.double().mean()) if x.numel() else 0.0 for x in information]
+        means = [float(x.mean(dtype=torch.float64)) if x.numel() else 0.0 for x in information]
         by = means if self.normalize else [1.0] * len(means)
         by = [given[f"scale{i}"]["mean"] for i in range(len(means))] if self.scales else by
         factors = [1 / x if x > 0 else 1.0 for x in by]
         shares = [part.share for part in self.parts]
         floor = self.epsilon * sum(s * f * x for s, f, x in zip(shares, factors, means, strict=True))
-        scaled = [x.double() * f for x, f in zip(information, factors, strict=True)]
-        merged = fisher_mean(found, shares, scaled, floor=floor)
-        if merged.route is Route.average:
-            LOG.warning("tensor %s: %s", self.name, _WARNINGS[Route.average])
-        facts = {} if merged.route is Route.exact else {"merged_by": merged.route.value}
-        return {"weight": self._rounded(merged.weight, found[0]), "facts": facts}
+
+        def merged(some: Callable[[Tensor], Tensor]) -> Tensor:
+            """Of some rows, in float64."""
+            scaled = [some(x).double() * f for x, f in zip(information, factors, strict=True)]
+            return self._rounded(fisher_mean(list(map(some, found)), shares, scaled, floor=floor).weight, found[0])
+
+        if is_large(found[0]):
+            weight = in_pieces(lambda at, n: merged(lambda x: x.narrow(0, at, n)), found[0].shape, 0, most=PIECE)
+        else:
+            weight = merged(lambda x: x)
+        if any(means):
+            return {"weight": weight, "facts": {}}
+        LOG.warning("tensor %s: %s", self.name, _WARNINGS[Route.average])
+        return {"weight": weight, "facts": {"merged_by": Route.average.value}}
 
 
 class PartOf(Task[Any]):

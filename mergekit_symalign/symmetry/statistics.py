@@ -68,7 +68,8 @@ def moved_fisher(element: BlockElement, fisher: Tensor, axes: TensorAxes) -> Ten
 def only_reorders(element: BlockElement, axes: Iterable[str | Fused]) -> bool:
     """Whether nothing is calculated along these axes."""
     names = {name for axis in axes for name in axis_names(axis)}
-    return all(element.actions[name].simplified().only_reorders for name in names & element.actions.keys())
+    actions = [element.actions[name] for name in names & element.actions.keys()]
+    return all(action.simplified().only_reorders or bool(action.is_identity()) for action in actions)
 
 
 def _require_order(element: BlockElement, axis: str | Fused) -> None:
