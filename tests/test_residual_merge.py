@@ -14,6 +14,7 @@ from conftest import State, load, merge_config, merged, squared_distance
 from models import logits, perturbed, relative_deviation, save
 from streams import case, joined, split, stored
 from transformers import PreTrainedModel
+from whole_statistics import measure
 
 from mergekit_symalign.alignment_file import AlignmentFile
 from mergekit_symalign.alignments.fit import require_fitting_stream
@@ -26,22 +27,21 @@ from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.symmetry.residual.move import Elements, move_scope
 from mergekit_symalign.symmetry.residual.scope import norms_of
 
-SIZE = {"num_hidden_layers": 2}
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "olmo2", "phi3", "gpt2", "bert-classifier", "modernbert", "mixtral"]
-FAMILIES += ["vit-classifier", "phi2"]
+FAMILIES += ["vit-classifier", "phi2", "llama-tied"]
 CASES = [(name, wanted) for name in FAMILIES for wanted in ("permutation", "rotation")]
 
 
 class Twins:
     """An anchor, a sibling, and the sibling in other coordinates of its residual stream and of all its blocks."""
 
-    def __init__(self, family: str, wanted: str, folder: Path) -> None:
-        self.anchor = case(family, **SIZE)
+    def __init__(self, family: str, wanted: str, folder: Path, layers: int = 2) -> None:
+        self.anchor = case(family, num_hidden_layers=layers)
         self.sibling = perturbed(self.anchor, 0.1, 7)
         self.layout = resolve(self.anchor.config, model="m")
         tied = ties_embeddings(self.anchor.config, self.layout)
         self.kind = residual_kind(self.layout, tied, Residual(wanted))
-        other = stored(case(family, 5, **SIZE))
+        other = stored(case(family, 5, num_hidden_layers=layers))
         self.twin = perturbed(self.anchor, 0.0, 0)
         self.twin.load_state_dict(self._planted(stored(self.sibling), other), strict=False)
         self.twin.tie_weights()
@@ -71,7 +71,7 @@ class Twins:
 
 
 def _is_admitted(family: str, wanted: str) -> bool:
-    config = case(family, **SIZE).config
+    config = case(family, num_hidden_layers=1).config
     layout = resolve(config, model="m")
     return wanted == "permutation" or residual_group(layout, ties_embeddings(config, layout)).rotation is not None
 
@@ -79,13 +79,13 @@ def _is_admitted(family: str, wanted: str) -> bool:
 @pytest.fixture(scope="module", params=[c for c in CASES if _is_admitted(*c)], ids=lambda c: "-".join(c))
 def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Twins, str]:
     family, wanted = request.param
-    return Twins(family, wanted, tmp_path_factory.mktemp(f"{family}-{wanted}")), wanted
+    return Twins(family, wanted, tmp_path_factory.mktemp(f"{family}-{wanted}"), layers=1), wanted
 
 
 def test_a_planted_twin_comes_back(twins: tuple[Twins, str], tmp_path: Path) -> None:
     models, wanted = twins
-    models.merge("twin", tmp_path / "out", residual=wanted)
-    models.merge("sibling", tmp_path / "reference", residual=wanted)
+    models.merge("twin", tmp_path / "out", residual=wanted, residual_rounds=2)
+    models.merge("sibling", tmp_path / "reference", residual=wanted, residual_rounds=2)
     out, reference = models.at(tmp_path / "out"), models.at(tmp_path / "reference")
     assert relative_deviation(logits(models.sibling), logits(out)) < 1e-3
     anchor = {name: x.float() for name, x in models.anchor.state_dict().items()}
@@ -105,7 +105,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Twins:
 
 @pytest.mark.parametrize("wanted", ["permutation", "rotation"])
 def test_a_model_of_another_initialisation_computes_what_it_did(llama: Twins, tmp_path: Path, wanted: str) -> None:
-    other = case("llama", 9, **SIZE)
+    other = case("llama", 9, num_hidden_layers=2)
     save(other, tmp_path / "other")
     config = merge_config(
         "rotation_match", llama.folder / "anchor", [tmp_path / "other"], parameters={"residual": wanted}
@@ -223,3 +223,13 @@ def test_a_file_whose_stream_is_no_symmetry_is_refused(llama: Twins, tmp_path: P
     assert admitted.rotation is None
     with pytest.raises(AlignmentFileError, match=r"residual: .*its head is its embedding"):
         require_fitting_stream(file, llama.layout, True)
+
+
+def test_methods_that_use_statistics_are_refused(llama: Twins, tmp_path: Path) -> None:
+    models = []
+    for name, model in (("anchor", llama.anchor), ("twin", llama.twin)):
+        measure(model, llama.folder / name, tmp_path / name)
+        models.append({"model": llama.folder / name, "parameters": {"statistics": str(tmp_path / name)}})
+    config = merge_config("aligned_regmean", llama.folder / "anchor", models, parameters={"residual": "permutation"})
+    with pytest.raises(ConfigError, match=r"parameter residual: .*do not move with the residual stream"):
+        merged(config, tmp_path / "out")
