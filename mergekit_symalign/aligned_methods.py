@@ -25,6 +25,7 @@ from mergekit.merge_methods.base import (
 
 from mergekit_symalign.data_methods import DataMethod
 from mergekit_symalign.planned_methods import CALIBRATION_PARAMETERS, PlannedMethod
+from mergekit_symalign.symmetry.options import GREATEST_CONDITION
 
 TASK_VECTORS_TITLE = "Leveraging Parameter Space Symmetries for Reasoning Skill Transfer in LLMs"
 TASK_VECTORS_PAPER = "https://arxiv.org/abs/2511.10850"
@@ -78,6 +79,37 @@ ALIGNMENT_PARAMETERS = (
         default=False,
         description="rescale each neuron's up projection against its down projection: signed in gated MLPs, positive "
         "in plain MLPs with ReLU, refused in other plain MLPs",
+    ),
+    ParameterSpec(
+        "value_output",
+        Literal["orthogonal", "general"],
+        ParameterScope.SHARED,
+        default="orthogonal",
+        description="what values may carry while the output projection undoes it. orthogonal: a rotation and a scale "
+        "for each KV head; general: any invertible matrix (with objective: weights and anchor: base)",
+    ),
+    ParameterSpec(
+        "condition",
+        float,
+        ParameterScope.SHARED,
+        default=GREATEST_CONDITION,
+        description="with value_output: general, the largest condition number of a matrix; above 1, at most 10000",
+    ),
+    ParameterSpec(
+        "residual",
+        Literal["none", "permutation", "rotation"],
+        ParameterScope.SHARED,
+        default="none",
+        description="align the residual stream, for models without a common base. permutation: an order of its "
+        "coordinates, with signs where norms do not subtract the mean; rotation: any rotation that keeps the function, "
+        "with the anchor's norms. One value for the whole merge; refused where it is not exact",
+    ),
+    ParameterSpec(
+        "residual_rounds",
+        int,
+        ParameterScope.SHARED,
+        default=10,
+        description="with residual: at most this many rounds over all layers; each reads the models once",
     ),
     ParameterSpec(
         "objective",

@@ -17,12 +17,14 @@ from mergekit_symalign.symmetry.groups import (
     HeadRotation,
     Permutation,
     PlaneRotation,
+    Rotation,
     Scaling,
     rotary_action,
 )
 from mergekit_symalign.symmetry.heads.order import HeadOrder, moved_axes
 from mergekit_symalign.symmetry.heads.solve import per_query_head
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind, centred_basis
 
 Elements = dict[tuple[int, BlockKind], BlockElement]
 
@@ -49,6 +51,23 @@ def random_elements(layout: ModelLayout, seed: int, what: Planted | None = None)
         for layer in range(layout.layers)
         for kind in BlockKind
     }
+
+
+def random_stream(kind: ResidualKind, hidden: int, seed: int) -> BlockElement:
+    """A random change of coordinates of the residual stream."""
+    draw = _Draw(torch.Generator().manual_seed(seed), Planted())
+    if kind is ResidualKind.none:
+        return BlockElement({})
+    if not kind.rotates:
+        order = Permutation(draw._order(hidden))
+        signs = Scaling(draw._signs(hidden))
+        signed = kind is ResidualKind.signed_permutation
+        return BlockElement({STREAM: Chain((order, signs)) if signed else order, GAIN: order})
+    if kind is ResidualKind.rotation:
+        return BlockElement({STREAM: Rotation(torch.linalg.qr(draw._normal(hidden, hidden)).Q)})
+    basis = centred_basis(hidden)
+    inside = basis @ torch.linalg.qr(draw._normal(hidden - 1, hidden - 1)).Q @ basis.mT
+    return BlockElement({STREAM: Rotation(inside + 1 / hidden)})
 
 
 def transform(state: Mapping[str, Tensor], layout: ModelLayout, elements: Elements) -> dict[str, Tensor]:

@@ -112,9 +112,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_model(family: str, seed: int, **overrides: object) -> PreTrainedModel:
-    """A random model in float64 with sharpened weights, norms and biases away from 1 and 0."""
-    class_name, own = FAMILIES[family]
+def make_model(family: str, seed: int, *, class_name: str | None = None, **overrides: object) -> PreTrainedModel:
+    """A random model in float64 with sharpened weights, norms and biases away from 1 and 0.
+
+    Args:
+        family: of the table above.
+        seed: of the weights.
+        class_name: another transformers class than the table's, of the same config.
+        overrides: of the config.
+    """
+    class_name, own = class_name or FAMILIES[family][0], FAMILIES[family][1]
     model_type = getattr(transformers, class_name)
     sizes = {key: value for key, value in (SIZES | own | overrides).items() if value is not None}
     model = (

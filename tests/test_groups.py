@@ -10,11 +10,14 @@ from mergekit_symalign.symmetry.element import BlockElement, TensorAxes, unpack
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
     Chain,
+    HeadMatrix,
     HeadRotation,
     InterleavedPlaneRotation,
     PartialRotation,
+    PerHead,
     Permutation,
     PlaneRotation,
+    Rotation,
     Scaling,
 )
 
@@ -30,6 +33,8 @@ def _elements() -> dict[str, AxisAction]:
     return {
         "permutation": permutation,
         "scaling": scaling,
+        "rotation": Rotation(torch.linalg.qr(torch.randn(24, 24, generator=g, dtype=D)).Q),
+        "head_matrix": HeadMatrix(torch.randn(heads, d, d, generator=g, dtype=D) + 2 * torch.eye(d, dtype=D)),
         "head_rotation": HeadRotation(rotation, torch.rand(heads, generator=g, dtype=D) + 0.5),
         "plane_rotation": PlaneRotation(
             torch.randn(heads, d // 2, generator=g, dtype=D), torch.rand(heads, d // 2, generator=g, dtype=D) + 0.5
@@ -93,6 +98,9 @@ def test_identity_is_recognised_and_small_parts_are_snapped(element: AxisAction)
     near = HeadRotation(torch.eye(4, dtype=D).repeat(2, 1, 1) + 1e-9, torch.ones(2, dtype=D) + 1e-9)
     assert not near.is_identity()
     assert near.snapped(1e-6).is_identity()
+    for whole in (Rotation(near.matrix[0]), HeadMatrix(near.matrix)):
+        assert not whole.is_identity()
+        assert whole.snapped(1e-6).is_identity()
 
 
 def test_plane_rotation_commutes_with_rope() -> None:
@@ -104,9 +112,10 @@ def test_plane_rotation_commutes_with_rope() -> None:
         torch.testing.assert_close(g(rope(x, 0), 0), rope(g(x, 0), 0))
 
 
-def test_query_heads_carry_their_kv_heads_element() -> None:
-    g = _elements()["head_rotation"]
-    assert isinstance(g, HeadRotation)
+@pytest.mark.parametrize("kind", ["head_rotation", "head_matrix"])
+def test_query_heads_carry_their_kv_heads_element(kind: str) -> None:
+    g = _elements()[kind]
+    assert isinstance(g, PerHead)
     x = _random(3, 2, 8, 5)  # KV head, query head of its group, coordinate, column
     together = g.per_query_head(2)(x.reshape(48, 5), 0).reshape(x.shape)
     for i in range(2):

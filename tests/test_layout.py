@@ -42,18 +42,21 @@ ROOMS: dict[str, str] = {
     "symmetry/solve": f"errors {ELEMENTS} symmetry/solved symmetry/blocks symmetry/describe symmetry/consensus",
     "symmetry/admitted": f"{ELEMENTS} symmetry/heads",
     "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/admitted",
-    "families": "errors symmetry/options symmetry/element",
-    "planting": f"families {ELEMENTS} symmetry/heads",
+    "symmetry/residual": f"errors {ELEMENTS} symmetry/assignment symmetry/heads symmetry/solve "
+    "symmetry/admitted symmetry/membership",
+    "families": "errors symmetry/options symmetry/element symmetry/residual",
+    "planting": f"families {ELEMENTS} symmetry/heads symmetry/residual",
     "fusion": f"errors families {ELEMENTS} symmetry/assignment symmetry/heads symmetry/by_activations symmetry/solve",
     "activations": "errors families fusion symmetry/element symmetry/by_activations",
-    "alignments": f"errors families whole_file sealed {ELEMENTS} symmetry/admitted symmetry/membership",
+    "alignments": f"errors families whole_file sealed {ELEMENTS} symmetry/admitted symmetry/membership "
+    "symmetry/residual",
     "planned_methods": "errors families activations",
     "data_methods": "planned_methods",
-    "aligned_methods": "activations data_methods planned_methods",
+    "aligned_methods": "activations data_methods planned_methods symmetry/options",
     "methods": "aligned_methods data_methods planned_methods",
     "graph": f"errors families whole_file sealed statistics activations alignments methods fusion {ELEMENTS} "
     "symmetry/heads symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved symmetry/consensus "
-    "symmetry/statistics",
+    "symmetry/statistics symmetry/membership symmetry/residual",
     "card": "methods graph",
     "hook": "errors host method_names aligned_methods data_methods graph card",
     "demo": "errors families planting whole_file",

@@ -10,15 +10,19 @@ from collections.abc import Mapping
 
 from mergekit_symalign.alignment_file import AlignmentFile, BlockName, block_name
 from mergekit_symalign.alignments.numbers import Steps
-from mergekit_symalign.errors import AlignmentFileError, SymmetryError
+from mergekit_symalign.errors import AlignmentFileError, ParameterError, SymmetryError
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.stream import residual_kind
 from mergekit_symalign.sealed.text import shown
 from mergekit_symalign.symmetry.admitted import Admitted, admitted
 from mergekit_symalign.symmetry.groups import Permutation
 from mergekit_symalign.symmetry.membership import STEPS, require_symmetry
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape
+from mergekit_symalign.symmetry.residual.kinds import Residual
+from mergekit_symalign.symmetry.residual.membership import admitted_steps, require_stream_symmetry
 
+STREAM_BLOCK = "residual"  # the name of the residual stream's element in a file
 _REMEDY = "Solve it again for the whole model: mergekit-symalign solve"
 _OF_STORED_OFFSETS = 2.0**10  # gains stored as γ − 1 lose what their factor takes from them
 _OF_HALVES = 2.0**8  # float16 has few exponents: weights must neither overflow nor vanish
@@ -52,7 +56,7 @@ def require_known_blocks(file: AlignmentFile, layout: ModelLayout) -> None:
     Raises:
         AlignmentFileError: if the file has a block that the model does not have.
     """
-    known = {block_name(layer, kind.value) for layer in range(layout.layers) for kind in BlockKind}
+    known = {block_name(layer, kind.value) for layer in range(layout.layers) for kind in BlockKind} | {STREAM_BLOCK}
     if unknown := file.blocks.keys() - known:
         where = f"{file.label}, block {shown(min(unknown))}"
         raise AlignmentFileError(where, f"the model has no such block in its {layout.layers} layers", _REMEDY)
@@ -87,6 +91,38 @@ def require_fitting_block(
     except SymmetryError as error:
         raise AlignmentFileError(f"{file.label}, {name}, {error.where}", error.reason, _REMEDY) from error
     return not (full and _turns_freely(file.blocks[name], shape))
+
+
+def require_fitting_stream(file: AlignmentFile, layout: ModelLayout, tied: bool) -> Residual:
+    """Check the element of the residual stream of a file that has one.
+
+    Args:
+        file: what to check.
+        layout: of the models.
+        tied: whether the head is the embedding.
+
+    Returns:
+        The parameter ``residual`` with which it was solved.
+
+    Raises:
+        AlignmentFileError: naming the axis and the reason.
+    """
+    where, hidden = f"{file.label}, {STREAM_BLOCK}", layout.geometry.hidden
+    try:
+        wanted = Residual(str(file.settings_of(STREAM_BLOCK).get("residual")))
+        kind = residual_kind(layout, tied, wanted)
+        for axis, steps in file.blocks[STREAM_BLOCK].items():
+            _check_sizes(file, axis, steps, admitted_steps(axis, kind, hidden))
+        require_stream_symmetry(file.element(STREAM_BLOCK), kind, hidden)
+    except SymmetryError as error:
+        raise AlignmentFileError(f"{where}, {error.where}", error.reason, _REMEDY) from error
+    except ParameterError as error:
+        raise AlignmentFileError(where, error.reason, _REMEDY) from error
+    except ValueError as error:
+        raise AlignmentFileError(
+            where, f"it does not say which residual it was solved for ({error})", _REMEDY
+        ) from error
+    return wanted
 
 
 def _turns_freely(axes: Mapping[str, Steps], shape: HeadShape | MlpShape) -> bool:

@@ -26,7 +26,7 @@ from mergekit_symalign.sealed.text import (
     shown,
 )
 
-FORMAT = 2
+FORMAT = 3
 MOST_TEXT = 8 << 20  # characters; an alignment of 126 layers has half a million
 _REPEATS = 1024  # of a matrix along the heads of an axis
 _HUGE = 1e30  # of facts, whose sums must stay finite
@@ -82,7 +82,7 @@ class FirstContent(Data):
 
 
 class Content(FirstContent):
-    """Format 2: the digest covers this text, which has a digest of each tensor."""
+    """Format 2: the digest covers this text, which has a digest of each tensor. Format 3 has more kinds of steps."""
 
     tensors: dict[Word, tuple[Word, list[int], Word]]
 

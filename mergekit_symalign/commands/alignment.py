@@ -33,7 +33,7 @@ def alignment_options(command: Callable[..., Any]) -> Callable[..., Any]:
         elif get_origin(p.value_type) is Literal:
             option = click.option(f"--{name}", type=click.Choice(get_args(p.value_type)), help=p.description, **shown)
         else:
-            kind = int if p.value_type is int else str
+            kind = p.value_type if p.value_type in (int, float) else str
             option = click.option(f"--{name}", type=kind, help=p.description, **shown)
         command = option(command)
     return command

@@ -14,7 +14,7 @@ from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor, TensorWrit
 from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.alignment_file import AlignmentFile, block_name
-from mergekit_symalign.alignments.fit import require_fits
+from mergekit_symalign.alignments.fit import STREAM_BLOCK, require_fits
 from mergekit_symalign.commands.common import parsed, require_one_family
 from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.errors import CheckpointError, ConfigError
@@ -67,6 +67,12 @@ def run_apply(
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"output {out}", "it exists and is not empty", "Name a new directory")
     file = AlignmentFile.open(alignment)
+    if STREAM_BLOCK in file.blocks:
+        raise ConfigError(
+            file.label,
+            "it moves the residual stream, which takes the anchor's norms as well as the model",
+            "Use it in a merge: rotation_match with the model alone, and its parameter alignment",
+        )
     LoaderCache().setup(options)
     checkpoint = _checked(file, model, options, invert=invert)
     halves = has_halves(checkpoint) if dtype is None else dtype == "float16"

@@ -16,7 +16,7 @@ from mergekit_symalign.commands.common import require_one_family
 from mergekit_symalign.commands.names import in_a_table, short_names
 from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.commands.plots import plot_layers, require_plot
-from mergekit_symalign.graph.merge_report import WriteReport, by_model
+from mergekit_symalign.graph.merge_report import WriteReport, by_model, with_streams
 from mergekit_symalign.whole_file import require_writable, written_whole
 
 Block = Mapping[str, Any]
@@ -68,7 +68,7 @@ def inspect(
         click.echo(f"{in_a_table(name)}\nagainst {in_a_table(anchor)}\n")
         if differences := report["config_differences"].get(name):
             click.echo("\n".join([*configs(differences), ""]))
-        click.echo("\n".join([*table(entry["blocks"]), "", *summary(entry["totals"])]))
+        click.echo("\n".join([*table(entry["blocks"]), "", *summary(entry["totals"]), *stream(entry.get("residual"))]))
         if plot is not None:
             plot_layers(entry["blocks"], " against ".join(short_names((name, anchor))), plot)
     if json_file is not None:
@@ -91,10 +91,12 @@ def measured(
         there = sorted({layer for _, layer, *_ in task.blocks})
         raise click.UsageError(f"--layers: no such layer; the models have layers 0 to {there[-1]}")
     facts_of = {facts: (name, layer, kind) for name, layer, kind, facts in chosen}
-    computed = run_tasks(list(facts_of), options, "Inspecting")
-    found = [(*facts_of[task], value) for task, value in computed]
+    streams = {facts: name for name, facts in task.streams}
+    computed = dict(run_tasks([*facts_of, *streams], options, "Inspecting"))
+    found = [(*place, computed[facts]) for facts, place in facts_of.items()]
     found.sort(key=lambda block: (block[0], block[1], block[2].value))
-    return json.loads(task.head) | {"models": by_model(found)}
+    moved = {name: computed[facts] for facts, name in streams.items()}
+    return json.loads(task.head) | {"models": with_streams(by_model(found), moved)}
 
 
 def configs(differences: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -138,6 +140,24 @@ def summary(totals: Block) -> list[str]:
         *_routes(totals),
     ]  # fmt: skip
     return [*lines, "", verdict(totals)]
+
+
+def stream(facts: Block | None) -> list[str]:
+    """What was done to the residual stream, if anything."""
+    if facts is None:
+        return []
+    share = 1 - facts["distance_after"] / facts["distance_before"] if facts["distance_before"] else 0.0
+    if "stream_moved" in facts:
+        done = f"{facts['stream_moved']} of {facts['stream']} coordinates moved, {facts['signs_flipped']} signs flipped"
+    else:
+        median, most = facts["stream_angle_median"], facts["stream_angle_max"]
+        done = f"turned by {median:.1f} degrees in the median, {most:.1f} at most"
+    return [
+        "",
+        f"residual stream: {done}",
+        f"with it {100 * share:.4g} % of the distance of all weights is symmetry",
+        "No loss was measured: mergekit-symalign barrier --residual tells what it is worth.",
+    ]
 
 
 def _routes(totals: Block) -> list[str]:

@@ -16,11 +16,14 @@ axis                 length                                      moved by
 ``down``             neurons (read by down)                      dual of ``up``
 ``expert``           experts                                     expert permutation
 ``head``             query or KV heads (beside a gain)           with the gain
-``residual``         hidden size                                 nothing (yet)
+``residual``         hidden size                                 residual element of the whole model
 ``vocabulary``       vocabulary, whatever its size               nothing
 ``position``         learned positions                           nothing
 ``other``            anything else (labels, pixels, …)           nothing
 ===================  ==========================================  =================================
+
+A transform in front of a decoder that may be tied (BERT's masked-language head) writes ``residual`` as well, because
+the decoder is then the embedding. One that a classifier reads moves along, which is exact too.
 
 ``expert`` beside a neuron axis and ``head`` beside a gain are stored apart and belong together: the symmetry acts on
 experts × neurons, heads × coordinates.
@@ -83,6 +86,13 @@ class MlpKind(str, Enum):
     plain = "plain"  # act(up), read by down: permutation
 
 
+class StreamNorm(str, Enum):
+    """How the norms on the residual stream normalise, which decides what may be done to its coordinates."""
+
+    rms = "rms"  # by the root mean square
+    layer = "layer"  # less the mean, by the standard deviation
+
+
 class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -99,7 +109,8 @@ class TensorSpec(_Data):
             ``{layer}``); with ``*``, for tensors that are stored in pieces and joined when they are loaded. They tell a
             tensor of a block by its name alone (`is_block_tensor`); loads find names as transformers does.
         offset: what is added to the stored numbers to get the weights (1 for gains stored as γ − 1).
-        read_by: for a norm: the tensors of the same layer (or the model) that read its output.
+        read_by: for a norm on the residual stream: the tensors of the same layer (or the model) that read its output,
+            if nothing else does; none where its output goes on along the stream.
         in_front: stored after the layers, and yet needed to run the first of them.
     """
 
@@ -160,6 +171,18 @@ class AttentionSpec(_Data):
     norm_when: Optional[str] = None
 
 
+class StreamSpec(_Data):
+    """The residual stream.
+
+    Attributes:
+        norm: of all norms on it.
+        returned: the model returns the stream itself, behind its last norm.
+    """
+
+    norm: StreamNorm = StreamNorm.rms
+    returned: bool = False
+
+
 class Family(_Data):
     """One family file.
 
@@ -169,6 +192,7 @@ class Family(_Data):
         architectures: transformers class names.
         sizes: config keys.
         attention: what decides the admissible group of the heads.
+        stream: what decides the admissible group of the residual stream.
         mlp: what a neuron is.
         activation: config key of a plain MLP's activation, which decides whether its neurons have a scale.
         variants: config key -> the values this family was checked for (None: the key is absent); any other is refused.
@@ -187,6 +211,7 @@ class Family(_Data):
     architectures: tuple[str, ...]
     sizes: SizeKeys
     attention: AttentionSpec
+    stream: StreamSpec = StreamSpec()
     mlp: MlpKind = MlpKind.gated
     activation: Optional[str] = None
     variants: dict[str, tuple[Any, ...]] = Field(default_factory=dict)

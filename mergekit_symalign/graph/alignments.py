@@ -17,12 +17,19 @@ from mergekit.io.tasks import LoaderCache
 from mergekit_symalign import __version__
 from mergekit_symalign.alignment_file import AlignmentFile, Origin, block_name, save_alignment
 from mergekit_symalign.alignments.destinations import file_names, require_alignment_or_nothing, resolved_folder
-from mergekit_symalign.alignments.fit import require_block, require_fitting_block, require_known_blocks
+from mergekit_symalign.alignments.fit import (
+    STREAM_BLOCK,
+    require_block,
+    require_fitting_block,
+    require_fitting_stream,
+    require_known_blocks,
+)
 from mergekit_symalign.errors import AlignmentFileError, ConfigError
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint
 from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.whole_file import require_writable
 
 DIFFERS = "differs between layers"
@@ -115,14 +122,33 @@ class Alignments:
         Raises:
             AlignmentFileError: if it does not, does not have this block, or has no symmetry of the model there.
         """
-        key = (path, anchor, model)
-        if key not in self._files:
-            self._files[key] = self._checked(Path(path), anchor, model)
-        file = self._files[key]
+        file = self._file(path, anchor, model)
         name = require_block(file, *block)
         checkpoint = self.checkpoints[model]
         self.exact &= require_fitting_block(file, checkpoint.layout, *block, halves=has_halves(checkpoint))
         return file.sha256, name
+
+    def has_stream(self, path: str, anchor: ModelReference, model: ModelReference) -> bool:
+        """Whether a file moves the residual stream. Raises what `read` does of the file as a whole."""
+        return STREAM_BLOCK in self._file(path, anchor, model).blocks
+
+    def read_stream(self, path: str, anchor: ModelReference, model: ModelReference, tied: bool) -> tuple[str, Residual]:
+        """Digest and parameter ``residual`` of a file that moves the residual stream.
+
+        Raises:
+            AlignmentFileError: if its element is none of the model's.
+        """
+        file = self._file(path, anchor, model)
+        return file.sha256, require_fitting_stream(file, self.checkpoints[anchor].layout, tied)
+
+    def record_stream(
+        self, folder: str, anchor: ModelReference, model: ModelReference, solution: Task, settings: Mapping[str, Any]
+    ) -> None:
+        """Remember that the element of a model's residual stream is to be saved."""
+        if isinstance(solution, ReadBlock):
+            settings = self._files[solution.path, anchor, model].settings_of(STREAM_BLOCK)
+        blocks = self._solved.setdefault((resolved_folder(folder, "save_alignment"), anchor, model), {})
+        blocks.setdefault(STREAM_BLOCK, _Solved(solution, settings))
 
     def record(
         self,
@@ -178,6 +204,12 @@ class Alignments:
             versions=package_versions(),
             settings_by_block=differing,
         )
+
+    def _file(self, path: str, anchor: ModelReference, model: ModelReference) -> AlignmentFile:
+        key = (path, anchor, model)
+        if key not in self._files:
+            self._files[key] = self._checked(Path(path), anchor, model)
+        return self._files[key]
 
     def _checked(self, path: Path, anchor: ModelReference, model: ModelReference) -> AlignmentFile:
         file = AlignmentFile.open(path)

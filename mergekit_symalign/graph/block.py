@@ -18,7 +18,7 @@ from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import HeadShape, Rotation, Symmetries
+from mergekit_symalign.symmetry.options import HeadShape, Rotation, Symmetries, ValueOutput
 
 SYMMETRY_NAMES = tuple(f.name for f in fields(Symmetries))
 
@@ -61,7 +61,8 @@ class Block:
     def symmetries(self) -> Symmetries:
         chosen = {name: self.agreed(name) for name in SYMMETRY_NAMES}
         chosen["heads"] = chosen["heads"] is not False  # ot_fusion's own parameter of this name says ignore or respect
-        return Symmetries(**chosen | {"rotation": Rotation(chosen["rotation"])})
+        kinds = {"rotation": Rotation(chosen["rotation"]), "value_output": ValueOutput(chosen["value_output"])}
+        return Symmetries(**chosen | kinds)
 
     def moved(self) -> list[ModelReference]:
         """The models that are to be aligned.
@@ -89,6 +90,22 @@ class Block:
                 "Choose slices that pair layers of the same kind, or align: false for this model",
             )
         return shape
+
+    def require_possible_values(self) -> None:
+        """General matrices of values are found from weights, of one model at a time.
+
+        Raises:
+            ConfigError: if something else is asked for as well.
+        """
+        if self.symmetries.value_output is not ValueOutput.general:
+            return
+        for name, wanted in (("objective", "weights"), ("anchor", "base")):
+            if self.agreed(name) != wanted:
+                raise ConfigError(
+                    "parameter value_output",
+                    f"general matrices are found from weights, towards one anchor, but {name} is {self.agreed(name)}",
+                    f"Use {name}: {wanted}, or value_output: orthogonal",
+                )
 
     def require_possible_consensus(self, moved: list[ModelReference]) -> None:
         """A consensus is found from weights, of all models at once.

@@ -28,7 +28,7 @@ _SUMMED = (
     *(f"{name}_moved" for name in _COUNTED),
     *ROUTES,
 )
-_LARGEST = ("query_angle_max", "value_angle_max", "scale_max")
+_LARGEST = ("query_angle_max", "value_angle_max", "value_condition_max", "scale_max")
 
 
 class FactsOf(Task[Dict[str, Any]]):
@@ -54,6 +54,7 @@ class WriteReport(Task[str]):
         path: of the file.
         head: method, anchor, settings and versions, as JSON.
         blocks: model, layer of the output, kind of block, and the task that gives the facts.
+        streams: model, and the task that gives the facts of its residual stream.
         findings: what a method that uses data tells of a tensor, by its name.
         after: the task that ends the merge.
     """
@@ -61,11 +62,13 @@ class WriteReport(Task[str]):
     path: str
     head: str
     blocks: Tuple[Tuple[str, int, BlockKind, FactsOf], ...]
+    streams: Tuple[Tuple[str, FactsOf], ...] = ()
     findings: Tuple[Tuple[str, Task], ...] = ()
     after: Optional[Task] = None
 
     def arguments(self) -> Dict[str, Task]:
         tasks: Dict[str, Task] = {f"block{i}": facts for i, (*_, facts) in enumerate(self.blocks)}
+        tasks |= {f"stream{i}": facts for i, (_, facts) in enumerate(self.streams)}
         tasks |= {f"finding{i}": task for i, (_, task) in enumerate(self.findings)}
         return tasks if self.after is None else {**tasks, "after": self.after}
 
@@ -76,7 +79,8 @@ class WriteReport(Task[str]):
         found = [(model, layer, kind, facts[f"block{i}"]) for i, (model, layer, kind, _) in enumerate(self.blocks)]
         told = {name: facts[f"finding{i}"] for i, (name, _) in enumerate(self.findings)}
         tensors = {"tensors": {name: one for name, one in told.items() if one}} if self.findings else {}
-        text = json.dumps(json.loads(self.head) | {"models": by_model(found)} | tensors, indent=1)
+        models = with_streams(by_model(found), {m: facts[f"stream{i}"] for i, (m, _) in enumerate(self.streams)})
+        text = json.dumps(json.loads(self.head) | {"models": models} | tensors, indent=1)
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as scratch:
@@ -93,6 +97,12 @@ def by_model(found: Sequence[tuple[str, int, BlockKind, Mapping[str, Any]]]) -> 
     for entry in models.values():
         entry["totals"] = totals(entry["blocks"])
     return models
+
+
+def with_streams(models: Mapping[str, Any], streams: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The same, with the facts of each residual stream that was moved."""
+    nothing: dict[str, Any] = {"totals": {}, "blocks": []}
+    return {**models, **{model: {**models.get(model, nothing), "residual": facts} for model, facts in streams.items()}}
 
 
 def totals(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -115,9 +125,13 @@ class Reports:
 
     _blocks: list[tuple[str, int, BlockKind, FactsOf]] = field(default_factory=list)
     _findings: list[tuple[str, Task]] = field(default_factory=list)
+    _streams: list[tuple[str, FactsOf]] = field(default_factory=list)
 
     def record(self, model: ModelReference, layer: int, kind: BlockKind, solution: Task) -> None:
         self._blocks.append((str(model), layer, kind, FactsOf(solution=solution)))
+
+    def record_stream(self, model: ModelReference, solution: Task) -> None:
+        self._streams.append((str(model), FactsOf(solution=solution)))
 
     def find(self, findings: Sequence[tuple[str, Task]]) -> None:
         """Add what tasks will tell of tensors."""
@@ -134,6 +148,7 @@ class Reports:
             path=str(Path(out_path) / REPORT),
             head=json.dumps(whole),
             blocks=self.blocks,
+            streams=tuple(self._streams),
             findings=tuple(self._findings),
             after=after,
         )

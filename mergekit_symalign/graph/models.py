@@ -12,11 +12,12 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError
+from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError, ParameterError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
+from mergekit_symalign.symmetry.membership import CONDITION
 from mergekit_symalign.symmetry.options import NeuronScale, Rotation, Symmetries
 
 
@@ -113,6 +114,12 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
             f"full is not possible for {layout.family.title}: its queries and keys are normalised (QK-norm), and "
             "a rotation before the norm's gains breaks the model",
             "Use rotation: exact",
+        )
+    if not 1 < use.condition <= CONDITION:
+        raise ParameterError(
+            "parameter condition",
+            f"it is {use.condition}, but a condition number is bounded by a number above 1, of at most {CONDITION:.0f}",
+            "Correct the value",
         )
     if kind is BlockKind.mlp and use.neuron_scaling and layout.neuron_scale is NeuronScale.none:
         raise ConfigError(

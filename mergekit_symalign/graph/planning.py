@@ -19,7 +19,7 @@ from mergekit.merge_methods.base import ParameterScope
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
-from mergekit_symalign.errors import ParameterError
+from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.flow import is_front
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.alignments import Alignments
@@ -32,7 +32,8 @@ from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.graph.ready import Context, DataPlan, Ready, ready
-from mergekit_symalign.graph.solutions import Solutions
+from mergekit_symalign.graph.solutions import Applied, Solutions
+from mergekit_symalign.graph.stream_tasks import ApplyStream
 from mergekit_symalign.graph.streaming import in_order
 from mergekit_symalign.methods import ALIGNMENT_NAMES, DataMethod, PlannedMethod
 from mergekit_symalign.whole_file import require_writable_folder
@@ -40,7 +41,6 @@ from mergekit_symalign.whole_file import require_writable_folder
 LOG = logging.getLogger(__name__)
 
 BlockKey = tuple[int, BlockKind]  # output layer and block
-Aligned = dict[str, dict[ModelReference, ApplyBlock]]  # by the name of the output's tensor
 
 
 @dataclass
@@ -121,19 +121,34 @@ class AlignedPlan:
             return float("inf")
         return -1 if claim.layer is None else claim.layer
 
-    def _aligned(self, planned: list[Planned]) -> tuple[list[Planned], Aligned]:
+    def _aligned(self, planned: list[Planned]) -> tuple[list[Planned], Applied]:
         """The tensors in the order of their layers if models run, and the aligned task of each tensor and model."""
         streamed = any(task.parameters["objective"] == "activations" for _, task in planned)
         planned = in_order(planned) if streamed else planned
         blocks = self._blocks(planned)
+        for block in blocks:
+            block.require_possible_values()
+        aligned = self._solutions.move_streams(planned, blocks)
+        self._require_no_data(aligned)
         if streamed:
             self._solutions.stream(planned, blocks)
-        aligned: Aligned = {}
         for block in blocks:
             aligned.update(self._solutions.aligned(block))
         return planned, aligned
 
-    def _ready(self, planned: Planned, aligned: Mapping[ModelReference, ApplyBlock]) -> Ready:
+    def _require_no_data(self, moved: Applied) -> None:
+        """
+        Raises:
+            ConfigError: if a residual stream is moved and the method uses data, whose axes nothing moves along it.
+        """
+        if moved and isinstance(self.method.inner, DataMethod):
+            raise ConfigError(
+                "parameter residual",
+                f"the statistics that {self.method.spec.name} uses do not move with the residual stream",
+                "Use residual: none, or another method",
+            )
+
+    def _ready(self, planned: Planned, aligned: Mapping[ModelReference, ApplyBlock | ApplyStream]) -> Ready:
         _, task = planned
         order = tuple(m for m in task.model_order if self._takes_part(m, task))
         listed = task.base_model in order and not isinstance(self.method.inner, DataMethod)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.options import MergeOptions
@@ -19,7 +21,11 @@ from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models, check_possible, check_same_neurons
 from mergekit_symalign.graph.planned import Planned
 from mergekit_symalign.graph.solve import OneOf, SolveBlock, SolveTogether
+from mergekit_symalign.graph.stream_tasks import ApplyStream
 from mergekit_symalign.graph.streaming import SHARED, StreamingPlan, Wanted, plan_streaming
+from mergekit_symalign.graph.streams import MovedStream, outside_blocks, plan_streams
+
+Applied = dict[str, dict[ModelReference, ApplyBlock | ApplyStream]]  # by the name of the output's tensor
 
 
 @dataclass
@@ -38,8 +44,9 @@ class Solutions:
     reports: Reports
     options: MergeOptions
     _streaming: StreamingPlan | None = field(default=None, init=False)
+    _streams: dict[ModelReference, MovedStream] = field(default_factory=dict, init=False)
 
-    def aligned(self, block: Block) -> dict[str, dict[ModelReference, ApplyBlock]]:
+    def aligned(self, block: Block) -> Applied:
         """For each tensor of a block (by output name) the aligned task of each model that is aligned."""
         check_possible(block.symmetries, block.kind, block.layout)
         check_same_neurons(block.symmetries, block.kind, block.anchor, block.moved(), self.models.checkpoints)
@@ -52,8 +59,27 @@ class Solutions:
             weight.name: {
                 model: ApplyBlock(load=loads[model][i], axes=block.axes[i], solution=solution)
                 for model, solution in solutions.items()
+                if model not in self._streams
             }
+            | self._moved_along(block, weight, solutions)
             for i, (weight, _) in enumerate(block.members)
+        }
+
+    def move_streams(self, planned: list[Planned], blocks: list[Block]) -> Applied:
+        """Plan the alignment of residual streams; gives the tasks of tensors that belong to no block."""
+        self._streams = plan_streams(planned, blocks, self.models, self.alignments, self.reports)
+        return outside_blocks(planned, self._streams, self.models)
+
+    def _moved_along(
+        self, block: Block, weight: WeightInfo, solutions: Mapping[ModelReference, Task]
+    ) -> dict[ModelReference, ApplyStream]:
+        """The tasks of one tensor for models whose residual stream is moved, whether their block is aligned or not."""
+        claim = block.layout.claim(weight.name)
+        assert claim is not None
+        kind = block.kind.value
+        return {
+            model: stream.applied(claim.layer, claim.part, (kind, solutions[model]) if model in solutions else None)
+            for model, stream in self._streams.items()
         }
 
     def _solutions(
@@ -93,6 +119,8 @@ class Solutions:
             self._streaming = plan_streaming(planned, wanted, self.models.checkpoints, self.options)
 
     def _solver(self, block: Block, model: ModelReference, fields: dict[str, Any]) -> SolveBlock:
+        if model in self._streams:
+            return self._streams[model].solver(block, fields)
         if self._streaming is None or block.agreed("objective") != "activations":
             return SolveBlock(**fields)
         statistics = self._streaming.statistics[Wanted(block.layer_of(model), block.kind, model)]

@@ -68,8 +68,12 @@ class SolveBlock(Task[Dict[str, Any]]):
         return self.mlp if self.kind is BlockKind.mlp else self.heads
 
     def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
+        return self.solved(self._sides(tensors))
+
+    def solved(self, sides: Sides) -> Dict[str, Any]:
+        """The result for rows of the block's axes."""
         with one_thread():
-            solved = solve_block(self._sides(tensors), self.shape, self.use, values=Values.finite)
+            solved = solve_block(sides, self.shape, self.use, values=Values.finite)
         LOG.info("solved %s of %s: %s", self.model[0].tensor, self.model[0].model, json.dumps(solved.facts))
         return packed(solved)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mergekit_symalign.symmetry.groups import (
+    HeadMatrix,
     HeadRotation,
     InterleavedPartialRotation,
     InterleavedPlaneRotation,
@@ -34,7 +35,8 @@ def admitted(axis: str, shape: HeadShape | MlpShape, *, full: bool = False) -> A
     if axis in GAIN_AXES:
         return _admitted_gains(axis, shape)
     if axis in ("value", "attended"):
-        return {Permutation.kind: (size,), HeadRotation.kind: _rotation(shape.heads(axis), shape.head_dim)}
+        d, heads = shape.head_dim, shape.heads(axis)
+        return {Permutation.kind: (size,), HeadRotation.kind: _rotation(heads, d), HeadMatrix.kind: ((heads, d, d),)}
     if axis in ("query", "key"):
         return {Permutation.kind: (size,), **_admitted_turns(shape.heads(axis), shape, full=full)}
     return {}

@@ -14,8 +14,9 @@ from mergekit_symalign.symmetry.distance import total_distance
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction
 from mergekit_symalign.symmetry.heads.from_rows import HeadRows
+from mergekit_symalign.symmetry.heads.general import GeneralOptimum, align_general, value_grams
 from mergekit_symalign.symmetry.heads.match import HeadProblem, MatchedHeads, match_heads
-from mergekit_symalign.symmetry.heads.order import after, reordered_gains
+from mergekit_symalign.symmetry.heads.order import HeadOrder, after, reordered_gains
 from mergekit_symalign.symmetry.heads.solve import (
     GAIN_AXES,
     HEAD_AXES,
@@ -25,13 +26,23 @@ from mergekit_symalign.symmetry.heads.solve import (
     head_moments,
     moved_distance,
     per_query_head,
+    query_distance,
     solve_gains,
     solve_heads,
 )
 from mergekit_symalign.symmetry.neurons.costs import NeuronPairs
 from mergekit_symalign.symmetry.neurons.experts import align_experts
 from mergekit_symalign.symmetry.neurons.match import align_neurons
-from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, NeuronScale, Pair, Sides, Symmetries
+from mergekit_symalign.symmetry.options import (
+    Facts,
+    HeadShape,
+    MlpShape,
+    NeuronScale,
+    Pair,
+    Sides,
+    Symmetries,
+    ValueOutput,
+)
 from mergekit_symalign.symmetry.solved import Solved
 
 
@@ -70,14 +81,19 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> Solved:
         found = solve_heads(m, shape, use)
         sides = {**sides, **reordered_gains(sides, order, shape)}
     actions: dict[str, AxisAction] = {}
-    if found.value is not None:
-        actions |= {"value": found.value, "attended": per_query_head(found.value.dual(), shape)}
+    general = _general_values(sides, shape, use, found, order)
+    value = found.value if general is None else general.action
+    if value is not None:
+        actions |= {"value": value, "attended": per_query_head(value.dual(), shape)}
     if found.query is not None:
         actions |= {"query": per_query_head(found.query, shape), "key": found.query.dual()}
     actions |= solve_gains(sides, shape, use)
     tolerance = _tolerance(sides["query"])
     actions = {axis: action.snapped(tolerance) for axis, action in actions.items()}
-    distances = {"distance_before": before, "distance_after": heads_distance(m, norms, found, sides, actions)}
+    left = heads_distance(m, norms, found, sides, actions)
+    if general is not None:
+        left = query_distance(m, norms, found.query) + general.whole_distance + gains_distance(sides, actions)
+    distances = {"distance_before": before, "distance_after": left}
     element = BlockElement(actions if order is None else after(order, actions, shape))
     return Solved(element, matched.facts | distances)
 
@@ -125,8 +141,25 @@ def heads_distance(
     m: AttentionMoments, norms: HeadNorms, found: HeadActions, sides: Sides, actions: Mapping[str, AxisAction]
 ) -> float:
     """Squared distance of an attention block: from the moments, and of the gains of a QK-norm, if there are any."""
-    gains = (total_distance(pair, actions.get(axis)) for axis in GAIN_AXES for pair in sides.get(axis, ()))
-    return moved_distance(m, norms, found) + sum(gains)
+    return moved_distance(m, norms, found) + gains_distance(sides, actions)
+
+
+def gains_distance(sides: Sides, actions: Mapping[str, AxisAction]) -> float:
+    """Squared distance of the gains of a QK-norm alone."""
+    return sum(total_distance(pair, actions.get(axis)) for axis in GAIN_AXES for pair in sides.get(axis, ()))
+
+
+def _general_values(
+    sides: Sides, shape: HeadShape, use: Symmetries, found: HeadActions, order: HeadOrder | None
+) -> GeneralOptimum | None:
+    """Any invertible matrix for each KV head, from the optimum of rotation and scale; None if not asked for."""
+    if use.value_output is not ValueOutput.general:
+        return None
+    beside = None if order is None else {axis: order.of_axis(axis) for axis in ("value", "attended")}
+    value, attended = value_grams(sides, shape, beside)
+    eye = torch.eye(shape.head_dim, dtype=value.cross.dtype, device=value.cross.device).repeat(shape.kv_heads, 1)
+    start = (eye if found.value is None else found.value(eye, 0)).unflatten(0, (shape.kv_heads, -1))
+    return align_general(value, attended, start, condition=use.condition)
 
 
 def neurons_distance(pairs: NeuronPairs, moved_by: AxisAction, after: float) -> float:

@@ -13,6 +13,7 @@ from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
     Chain,
+    HeadMatrix,
     HeadRotation,
     PartialRotation,
     Permutation,
@@ -41,7 +42,9 @@ def describe_heads(element: BlockElement, shape: HeadShape) -> Facts:
     Returns:
         Numbers of heads and of those that moved; median and largest angle, in degrees, of the planes of query and key
         (``query_angle_…``) and of the rotations of value and output (``value_angle_…``; a matrix counts with the root
-        mean square of its angles); smallest and largest factor; coordinates whose sign was flipped by a QK-norm's sign.
+        mean square of its angles, a general one with its rotation's); smallest and largest factor, of a general matrix
+        its singular values, and the largest condition number of those (``value_condition_max``); coordinates whose sign
+        was flipped by a QK-norm's sign.
     """
     facts: Facts = {}
     for name, axis, heads in (("kv", "value", shape.kv_heads), ("query", "query", shape.query_heads)):
@@ -55,7 +58,7 @@ def describe_heads(element: BlockElement, shape: HeadShape) -> Facts:
         turned = torch.cat(angles) if angles else torch.zeros(1)
         facts |= {f"{name}_angle_median": float(turned.median()), f"{name}_angle_max": float(turned.max())}
         factors += [factor for step in steps for factor in _factors(step)]
-    return facts | _range(factors)
+    return facts | _conditions(element.actions.get("value")) | _range(factors)
 
 
 def describe_neurons(element: BlockElement, shape: MlpShape) -> Facts:
@@ -103,6 +106,9 @@ def _angles(step: AxisAction) -> list[Tensor]:
         eye = torch.eye(d, dtype=step.matrix.dtype, device=step.matrix.device)
         chord = torch.linalg.matrix_norm(step.matrix - eye) / (2 * d**0.5)
         return [torch.rad2deg(2 * torch.asin(chord.clamp(max=1)))]
+    if isinstance(step, HeadMatrix):
+        u, _, vh = torch.linalg.svd(step.matrix)
+        return _angles(HeadRotation(u @ vh, torch.ones_like(step.matrix[:, 0, 0])))
     if isinstance(step, PartialRotation):
         return [*_angles(step.planes), *_angles(step.rest)]
     return []
@@ -113,9 +119,17 @@ def _factors(step: AxisAction) -> list[Tensor]:
         return [step.factor.double()]
     if isinstance(step, (PlaneRotation, HeadRotation)):
         return [step.scale.double().flatten()]
+    if isinstance(step, HeadMatrix):
+        return [torch.linalg.svdvals(step.matrix.double()).flatten()]
     if isinstance(step, PartialRotation):
         return [*_factors(step.planes), *_factors(step.rest)]
     return []
+
+
+def _conditions(g: AxisAction | None) -> Facts:
+    """The largest condition number of general matrices, if there are any."""
+    found = [torch.linalg.cond(step.matrix.double()).max() for step in _steps(g) if isinstance(step, HeadMatrix)]
+    return {"value_condition_max": float(torch.stack(found).max())} if found else {}
 
 
 def _range(factors: list[Tensor]) -> Facts:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
     Chain,
+    HeadMatrix,
     HeadRotation,
     InterleavedPartialRotation,
     InterleavedPlaneRotation,
@@ -19,6 +20,7 @@ from mergekit_symalign.symmetry.groups import (
     PartialRotation,
     Permutation,
     PlaneRotation,
+    Rotation,
     Scaling,
 )
 from mergekit_symalign.symmetry.rows import compute_dtype
@@ -84,7 +86,9 @@ _KINDS: dict[str, Any] = {
     for cls in (
         Permutation,
         Scaling,
+        Rotation,
         HeadRotation,
+        HeadMatrix,
         PlaneRotation,
         InterleavedPlaneRotation,
         PartialRotation,

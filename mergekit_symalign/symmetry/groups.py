@@ -173,6 +173,38 @@ class Scaling(AxisAction):
 
 
 @dataclass(frozen=True, eq=False)
+class Rotation(AxisAction):
+    """One orthogonal matrix (reflections included) for the whole axis. Its own dual.
+
+    Attributes:
+        matrix: [size, size], orthogonal.
+    """
+
+    kind: ClassVar[str] = "rotation"
+    matrix: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.matrix.shape[0]
+
+    def transform(self, x: Tensor) -> Tensor:
+        return self.matrix.to(x) @ x
+
+    def inverse(self) -> Rotation:
+        return Rotation(self.matrix.mT)
+
+    def dual(self) -> Rotation:
+        return self
+
+    def is_identity(self) -> Tensor:
+        return (self.matrix == _eye(self.matrix)).all()
+
+    def snapped(self, tolerance: float) -> Rotation:
+        eye = _eye(self.matrix)
+        return Rotation(torch.where((self.matrix - eye).abs().amax() <= tolerance, eye, self.matrix))
+
+
+@dataclass(frozen=True, eq=False)
 class HeadRotation(PerHead):
     """One orthogonal matrix (reflections included) and one scale for every head.
 
@@ -200,13 +232,45 @@ class HeadRotation(PerHead):
         return HeadRotation(self.matrix, 1 / self.scale)
 
     def is_identity(self) -> Tensor:
-        eye = torch.eye(self.matrix.shape[1], dtype=self.matrix.dtype, device=self.matrix.device)
-        return (self.matrix == eye).all() & (self.scale == 1).all()
+        return (self.matrix == _eye(self.matrix)).all() & (self.scale == 1).all()
 
     def snapped(self, tolerance: float) -> HeadRotation:
-        eye = torch.eye(self.matrix.shape[1], dtype=self.matrix.dtype, device=self.matrix.device)
+        eye = _eye(self.matrix)
         near = (self.matrix - eye).abs().amax((-2, -1), keepdim=True) <= tolerance
         return HeadRotation(torch.where(near, eye, self.matrix), _snap(self.scale, 1.0, tolerance))
+
+
+@dataclass(frozen=True, eq=False)
+class HeadMatrix(PerHead):
+    """One invertible matrix for every head.
+
+    Attributes:
+        matrix: [heads, d, d], invertible.
+    """
+
+    kind: ClassVar[str] = "head_matrix"
+    matrix: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.matrix.shape[0] * self.matrix.shape[1]
+
+    def transform(self, x: Tensor) -> Tensor:
+        return (self.matrix.to(x) @ x.unflatten(0, self.matrix.shape[:2])).flatten(0, 1)
+
+    def inverse(self) -> HeadMatrix:
+        return HeadMatrix(torch.linalg.inv(self.matrix))
+
+    def dual(self) -> HeadMatrix:
+        return HeadMatrix(torch.linalg.inv(self.matrix).mT)
+
+    def is_identity(self) -> Tensor:
+        return (self.matrix == _eye(self.matrix)).all()
+
+    def snapped(self, tolerance: float) -> HeadMatrix:
+        eye = _eye(self.matrix)
+        near = (self.matrix - eye).abs().amax((-2, -1), keepdim=True) <= tolerance
+        return HeadMatrix(torch.where(near, eye, self.matrix))
 
 
 @dataclass(frozen=True, eq=False)
@@ -379,3 +443,8 @@ class Chain(AxisAction):
 
 def _snap(x: Tensor, target: float, tolerance: float) -> Tensor:
     return torch.where((x - target).abs() <= tolerance, target, x)
+
+
+def _eye(like: Tensor) -> Tensor:
+    """The identity of the size of the last axis."""
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)

@@ -4,6 +4,7 @@ The solvers find such elements only; a file may hold anything. Checked are the k
 the shapes and numbers of every step, and then what the axes together have to obey, an absent one being the identity:
 
 - heads move as wholes, and query heads with the KV head of their group;
+- general matrices of values are invertible, their condition numbers bounded;
 - attended values are read by the inverse transpose of what writes them, keys carry the inverse transpose of queries;
 - under a QK-norm queries and keys carry signs, and the gains factors, that both coordinates of a plane share;
 - gate, up and down move the same neurons, experts move as wholes, and down divides by what up is multiplied by.
@@ -20,12 +21,13 @@ from torch import Tensor
 from mergekit_symalign.errors import SymmetryError
 from mergekit_symalign.symmetry.admitted import Admitted, admitted, gain_heads
 from mergekit_symalign.symmetry.element import BlockElement
-from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
+from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadMatrix, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
 
 TOLERANCE = 2e-6  # relative: the largest tolerance of snapping to the identity is 1e-6, on each of two dual axes
 LARGEST = 2.0**60  # of factors, and of their inverses: weights and their products stay within float32's range
+CONDITION = 1e4  # of general matrices: beyond it, weights in bfloat16 have nothing left of what it shrinks
 STEPS = 8  # of one axis; a consensus takes four
 
 _REMEDY = "Solve the alignment again"
@@ -98,7 +100,11 @@ def _check_numbers(axis: str, step: AxisAction) -> None:
             positive = isinstance(step, Scaling) or bool((factor > 0).all())
             _require(positive, axis, f"its {step.kind} has a negative scale")
     matrix: Tensor | None = getattr(step, "matrix", None)
-    if matrix is not None:
+    if isinstance(step, HeadMatrix):
+        condition = torch.linalg.cond(step.matrix.double())
+        bounded = bool((condition <= CONDITION).all())
+        _require(bounded, axis, f"a matrix of its {step.kind} has a condition number above {CONDITION:.0f}")
+    elif matrix is not None:
         exact = matrix.double()
         _require(_is_identity(exact.mT @ exact), axis, f"a matrix of its {step.kind} is not orthogonal")
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+GREATEST_CONDITION = 100.0  # of a general matrix of values, unless the user says otherwise
+
 Pair = tuple[Tensor, Tensor]
 Facts = dict[str, Any]  # what is known of a solve: plain numbers and strings by name
 Sides = Mapping[str, Sequence[Pair]]  # axis -> (anchor, model) rows [axis, columns] of each tensor that has it
@@ -22,6 +24,13 @@ class Rotation(str, Enum):
     none = "none"
 
 
+class ValueOutput(str, Enum):
+    """What values may carry while what reads them carries the inverse transpose."""
+
+    orthogonal = "orthogonal"  # an orthogonal matrix and a scale for each KV head
+    general = "general"  # any invertible matrix, its condition number bounded
+
+
 @dataclass(frozen=True)
 class Symmetries:
     """Which symmetries to use (the parameters of the aligned methods, docs/methods.md).
@@ -32,6 +41,8 @@ class Symmetries:
         rotation: which rotations of the heads are admitted.
         scaling: the scale between query and key, value and output.
         neuron_scaling: the scale between up and down projection of each neuron.
+        value_output: what values may carry.
+        condition: bound of the condition number of general matrices.
     """
 
     permutation: bool = True
@@ -39,6 +50,8 @@ class Symmetries:
     rotation: Rotation = Rotation.exact
     scaling: bool = True
     neuron_scaling: bool = False
+    value_output: ValueOutput = ValueOutput.orthogonal
+    condition: float = GREATEST_CONDITION
 
 
 class GainScope(str, Enum):

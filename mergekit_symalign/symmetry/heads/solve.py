@@ -156,6 +156,13 @@ def moved_distance(m: AttentionMoments, norms: HeadNorms, found: HeadActions) ->
     return total if total > 64 * torch.finfo(left.dtype).eps * own else 0.0
 
 
+def query_distance(m: AttentionMoments, norms: HeadNorms, query: AxisAction | None) -> float:
+    """Squared distance of query and key alone. Takes what `moved_distance` does."""
+    own = float(norms["query"].sum() + norms["key"].sum())
+    total = own + float(remaining(query, m.query, m.key).sum())
+    return total if total > 64 * torch.finfo(torch.float64).eps * own else 0.0
+
+
 def remaining(g: AxisAction | None, first: Moments, second: Moments) -> Tensor:
     """Squared distance of each head after ``g``, less the anchor's squared norms, which no action changes [n]."""
     total = torch.zeros_like(first.model.sum(-1))

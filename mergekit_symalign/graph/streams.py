@@ -1,0 +1,283 @@
+"""Planning the alignment of residual streams: what is asked for, whether it can be done, and the tasks that do it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors
+
+from mergekit_symalign.errors import ConfigError, ParameterError
+from mergekit_symalign.families.resolve import Claim, ModelLayout
+from mergekit_symalign.families.stream import layer_scope, outside_scope, residual_kind, ties_embeddings
+from mergekit_symalign.graph.alignments import Alignments, ReadBlock
+from mergekit_symalign.graph.block import Block
+from mergekit_symalign.graph.load import GatherAligned, LoadFinite
+from mergekit_symalign.graph.merge_report import Reports
+from mergekit_symalign.graph.models import Models
+from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
+from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, SolveMoved, SolveStream
+from mergekit_symalign.symmetry.options import Symmetries
+from mergekit_symalign.symmetry.residual.kinds import Residual, ResidualKind
+from mergekit_symalign.symmetry.residual.scope import Scope, around
+
+RESIDUAL_NAMES = ("residual", "residual_rounds")
+_NAME = "residual"  # of the stream's element in an alignment file
+_KINDS = frozenset(kind.value for kind in Residual)
+Place = int | None  # a layer, or what lies outside the layers
+
+
+@dataclass(frozen=True)
+class MovedStream:
+    """A model whose residual stream is moved.
+
+    Attributes:
+        kind: of the element.
+        scopes: of its layers and of what lies outside.
+        anchor, model: loads of both, by place and name in the scope.
+        solution: the task that gives the element.
+    """
+
+    kind: ResidualKind
+    scopes: Mapping[Place, Scope]
+    anchor: Mapping[Place, Mapping[str, LoadFinite]]
+    model: Mapping[Place, Mapping[str, LoadFinite]]
+    solution: Task
+
+    def solver(self, block: Block, fields: Mapping[str, Any]) -> SolveMoved:
+        """The task that aligns a block once the stream is moved. Takes the fields of a `SolveBlock`."""
+        place = block.layer
+        names = self.scopes[place].blocks[block.kind.value].parts
+        scope = around(self.scopes[place], names, folds=self.kind.rotates)
+        parts = tuple(scope.axes)
+        sides = {"anchor": self.anchor[place], "model": self.model[place]}
+        return SolveMoved(
+            **{name: fields[name] for name in ("kind", "mlp", "heads", "use")},
+            **{side: tuple(loads[part] for part in parts) for side, loads in sides.items()},
+            axes=tuple(scope.axes.values()),
+            key=f"{self.model[place][parts[0]].model} {place} {block.kind.value}",
+            stream=self.solution,
+            stream_kind=self.kind,
+            scope=scope,
+            parts=parts,
+        )
+
+    def applied(self, place: Place, name: str, block: tuple[str, Task] | None) -> ApplyStream:
+        """The task that moves one tensor."""
+        scope = around(self.scopes[place], (name,), folds=self.kind.rotates)
+        load = self.model[place][name]
+        norms = tuple(x for norm in scope.norms for x in (norm.gain, norm.bias) if x is not None)
+        return ApplyStream(
+            key=f"{load.model} {place} {name}",
+            load=load,
+            name=name,
+            scope=scope,
+            tensors=_some(self.model[place], scope.axes),
+            norms=_some(self.anchor[place], norms),
+            kind=self.kind,
+            stream=self.solution,
+            block=block,
+        )
+
+
+def plan_streams(
+    planned: Sequence[Planned], blocks: Sequence[Block], models: Models, alignments: Alignments, reports: Reports
+) -> dict[ModelReference, MovedStream]:
+    """The models whose residual stream is moved; none if that was not asked for.
+
+    Raises:
+        ParameterError: if tensors disagree on the parameter, or what is asked for is not exact.
+        ConfigError: if it cannot be combined with something else that is asked for.
+    """
+    asked = _agreed(planned, "residual")
+    wanted = Residual(asked) if asked in _KINDS else Residual.none  # ot_fusion has its own parameter of this name
+    moved = [m for m in _models(planned) if _is_moved(m, planned)]
+    files = {m: path for m in moved if (path := _file(m, planned)) is not None}
+    with_stream = {m: path for m, path in files.items() if alignments.has_stream(path, _anchor(planned), m)}
+    if wanted is Residual.none and not with_stream:
+        return {}
+    _require_whole(planned, wanted)
+    found = {}
+    for model in moved:
+        if model in files and model not in with_stream:
+            if wanted is not Residual.none:
+                raise ConfigError(
+                    f"parameter alignment of model {model}",
+                    f"the file moves no residual stream, but residual is {wanted.value}",
+                    "Solve it again with this residual, or leave residual out",
+                )
+            continue
+        found[model] = _moved(model, planned, blocks, models, alignments, wanted, with_stream.get(model))
+    for model, stream in found.items():
+        reports.record_stream(model, stream.solution)
+        folder = _agreed(planned, "save_alignment")
+        if folder is not None:
+            settings = {name: _agreed(planned, name) for name in RESIDUAL_NAMES}
+            alignments.record_stream(folder, _anchor(planned), model, stream.solution, settings)
+    return found
+
+
+def outside_blocks(
+    planned: Iterable[Planned], streams: Mapping[ModelReference, MovedStream], models: Models
+) -> dict[str, dict[ModelReference, ApplyStream]]:
+    """The tasks of tensors that belong to no block: embeddings, head, norms and biases."""
+    result: dict[str, dict[ModelReference, ApplyStream]] = {}
+    for weight, _ in planned:
+        for model, stream in streams.items():
+            claim = models.checkpoints[model].layout.claim(weight.name)
+            if claim is None or claim.spec.block is not None or claim.part not in stream.scopes[claim.layer].axes:
+                continue
+            result.setdefault(weight.name, {})[model] = stream.applied(claim.layer, claim.part, None)
+    return result
+
+
+def _moved(
+    model: ModelReference,
+    planned: Sequence[Planned],
+    blocks: Sequence[Block],
+    models: Models,
+    alignments: Alignments,
+    wanted: Residual,
+    file: str | None,
+) -> MovedStream:
+    anchor = _anchor(planned)
+    layout, config = models.checkpoints[anchor].layout, models.checkpoints[anchor].config
+    loads = {m: _loads(m, (anchor, model), planned, models) for m in (anchor, model)}
+    scopes = _scopes(layout, loads[anchor], blocks, model)
+    tied = ties_embeddings(config, layout)
+    if file is not None:
+        sha256, wanted = alignments.read_stream(file, anchor, model, tied)
+        kind = residual_kind(layout, tied, wanted)
+        solution: Task = ReadBlock(path=file, sha256=sha256, block=_NAME)
+        return MovedStream(kind, scopes, loads[anchor], loads[model], solution)
+    kind = residual_kind(layout, tied, wanted)
+    places = sorted(scopes, key=lambda place: -1 if place is None else place)
+    solver = SolveStream(
+        key=f"{anchor} {model} {kind.value}",
+        kind=kind,
+        rounds=_rounds(planned),
+        scopes=tuple(scopes[place] for place in places),
+        anchor=tuple(tuple(loads[anchor][place].items()) for place in places),
+        model=tuple(tuple(loads[model][place].items()) for place in places),
+    )
+    return MovedStream(kind, scopes, loads[anchor], loads[model], solver)
+
+
+def _scopes(
+    layout: ModelLayout,
+    loads: Mapping[Place, Mapping[str, LoadFinite]],
+    blocks: Sequence[Block],
+    model: ModelReference,
+) -> dict[Place, Scope]:
+    names = {layout.name(place, part) if place is not None else part for place, of in loads.items() for part in of}
+    use: dict[Place, dict[str, Symmetries]] = defaultdict(dict)
+    for block in blocks:
+        if model in block.moved():
+            use[block.layer][block.kind.value] = block.symmetries
+    return {
+        place: outside_scope(layout, names) if place is None else layer_scope(layout, place, names, use[place])
+        for place in loads
+    }
+
+
+def _loads(
+    model: ModelReference, both: Iterable[ModelReference], planned: Sequence[Planned], models: Models
+) -> dict[Place, dict[str, LoadFinite]]:
+    """The loads of a model's tensors that both models have."""
+    found: dict[Place, dict[str, LoadFinite]] = {None: {}}
+    for weight, task in planned:
+        claim = _claim(weight.name, model, models)
+        infos = gather_of(task).weight_info
+        if claim is not None and all(models.checkpoints[m].stored(infos[m]) is not None for m in both):
+            loads = GatherAligned(**dict(gather_of(task))).loads()
+            found.setdefault(claim.layer, {})[claim.part] = loads[model]
+    return found
+
+
+def _claim(name: str, model: ModelReference, models: Models) -> Claim | None:
+    return models.checkpoints[model].layout.claim(name)
+
+
+def _require_whole(planned: Sequence[Planned], wanted: Residual) -> None:
+    """A stream is aligned from the weights of whole models, tensor for tensor.
+
+    Raises:
+        ConfigError: if something else is asked for as well.
+    """
+    for name, only in (("objective", "weights"), ("anchor", "base")):
+        if (value := _agreed(planned, name)) != only:
+            raise ConfigError(
+                "parameter residual",
+                f"the residual stream is aligned from weights, towards one anchor, but {name} is {value}",
+                f"Use {name}: {only}, or residual: none",
+            )
+    for weight, task in planned:
+        if not isinstance(task.gather_tensors, GatherTensors):
+            raise ConfigError(
+                "parameter residual",
+                f"MergeKit brings the models' vocabularies together (tensor {weight.name}), and the residual stream is "
+                "aligned by rows of the same token",
+                "Give the models one tokenizer first, or use residual: none",
+            )
+        if {info.name for info in gather_of(task).weight_info.values()} != {weight.name}:
+            raise ConfigError(
+                "parameter residual",
+                f"tensor {weight.name} pairs different layers, but the residual stream is that of whole models",
+                "Leave residual out where slices pair different layers",
+            )
+
+
+def _agreed(planned: Sequence[Planned], name: str) -> Any:
+    """The value of a parameter that belongs to the whole merge.
+
+    Raises:
+        ParameterError: if tensors disagree.
+    """
+    first, task = planned[0]
+    value = task.parameters[name]
+    for weight, other in planned[1:]:
+        if other.parameters[name] != value and (name != "save_alignment"):
+            raise ParameterError(
+                f"parameter {name}",
+                f"it is {value} for {first.name} and {other.parameters[name]} for {weight.name}, but the residual "
+                "stream is one for the whole merge",
+                "Give it one value, without filters",
+            )
+    return value
+
+
+def _rounds(planned: Sequence[Planned]) -> int:
+    rounds: int = _agreed(planned, "residual_rounds")
+    if rounds < 1:
+        raise ParameterError(
+            "parameter residual_rounds", f"it is {rounds}, but it takes at least one round", "Raise it"
+        )
+    return rounds
+
+
+def _anchor(planned: Sequence[Planned]) -> ModelReference:
+    return anchor_of(planned[0][1])
+
+
+def _models(planned: Sequence[Planned]) -> list[ModelReference]:
+    order = dict.fromkeys(m for _, task in planned for m in task.model_order)
+    return [m for m in order if m != _anchor(planned)]
+
+
+def _is_moved(model: ModelReference, planned: Sequence[Planned]) -> bool:
+    """Whether any part of the model is to be aligned."""
+    return any(task.input_parameters[model]["align"] for _, task in planned if model in task.model_order)
+
+
+def _file(model: ModelReference, planned: Sequence[Planned]) -> str | None:
+    """The alignment file that a model's tensors name, if any."""
+    paths = (task.input_parameters[model]["alignment"] for _, task in planned if model in task.model_order)
+    return next((path for path in paths if path is not None), None)
+
+
+def _some(loads: Mapping[str, LoadFinite], names: Iterable[str]) -> Loads:
+    return tuple((name, loads[name]) for name in names)

@@ -1,0 +1,1 @@
+"""The residual stream: one change of coordinates for the whole model (docs/symmetries.md)."""
