@@ -201,13 +201,13 @@ def test_a_merge_of_one_model_is_that_model(tmp_path: Path) -> None:
 def test_the_report_says_which_statistics(tmp_path: Path) -> None:
     t = _twins("llama", tmp_path, Planted(rotation=False, scaling=False))
     merged(merge_config("regmean", None, t.listed("a", "b", gram="full")), tmp_path / "out", write_model_card=True)
-    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text())
+    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text("utf-8"))
     assert report["method"] == "regmean"
     assert report["anchor"] == []
     told = report["data"]["statistics"][str(t.path("a"))]
     assert (told["file"], told["tokens"], told["gram"]) == ("a-full.safetensors", 120, "full")
     assert report["data"]["papers"][0]["url"] == "https://arxiv.org/abs/2212.09849"
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "https://arxiv.org/abs/2212.09849" in card
     assert "a-full.safetensors" in card
     assert "120 tokens" in card

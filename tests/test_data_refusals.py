@@ -244,7 +244,7 @@ def test_too_few_tokens_are_named_and_give_finite_numbers(
     assert all(bool(torch.isfinite(x).all()) for x in out.values())
     assert any(f"tensor {DOWN}" in m and words in m for m in caplog.messages)
     assert any("fewer than" in m and DOWN in m for m in caplog.messages)
-    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text())
+    report = json.loads((tmp_path / "out" / "symalign_report.json").read_text("utf-8"))
     assert report["tensors"] == {DOWN: {"merged_by": by}}
     if by == "average":
         average = (models["a"].state_dict()[DOWN] + models["b"].state_dict()[DOWN]) / 2

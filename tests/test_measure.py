@@ -165,9 +165,9 @@ def test_the_packages_prompts(folder: Path, tmp_path: Path) -> None:
 def test_labels_of_texts_by_number_and_by_name(folder: Path, tmp_path: Path) -> None:
     options = ("--labels", "--fisher", "empirical")
     one = _file(folder, "bert-classifier", tmp_path / "a.safetensors", *options)
-    lines = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "texts.jsonl").read_text("utf-8").splitlines()]
     named = tmp_path / "named.jsonl"
-    named.write_text("\n".join(json.dumps(line | {"label": f"LABEL_{line['label']}"}) for line in lines))
+    named.write_text("\n".join(json.dumps(line | {"label": f"LABEL_{line['label']}"}) for line in lines), "utf-8")
     other = _file(folder, "bert-classifier", tmp_path / "b.safetensors", *options, calibration=str(named))
     assert one.measured.labels
     assert one.measured.loss == other.measured.loss
@@ -176,7 +176,7 @@ def test_labels_of_texts_by_number_and_by_name(folder: Path, tmp_path: Path) -> 
     assert one.tokens(name) == one.measured.sequences == 8
     assert torch.equal(one.read(name, "fisher"), other.read(name, "fisher"))
     flipped = tmp_path / "flipped.jsonl"
-    flipped.write_text("\n".join(json.dumps(line | {"label": 1 - line["label"]}) for line in lines))
+    flipped.write_text("\n".join(json.dumps(line | {"label": 1 - line["label"]}) for line in lines), "utf-8")
     third = _file(folder, "bert-classifier", tmp_path / "c.safetensors", *options, calibration=str(flipped))
     assert third.measured.loss != one.measured.loss
 
@@ -184,16 +184,16 @@ def test_labels_of_texts_by_number_and_by_name(folder: Path, tmp_path: Path) -> 
 def test_labels_of_words(folder: Path, tmp_path: Path) -> None:
     model = tmp_path / "tokens"
     shutil.copytree(folder / "bert-classifier", model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"architectures": ["BertForTokenClassification"]}))
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["BertForTokenClassification"]}), "utf-8")
     tensors = load_file(model / "model.safetensors")
     kept = {name: x for name, x in tensors.items() if "pooler" not in name}
     save_file(kept, model / "model.safetensors", metadata={"format": "pt"})
     texts = tmp_path / "words.jsonl"
-    texts.write_text(json.dumps({"text": "w5 w6 w7", "label": [0, 1, "LABEL_1"]}))
+    texts.write_text(json.dumps({"text": "w5 w6 w7", "label": [0, 1, "LABEL_1"]}), "utf-8")
     file = _file(folder, str(model), tmp_path / "a.safetensors", "--labels", "--fisher", "hard", calibration=str(texts))
     assert file.tokens("classifier.weight") == 3
-    texts.write_text(json.dumps({"text": "w5 w6 w7", "label": [0, 1]}))
+    texts.write_text(json.dumps({"text": "w5 w6 w7", "label": [0, 1]}), "utf-8")
     done = _measure(folder, str(model), tmp_path / "b.safetensors", "--labels", calibration=str(texts))
     assert "its label is not a list of 3" in done.output
 
@@ -220,10 +220,10 @@ def test_images_and_their_labels(folder: Path, tmp_path: Path) -> None:
     table = [{"file": f"LABEL_{i}/{j}.png", "label": i} for i in range(3) for j in range(2)]
     named = tmp_path / "named"
     shutil.copytree(folder / "images", named)
-    (named / "labels.jsonl").write_text("\n".join(map(json.dumps, table)))
+    (named / "labels.jsonl").write_text("\n".join(map(json.dumps, table)), "utf-8")
     other = _file(folder, "vit-classifier", tmp_path / "b.safetensors", *options, calibration=str(named))
     assert other.measured == one.measured
-    (named / "labels.jsonl").write_text("\n".join(map(json.dumps, table[1:])))
+    (named / "labels.jsonl").write_text("\n".join(map(json.dumps, table[1:])), "utf-8")
     done = _measure(folder, "vit-classifier", tmp_path / "c.safetensors", *options, calibration=str(named))
     assert "0.png: labels.jsonl has no label of it" in done.output
 
@@ -297,7 +297,7 @@ def test_what_cannot_be_measured_is_refused(
 )
 def test_labels_that_the_model_does_not_have(folder: Path, tmp_path: Path, line: Any, message: str) -> None:
     texts = tmp_path / "texts.jsonl"
-    texts.write_text(json.dumps(line))
+    texts.write_text(json.dumps(line), "utf-8")
     done = _measure(folder, "bert-classifier", tmp_path / "o.safetensors", "--labels", calibration=str(texts))
     assert done.exit_code == 2
     assert message in done.output
@@ -317,7 +317,7 @@ def test_nan_in_the_last_layer_is_found_before_the_first_is_measured(folder: Pat
 
 @pytest.mark.usefixtures("no_work")
 def test_outputs_that_cannot_be_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", "utf-8")
     weights = tmp_path / "model.safetensors"
     save_file({"x": torch.ones(1)}, weights)
     before = weights.read_bytes()

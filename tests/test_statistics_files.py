@@ -136,7 +136,7 @@ def _text(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             found = file.metadata()[ENTRY]
     else:
-        found = json.loads(index_path(path).read_text())["metadata"][ENTRY]
+        found = json.loads(index_path(path).read_text("utf-8"))["metadata"][ENTRY]
     return json.loads(found)  # type: ignore[no-any-return]
 
 
@@ -145,9 +145,9 @@ def _with_text(path: Path, text: str) -> None:
     if path.exists():
         save_file(load_file(path), path, metadata={ENTRY: text})
     else:
-        index = json.loads(index_path(path).read_text())
+        index = json.loads(index_path(path).read_text("utf-8"))
         index["metadata"][ENTRY] = text
-        index_path(path).write_text(json.dumps(index))
+        index_path(path).write_text(json.dumps(index), "utf-8")
 
 
 def _resealed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -319,9 +319,9 @@ def test_a_missing_shard(tmp_path: Path) -> None:
 def test_an_index_names_its_own_shards_only(tmp_path: Path, name: object) -> None:
     out = tmp_path / "stats.safetensors"
     write_statistics(out, ORIGIN, MEASURED, _statistics(), TOKENS, shard_size=200)
-    index = json.loads(index_path(out).read_text())
+    index = json.loads(index_path(out).read_text("utf-8"))
     index["weight_map"][f"gram {Q}"] = name
-    index_path(out).write_text(json.dumps(index))
+    index_path(out).write_text(json.dumps(index), "utf-8")
     with pytest.raises(StatisticsFileError, match="not one of its shards"):
         StatisticsFile.open(out)
 
@@ -332,7 +332,7 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(StatisticsFileError, match="not one of statistics"):
         StatisticsFile.open(other)
     index = tmp_path / "model-2.safetensors.index.json"
-    index.write_text('{"weight_map": {}}')
+    index.write_text('{"weight_map": {}}', "utf-8")
     with pytest.raises(StatisticsFileError, match="an index, but not one of statistics"):
         StatisticsFile.open(index)
     with pytest.raises(ConfigError, match="holds no statistics"):

@@ -165,11 +165,11 @@ def test_rows_are_kept_and_lost_models_made_again(comparison: Comparison, tmp_pa
 def test_of_two_that_write_a_directory_the_first_stays(tmp_path: Path) -> None:
     def write(folder: Path) -> None:
         folder.mkdir()
-        (folder / "file").write_text("second")
+        (folder / "file").write_text("second", "utf-8")
         (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "file").write_text("first")
+        (tmp_path / "out" / "file").write_text("first", "utf-8")
 
-    assert (saved(tmp_path / "out", write) / "file").read_text() == "first"
+    assert (saved(tmp_path / "out", write) / "file").read_text("utf-8") == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..estimates import Estimate
 from ..findings import Findings, Metric, plain_number
 from ..skills.comparison import ALONE, BASE, MERGE
@@ -22,6 +24,8 @@ from .skill_numbers import (
     parents,
     scanned,
 )
+
+SLIGHT = 0.005  # nats that nobody would notice
 
 TITLES = {
     AVERAGE: "average (`linear`)",
@@ -103,9 +107,16 @@ def aligned(findings: Findings) -> list[str]:
         if findings.has(MERGE, mix.name, arm)
     }
     rows = [(TITLES[arm], judged(difference, -1, 3)) for arm, difference in found.items()]
-    verdict = opening(difference.verdict(-1) for difference in found.values())
-    said = f"What alignment adds, on the first of these mixes (lower is better): {verdict}"
-    return [said, table(("method", "aligned − plain"), rows)] if rows else []
+    return [_worth(list(found.values())), table(("method", "aligned − plain"), rows)] if rows else []
+
+
+def _worth(differences: Sequence[Estimate]) -> str:
+    """What alignment adds, in one sentence: a difference that nobody would notice is none, however sure it is."""
+    largest = max(abs(difference.mean) for difference in differences)
+    if largest < SLIGHT:
+        return f"Alignment changes nothing worth having on the first of these mixes: at most {largest:.4f} nats."
+    verdict = opening(difference.verdict(-1) for difference in differences)
+    return f"What alignment adds, on the first of these mixes (lower is better): {verdict}"
 
 
 def costs(findings: Findings) -> str:
