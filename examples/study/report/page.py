@@ -9,7 +9,7 @@ from types import ModuleType
 from ..data import ALPHABET
 from ..estimates import CONFIDENCE
 from ..findings import SKILL, Findings
-from . import advice, claims, drift, foreign, fusion, skills, smollm2, transfer, vits
+from . import advice, claims, drift, foreign, fusion, skills, smollm2, together, transfer, vits
 from .drift import exact_variants, measured
 from .markdown import DRIFT_TITLES, listing, paragraphs
 
@@ -80,7 +80,7 @@ def _more_claims(study: Study) -> list[claims.Claim]:
 def readme_paragraph(study: Study) -> str:
     """What README says, between its two marks."""
     where = "docs/evidence.md"
-    first = [] if study.skills is None else [skills.short(study.skills), skills.short_reading(study.skills, where)]
+    first = together.paragraph(study.skills, study.skill_encoders, study.vits, where)
     return paragraphs(BEGIN, *first, advice.rows(study.main, where), advice.reading(study.main, where), END)
 
 

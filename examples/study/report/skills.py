@@ -5,29 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..estimates import Estimate
-from ..findings import Findings, plain_number
-from ..skills.comparison import MERGE
-from ..skills.settings import Mix
+from ..findings import Findings
 from . import skill_tables as tables
-from .markdown import listing, opening, paragraphs, table
+from .markdown import listing, opening, paragraphs
 from .skill_numbers import (
     AVERAGE,
     DATA_FREE,
     REGMEAN,
     TASK_ARITHMETIC,
     TIES,
-    best,
     closed,
     finished,
     gain,
-    loss,
     mixes,
-    parents,
 )
-from .skill_tables import KINDS, TITLES, skills_of, titled
+from .skill_tables import skills_of
 
-__all__ = ["ENCODERS", "LANGUAGE", "finished", "section", "short", "short_reading"]
+__all__ = ["ENCODERS", "LANGUAGE", "finished", "section"]
 
 RIVALS = (AVERAGE, TASK_ARITHMETIC, TIES)
 
@@ -80,7 +74,7 @@ def _reading() -> str:
 the method. Weights are equal unless a table says otherwise."""
 
 
-LANGUAGE = Part(7, "Skills of three language models in one", "nats per token", _language)
+LANGUAGE = Part(7, "Skills of language models in one", "nats per token", _language)
 
 ENCODERS = Part(8, "Tasks of two encoders in one", "nats", _encoders)
 
@@ -117,49 +111,3 @@ def _verdict(findings: Findings, part: Part) -> str:
 
 def _plain(rival: str) -> str:
     return {AVERAGE: "the average", TASK_ARITHMETIC: "task arithmetic", TIES: "TIES"}[rival]
-
-
-def short(findings: Findings) -> str:
-    """README's table: the first mix, what each way of merging needs, and how far it goes."""
-    mix = mixes(findings)[0]
-    needs = {
-        AVERAGE: "nothing",
-        TIES: "the base",
-        TASK_ARITHMETIC: "the base",
-        DATA_FREE: "the base",
-        REGMEAN: _texts(mix),
-    }
-    rows = []
-    for name, needed in needs.items():
-        arm = best(findings, mix, name)
-        if arm is None:
-            continue
-        cells = (findings.estimate(MERGE, mix.name, arm, loss(mix)).text(3), closed(findings, mix, arm).text(0))
-        rows.append((titled(TITLES[name].split(",")[0], arm, arm != name), needed, *cells))
-    own = Estimate.of(list(parents(findings, mix).values())).text(3)
-    rows.append(("each model on its own kind", "", own, "100"))
-    return table(
-        ("one model from two", "needs", "loss, nats per token (lower is better)", "gap closed, %"), rows, text=2
-    )
-
-
-def short_reading(findings: Findings, where: str) -> str:
-    """What README says under its table."""
-    mix = mixes(findings)[0]
-    other = {name: best(findings, mix, name) for name in (AVERAGE, DATA_FREE, REGMEAN)}
-    lost = {
-        name: findings.difference(MERGE, mix.name, arm, plain_number("other_loss"), AVERAGE)
-        for name, arm in other.items()
-        if arm is not None and name != AVERAGE
-    }
-    forgetting = listing([f"{d.text(2, signed=True)} ({TITLES[name]})" for name, d in lost.items()])
-    return f"""\
-Two fine-tunes of SmolLM2-135M ({listing([KINDS[kind] for kind in mix.kinds])}),
-{len(findings.settings["seeds"])} seeds.
-*Gap closed* goes from the average (0 %) to each model on its own kind (100 %); rivals are at their best value. On other
-text the loss changes, against the average, by {forgetting} nats per token.
-[docs/evidence.md]({where}#7-skills-of-three-language-models-in-one) has the rest."""
-
-
-def _texts(mix: Mix) -> str:
-    return f"60 texts of each of {len(mix.kinds)} kinds"

@@ -168,9 +168,14 @@ def _respected(findings: Findings) -> str:
     return f"{lead} {'; '.join(said)}." if said else ""
 
 
-def _against_average(findings: Findings) -> str:
+def against_average(findings: Findings) -> dict[str, Estimate]:
+    """Loss of each merger of the two fine-tunes, without match, minus the loss of their average."""
     others = [merger for merger in tried(findings, "halves") if merger != "simple"]
-    gaps = {merger: _between(findings, "halves", merger, "simple", LOSS) for merger in others}
+    return {merger: _between(findings, "halves", merger, "simple", LOSS) for merger in others}
+
+
+def _against_average(findings: Findings) -> str:
+    gaps = against_average(findings)
     said = "; ".join(f"{TITLES[merger]} {judged(gap, -1, 3, ' nats')}" for merger, gap in gaps.items())
     return f"Without match, the loss against that of the average: {said}."
 
