@@ -9,7 +9,7 @@ INSTALL = $(PIP) install --quiet $(UPGRADE) --constraint $(CONSTRAINTS)
 SOURCES := pyproject.toml $(CONSTRAINTS) $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
 .PHONY: demo test tests test-oldest test-newest lint types suite fuzz host-names host-names-tried timings architectures methods
-.PHONY: bench study study-again study-skills study-small docs clean
+.PHONY: bench bench-statistics study study-again study-skills study-small docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -50,6 +50,10 @@ fuzz: $(VENV)/installed
 # docs/performance.md, measured: about an hour and 45 GB of disk. BENCH passes options, e.g. BENCH="--only siblings --runs 1".
 bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/run.py $(BENCH)
+
+# docs/statistics.md, measured: a few minutes.
+bench-statistics: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/statistics_cost.py --runs 5
 
 # What has to be fast, by the clock of this machine
 timings: $(VENV)/installed
