@@ -109,17 +109,36 @@ def test_opening_words_say_what_the_verdicts_say() -> None:
 def test_every_section_opens_with_words_for_a_user(study: Study) -> None:
     sections = re.split(r"^## ", page(study), flags=re.M)[1:]
     measured = [text for text in sections if text[0].isdigit()]
-    opens = r"[^\n]+\n\n\*\*(No difference|Better|Worse)"
+    opens = r"[^\n]+\n\n\*\*(No difference|Better|Worse|One seed only)"
     assert len(measured) == 6 + sum(part is not None for part in (study.skills, study.skill_encoders))
     assert all(re.match(opens, text) for text in measured)
     assert not re.search(r"^[^\n]+\n\n\|", "\n".join(sections))  # no section starts with a table
 
 
 def test_readme_has_one_row_for_each_kind_of_models(study: Study) -> None:
-    rows = [line.split("|") for line in readme_paragraph(study).splitlines() if line.startswith("|")][2:]
+    text = readme_paragraph(study)
+    rows = [line.split("|") for line in text[text.index("| your models") :].splitlines() if line.startswith("|")][2:]
     assert [cells[2].split("**")[1] for cells in rows] == ["No benefit.", "Yes.", "Not by itself."]
     assert all(re.search(r" ± [\d.]+: (better|worse|no change|no difference shown) $", cells[4]) for cells in rows)
     assert all("(lower is better)" in cells[3] for cells in rows)
+
+
+def test_readme_compares_ways_of_merging_by_kind_of_model(study: Study) -> None:
+    """A column for each kind that was measured, also where a method is worse; a single seed is not judged."""
+    text = readme_paragraph(study)
+    lines = text[: text.index("| your models")].splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    (_, *columns), _, *rows = table
+    measured = {"SmolLM2": study.skills, "MiniLM": study.skill_encoders, "ViT": study.vits}
+    assert [column.split("-")[0].split(",")[0] for column in columns] == [
+        k for k, x in measured.items() if x is not None
+    ]
+    assert [row[0].split("`")[1] for row in rows] == [
+        "task_arithmetic", "ties", "fisher", "regmean", "regmean_task_arithmetic",
+    ]  # fmt: skip
+    verdicts = r"(\+|−)[\d.]+( ± [\d.]+: (better|worse|no difference shown)|: one seed only)"
+    assert all(re.fullmatch(verdicts, cell) for row in rows for cell in row[1:] if cell)
+    assert any("worse" in cell for row in rows for cell in row[1:])
 
 
 def test_advice_follows_the_numbers(study: Study) -> None:
@@ -154,7 +173,7 @@ def test_estimate_against_known_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("values", "verdict"),
-    [([0.0, 0.0], "no change"), ([1.0, -1.0, 0.5], "no difference shown"), ([1.0], "no difference shown")],
+    [([0.0, 0.0], "no change"), ([1.0, -1.0, 0.5], "no difference shown"), ([1.0], "one seed only")],
 )
 def test_verdicts_that_show_nothing(values: list[float], verdict: str) -> None:
     assert Estimate.of(values).verdict(1) == verdict

@@ -11,6 +11,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 MOST_DIGITS = 6
+ONE_SEED = "one seed only"
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,21 @@ class Estimate:
         return float(stats.t.ppf(0.5 + CONFIDENCE / 2, self.n - 1)) * self.error if self.n > 1 else float("inf")
 
     def text(self, digits: int = 1, *, signed: bool = False) -> str:
-        """Mean ± standard error, as in ``+1.5 ± 0.3``; more digits than asked for where the error needs them."""
+        """Mean ± standard error, as in ``+1.5 ± 0.3``; more digits than asked for where the error needs them.
+
+        Without an error where there is one seed only.
+        """
         if 0 < self.error < 10**-digits:
             digits = min(MOST_DIGITS, -math.floor(math.log10(self.error)))
         mean = format(self.mean, f"{'+' if signed else ''}.{digits}f").replace("-", "−")
-        return f"{mean} ± {'n/a' if self.n < 2 else format(self.error, f'.{digits}f')}"
+        return mean if self.n < 2 else f"{mean} ± {self.error:.{digits}f}"
 
     def verdict(self, favourable: int) -> str:
         """What this difference may be called; ``favourable`` is the sign of an improvement."""
         if self.mean == 0 and not self.error > 0:
             return "no change"
+        if self.n < 2:
+            return ONE_SEED
         if abs(self.mean) <= self.margin:
             return "no difference shown"
         return "better" if self.mean * favourable > 0 else "worse"

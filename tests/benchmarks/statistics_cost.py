@@ -2,7 +2,7 @@
 
     python tests/benchmarks/statistics_cost.py [--runs 3] [--tokens 4096] [--layers 4 8 16]
 
-Time: SmolLM2-135M on the package's prompts, in this process, one after the other; medians, and the median of the ratios.
+Time: SmolLM2-135M on the package's prompts, in this process, one after the other: medians, and the median of ratios.
 Memory: random models of one width and several depths, each run a command of its own. Anonymous memory is what the
 process allocates itself: pages of the mapped checkpoint do not count.
 """
@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
 from mergekit_symalign.activations.inputs import find_inputs
 from mergekit_symalign.activations.objectives import Objective
-from mergekit_symalign.activations.stream import sum_inputs
 from mergekit_symalign.activations.samples import How, prepare_texts
+from mergekit_symalign.activations.stream import sum_inputs
 from mergekit_symalign.commands.models import StoredModel, use_cache_of
 from mergekit_symalign.demo.source import unpack_smollm2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from ..estimates import Estimate
+from ..estimates import ONE_SEED, Estimate
 
 WIDTH = 128
 VERBATIM = ("#", "|", "!", "<")  # headings, tables, pictures, comments
@@ -55,7 +55,10 @@ def judged(difference: Estimate, favourable: int, digits: int = 1, unit: str = "
 
 def opening(verdicts: Iterable[str]) -> str:
     """The first words of a section, in bold: what a user wants to know before the numbers."""
-    shown = {verdict for verdict in verdicts if verdict in ("better", "worse")}
+    given = set(verdicts)
+    if given == {ONE_SEED}:
+        return "**One seed only: a first look.**"
+    shown = given & {"better", "worse"}
     if len(shown) == 2:
         return "**Better in some cases, worse in others.**"
     return f"**{shown.pop().capitalize() if shown else 'No difference'}.**"

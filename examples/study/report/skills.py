@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..findings import Findings
 from . import skill_tables as tables
@@ -43,7 +44,7 @@ def _language(findings: Findings) -> str:
     return f"""\
 All models are fine-tunes of all weights of SmolLM2-135M-Instruct on one kind of text each: {settings["steps"]} steps
 with {settings["batch"]} sequences of {settings["tokens"]} tokens, learning rate {settings["learning_rate"]:g},
-{len(settings["seeds"])} seeds (they decide which windows and texts are read). Losses are in nats per token, on
+{_seeds(settings)} (they decide which windows and texts are read). Losses are in nats per token, on
 {settings["heldout"]} held-out texts of each kind. *Other text* are prompts that no model was trained on: what the
 merge forgets (half of the package's own; the other half serves as *prompts of the package*). Statistics come from
 training texts of each model's own kind. {_measured_on(findings)} {_reading()}"""
@@ -54,10 +55,15 @@ def _encoders(findings: Findings) -> str:
     return f"""\
 All models are all-MiniLM-L6-v2 (22 million parameters, BERT), fine-tuned on one classification task with eight classes
 each: {settings["steps"]} steps with {settings["batch"]} texts, learning rate {settings["learning_rate"]:g},
-{len(settings["seeds"])} seeds. *Topics*: from which chapter of the Python language reference a passage is. *Modules*:
+{_seeds(settings)}. *Topics*: from which chapter of the Python language reference a passage is. *Modules*:
 in which module of NumPy, SciPy or PyTorch a function is. Losses are in nats, on {settings["heldout"]} held-out texts of
 each task (fewer where there are not that many). Each task has a head of its own: a merged encoder is measured with the
 head of that task's own model. {_measured_on(findings)} {_reading()}"""
+
+
+def _seeds(settings: Mapping[str, Any]) -> str:
+    count = len(settings["seeds"])
+    return f"{count} seed{'s' * (count > 1)}"
 
 
 def _measured_on(findings: Findings) -> str:

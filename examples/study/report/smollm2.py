@@ -37,7 +37,7 @@ class Measure:
 
     def judged(self, difference: Estimate) -> str:
         if difference.n == 1:
-            return f"{_text(difference, self.digits, signed=True)}{self.unit}"
+            return f"{difference.text(self.digits, signed=True)}{self.unit}"
         return judged(difference, self.favourable, self.digits, self.unit)
 
 
@@ -120,14 +120,9 @@ def _seeds(findings: Findings, merge: str, variant: str) -> dict[int, float]:
     return findings.per_seed("merge", merge, variant, ARITHMETIC)
 
 
-def _text(estimate: Estimate, digits: int, *, signed: bool = False) -> str:
-    """Without an error bar where there is one run."""
-    return estimate.text(digits, signed=signed).removesuffix(" ± n/a")
-
-
 def _abilities(findings: Findings, part: str, arm: str, variant: str) -> list[str]:
     metrics = zip((ARITHMETIC, LOG, REFERENCE), DIGITS, strict=True)
-    return [_text(findings.estimate(part, arm, variant, metric), digits) for metric, digits in metrics]
+    return [findings.estimate(part, arm, variant, metric).text(digits) for metric, digits in metrics]
 
 
 def _alone(findings: Findings) -> str:
@@ -142,7 +137,7 @@ def _merges(findings: Findings, merge: str) -> str:
         removed = findings.symmetric_share("merge", merge, variant)
         moved = findings.estimate("merge", merge, variant, percent("moved_neurons"))
         seconds = findings.estimate("merge", merge, variant, plain_number("merge_seconds"))
-        cells = (_text(removed, 3), _text(moved, 2), _text(seconds, 0))
+        cells = (removed.text(3), moved.text(2), seconds.text(0))
         rows.append((VARIANT_TITLES[variant], *_abilities(findings, "merge", merge, variant), *cells))
     head = (MERGES[merge], *HEAD, "removed of the distance, %", "neurons moved, %", "alignment and merge, s")
     return table(head, rows)
