@@ -25,8 +25,9 @@ from whole_statistics import measure
 
 from mergekit_symalign.fusion import kronecker, regmean
 from mergekit_symalign.fusion.outcome import Merged, Route
-from mergekit_symalign.graph import fusion_tasks
-from mergekit_symalign.graph.fusion_tasks import MergeFisher, MergeLinear
+from mergekit_symalign.graph import fisher_tasks
+from mergekit_symalign.graph.fisher_tasks import MergeFisher
+from mergekit_symalign.graph.fusion_tasks import MergeLinear
 from mergekit_symalign.graph.statistics import Lookup
 
 _setup_privateuseone_for_python_backend("fakegpu")
@@ -74,9 +75,9 @@ def test_merges_stay_on_a_fake_gpu(
     monkeypatch.setattr(regmean, "_solved", lambda right, total, _: (right @ total, Route.exact))
     monkeypatch.setattr(kronecker, "_whitening", lambda total: total)
     monkeypatch.setattr(kronecker, "_of_two", lambda a, b, right, _: (b[0] @ right @ a[0], Route.exact))
-    monkeypatch.setattr(fusion_tasks, "fisher_mean", _fisher_mean)
-    monkeypatch.setattr(fusion_tasks, "float", lambda _: 1.0, raising=False)
-    monkeypatch.setattr(fusion_tasks, "mean_of_factors", lambda _: (1.0, 1))
+    monkeypatch.setattr(fisher_tasks, "fisher_mean", _fisher_mean)
+    monkeypatch.setattr(fisher_tasks, "float", lambda _: 1.0, raising=False)
+    monkeypatch.setattr(fisher_tasks, "mean_of_factors", lambda _: (1.0, 1))
     state = a.state_dict()
     names = [ModelReference.parse(str(tmp_path / name)) for name in models]
     with FakeGpuMode():

@@ -22,7 +22,7 @@ from models import ROUNDINGS, make_model, off_by, perturbed, save, with_weights,
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from whole_statistics import fishers, grams, inputs_of, measure
 
-from mergekit_symalign.graph import fusion_tasks
+from mergekit_symalign.graph import fisher_tasks, fusion_tasks
 from mergekit_symalign.graph.fusion_tasks import MergeLinear
 
 FINER = 64
@@ -225,8 +225,8 @@ def test_large_tensors_are_merged_a_few_rows_at_a_time(
         whole = merged(config, tmp_path / f"{method}-whole")
         with monkeypatch.context() as patch:
             patch.setattr(fusion_tasks, "_ROWS", 20)
-            patch.setattr(fusion_tasks, "PIECE", 500)
-            patch.setattr(fusion_tasks, "is_large", lambda x: x.ndim > 1)
+            patch.setattr(fisher_tasks, "PIECE", 500)
+            patch.setattr(fisher_tasks, "is_large", lambda x: x.ndim > 1)
             divided = merged(config, tmp_path / f"{method}-divided")
         assert off_by(divided, whole) < ROUNDINGS
 

@@ -21,7 +21,7 @@ from mergekit_symalign.activations.calibration import tokenizer_digest
 from mergekit_symalign.errors import CalibrationError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.fingerprint import fingerprint
-from mergekit_symalign.graph.streaming import tokenizer_of
+from mergekit_symalign.graph.readers import tokenizer_of
 from mergekit_symalign.statistics.file import Measured, Origin, write_statistics
 
 Kinds = dict[str, dict[str, Tensor]]

@@ -29,7 +29,7 @@ from mergekit_symalign.commands.plots import require_plot
 from mergekit_symalign.errors import ArchitectureError, CalibrationError
 from mergekit_symalign.families.function import config_differences
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.graph.streaming import require_embedded, tokenizer_of
+from mergekit_symalign.graph.readers import require_embedded, tokenizer_of
 from mergekit_symalign.whole_file import written_whole
 
 DEFAULT_TOKENS = 8192

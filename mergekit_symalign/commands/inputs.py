@@ -15,7 +15,7 @@ from mergekit_symalign.activations.images import in_batches, patches_of
 from mergekit_symalign.activations.runner import Batch
 from mergekit_symalign.commands.models import StoredModel
 from mergekit_symalign.errors import CalibrationError
-from mergekit_symalign.graph.streaming import require_embedded, tokenizer_of
+from mergekit_symalign.graph.readers import require_embedded, tokenizer_of
 
 RANDOM_LENGTH = 64  # tokens of each random prompt
 _SEED = 0

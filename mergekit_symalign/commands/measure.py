@@ -36,7 +36,7 @@ from mergekit_symalign.commands.sizes import Size, human
 from mergekit_symalign.errors import ArchitectureError, CalibrationError, ConfigError
 from mergekit_symalign.graph.alignments import package_versions, sizes_of
 from mergekit_symalign.graph.fingerprint import fingerprint
-from mergekit_symalign.graph.streaming import image_processor_of, require_embedded_ids, tokenizer_of
+from mergekit_symalign.graph.readers import image_processor_of, require_embedded_ids, tokenizer_of
 from mergekit_symalign.statistics.file import Measured, Origin
 from mergekit_symalign.statistics.places import plain_path
 from mergekit_symalign.statistics.writer import StatisticsWriter, require_statistics_or_nothing, writing

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from mergekit_symalign.graph.fusion import plan_fisher, plan_regmean, plan_task_vectors
+from mergekit_symalign.graph.fisher_plan import plan_fisher
+from mergekit_symalign.graph.fusion import plan_regmean, plan_task_vectors
 from mergekit_symalign.graph.ready import Context, DataPlan
 from mergekit_symalign.graph.transport_plan import plan_transport
 

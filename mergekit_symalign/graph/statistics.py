@@ -21,8 +21,8 @@ from mergekit_symalign.errors import CalibrationError, OtherStatisticsError, Par
 from mergekit_symalign.graph.alignments import sizes_of
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint
+from mergekit_symalign.graph.readers import image_processor_of, tokenizer_of
 from mergekit_symalign.graph.ready import Ready
-from mergekit_symalign.graph.streaming import image_processor_of, tokenizer_of
 from mergekit_symalign.statistics.file import StatisticsFile
 
 _SHOWN = 12  # digits of a digest, in reports

@@ -11,13 +11,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
-from transformers import AutoImageProcessor, AutoTokenizer
 
 from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
@@ -29,6 +27,7 @@ from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, co
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned
 from mergekit_symalign.graph.planned import Planned, gather_of
+from mergekit_symalign.graph.readers import image_processor_of, require_embedded, tokenizer_of
 
 LOG = logging.getLogger(__name__)
 
@@ -266,28 +265,6 @@ def _images(
     return found
 
 
-def require_embedded(calibration: Calibration, checkpoint: Checkpoint) -> None:
-    """Every token must have its row in the embedding."""
-    require_embedded_ids(max(map(max, calibration.sequences)), checkpoint)
-
-
-def require_embedded_ids(largest: int, checkpoint: Checkpoint) -> None:
-    """
-    Raises:
-        CalibrationError: if a token has no row in the embedding.
-    """
-    for name, spec in checkpoint.layout.outside.items():
-        header = checkpoint.stored(WeightInfo(name=name))
-        if spec.axes[0] == "vocabulary" and not spec.optional and header is not None:
-            rows = header.shape[0]
-            if largest >= rows:
-                raise CalibrationError(
-                    f"model {checkpoint.model}",
-                    f"the prompts contain token {largest}, but {name} has only {rows} rows",
-                    "Check that the tokenizers belong to these models",
-                )
-
-
 def _shared(name: str, planned: list[Planned]) -> Any:
     values = {task.parameters[name]: weight for weight, task in planned}
     if len(values) > 1:
@@ -298,46 +275,6 @@ def _shared(name: str, planned: list[Planned]) -> Any:
             "Give it once, without filters and gradients",
         )
     return next(iter(values))
-
-
-def tokenizer_of(model: ModelReference, options: MergeOptions) -> Any:
-    """
-    Raises:
-        CalibrationError: if it cannot be loaded.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(
-            model.model.path,
-            revision=model.model.revision,
-            cache_dir=options.transformers_cache,
-            trust_remote_code=options.trust_remote_code,
-        )
-    except Exception as error:  # transformers raises many kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CalibrationError(
-            f"model {model}", f"its tokenizer cannot be loaded ({reason[0]})", "Put tokenizer files beside its weights"
-        ) from error
-
-
-def image_processor_of(model: ModelReference, options: MergeOptions) -> Any:
-    """
-    Raises:
-        CalibrationError: if it cannot be loaded.
-    """
-    try:
-        return AutoImageProcessor.from_pretrained(
-            model.model.path,
-            revision=model.model.revision,
-            cache_dir=options.transformers_cache,
-            trust_remote_code=options.trust_remote_code,
-        )
-    except Exception as error:  # transformers raises many kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CalibrationError(
-            f"model {model}",
-            f"its image processor cannot be loaded ({reason[0]})",
-            "Put its preprocessor_config.json beside its weights",
-        ) from error
 
 
 def _key(
