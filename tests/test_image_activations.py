@@ -11,6 +11,7 @@ from models import make_model, off_by, rounding, save, with_weights
 from PIL import Image
 from transformers import PreTrainedModel, ViTImageProcessorPil
 
+from mergekit_symalign.activations.images import spread
 from mergekit_symalign.errors import CalibrationError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.planting import Planted, random_elements, transform
@@ -83,3 +84,12 @@ def test_folders_that_hold_no_images(paths: dict[str, Path], tmp_path: Path) -> 
     with pytest.raises(CalibrationError, match=r"a\.png: it cannot be read"):
         _match(paths, tmp_path / "empty", tmp_path / "out")
     assert not load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "taken"), [(6, 9, [0, 1, 2, 3, 4, 5]), (6, 3, [0, 2, 4]), (5, 2, [0, 2]), (3, 0, [0])]
+)
+def test_images_are_taken_evenly_from_all_folders(count: int, most: int, taken: list[int]) -> None:
+    """Folders of labels come one after another: the first of them alone would say nothing of the others."""
+    paths = [Path(f"{i}.png") for i in range(count)]
+    assert spread(paths, most) == [paths[i] for i in taken]

@@ -90,7 +90,7 @@ def calibrate_images(folder: Path, config: Any, processors: Mapping[str, Any], t
     Raises:
         CalibrationError: if there are no images, one cannot be read, or the processors differ.
     """
-    paths = image_files(folder)[: max(1, tokens // patches_of(config))]
+    paths = spread(image_files(folder), tokens // patches_of(config))
     (anchor, first), *others = processors.items()
     pixels = read_pixels(paths, first, config)
     for name, processor in others:
@@ -109,7 +109,7 @@ def prepare_images(folder: Path, processor: Any, config: Any, how: How) -> Prepa
         CalibrationError: if the folder cannot be used, or has no labels where they are needed.
     """
     patches = patches_of(config)
-    paths = image_files(folder)[: max(1, how.tokens // patches)]
+    paths = spread(image_files(folder), how.tokens // patches)
     wanted = how.objective is Objective.label
     labels = labels_of(folder, paths, how.labels) if wanted else None
     pixels = read_pixels(paths, processor, config)
@@ -137,6 +137,12 @@ def image_files(folder: Path) -> list[Path]:
             f"calibration {folder}", "it holds no images", f"Put images there ({', '.join(sorted(SUFFIXES))})"
         )
     return found
+
+
+def spread(paths: Sequence[Path], most: int) -> list[Path]:
+    """At most so many, and at least one, evenly over them all: folders of labels lie one after another."""
+    count = min(len(paths), max(1, most))
+    return [paths[i * len(paths) // count] for i in range(count)]
 
 
 def labels_of(folder: Path, paths: Sequence[Path], known: Mapping[str, int]) -> list[int]:
