@@ -231,7 +231,7 @@ def test_best_value_of_a_scan_has_the_lowest_loss() -> None:
 def test_section_waits_for_every_row() -> None:
     findings = _findings(1.0)
     assert skill_numbers.finished(findings)
-    key = ("merge", 1, "log+arithmetic", "sce select_topk=1.0")
+    key = ("merge", 1, "log+arithmetic", "ties lambda=1.5")
     assert not skill_numbers.finished(replace(findings, rows={k: row for k, row in findings.rows.items() if k != key}))
 
 
