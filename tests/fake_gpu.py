@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mergekit_symalign.activations.runner import LayerRunner
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.graph import activations, streaming
+from mergekit_symalign.graph import activations, readers
 from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, SolveActivations
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.symmetry import solve as kernel
@@ -59,7 +59,7 @@ def test_the_run_on_prompts_stays_on_a_fake_gpu(family: str, tmp_path: Path, mon
     paths = [save(make_model(family, i, num_hidden_layers=1), tmp_path / str(i)) for i in range(2)]
     for path in paths:
         word_tokenizer(97).save_pretrained(path)
-    monkeypatch.setattr(streaming, "AutoTokenizer", PreTrainedTokenizerFast)
+    monkeypatch.setattr(readers, "AutoTokenizer", PreTrainedTokenizerFast)
     file = prompts(tmp_path / "p.jsonl", tokens=60)
     scales = family not in ("gpt2", "deberta-v3")
     settings = {"objective": "activations", "calibration": str(file), "neuron_scaling": scales}

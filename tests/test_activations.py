@@ -42,7 +42,7 @@ from mergekit_symalign.activations.runner import LayerRunner
 from mergekit_symalign.activations.statistics import Statistics, Stream, run_layer
 from mergekit_symalign.commands.solve import run_solve
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.graph import streaming
+from mergekit_symalign.graph import readers
 from mergekit_symalign.graph.activations import RunLayer
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.planting import Planted, random_elements, transform
@@ -109,7 +109,7 @@ class Twins:
 @pytest.fixture(autouse=True)
 def _tokenizers_as_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     """For some model types transformers puts a class of its own around any tokenizer file, and reads no words."""
-    monkeypatch.setattr(streaming, "AutoTokenizer", PreTrainedTokenizerFast)
+    monkeypatch.setattr(readers, "AutoTokenizer", PreTrainedTokenizerFast)
 
 
 @pytest.fixture(scope="module", params=RUNNABLE)

@@ -25,7 +25,7 @@ from mergekit_symalign.cli import main
 from mergekit_symalign.commands import measure as command
 from mergekit_symalign.commands.sizes import Size, human
 from mergekit_symalign.errors import StatisticsFileError
-from mergekit_symalign.graph import streaming
+from mergekit_symalign.graph import readers
 from mergekit_symalign.statistics.file import StatisticsFile
 from mergekit_symalign.statistics.places import index_path
 
@@ -36,7 +36,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 @pytest.fixture(autouse=True)
 def _tokenizers_as_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     """For some model types transformers puts a class of its own around any tokenizer file, and reads no words."""
-    monkeypatch.setattr(streaming, "AutoTokenizer", PreTrainedTokenizerFast)
+    monkeypatch.setattr(readers, "AutoTokenizer", PreTrainedTokenizerFast)
 
 
 @pytest.fixture(scope="module")
