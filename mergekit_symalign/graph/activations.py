@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache, partial
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from mergekit.common import ModelReference
@@ -129,33 +129,52 @@ class EmbedPrompts(StreamingTask):
         return {"hidden": hidden, "arguments": {"calls": calls, "kept": kept}}
 
 
-class RunLayer(StreamingTask):
-    """Runs one layer of all models on the prompts.
+class LayerTask(StreamingTask):
+    """A step that runs one layer of all models on the prompts.
 
     Attributes:
         hidden: what enters the layer.
         recorded: the arguments of the layers.
-        wanted: the axes that are compared, of each model but the anchor.
     """
 
     hidden: Task
     recorded: Task
-    wanted: Tuple[Tuple[str, ...], ...]
 
     def arguments(self) -> Dict[str, Task]:
         return {"hidden": self.hidden, "recorded": self.recorded, **self.weight_arguments()}
 
-    def execute(self, hidden: Any, recorded: Any, **tensors: Optional[torch.Tensor]) -> Dict[str, Any]:
-        streams = [
+    def streams(
+        self,
+        hidden: Any,
+        recorded: Any,
+        tensors: Dict[str, Optional[torch.Tensor]],
+        wanted: Tuple[Tuple[str, ...], ...] = (),
+    ) -> List[Stream]:
+        """The models between two layers; ``wanted`` are the axes that are compared, of each model but the anchor."""
+        axes = ((), *wanted) if wanted else ((),) * len(self.models)
+        return [
             Stream(
                 self.runner(i),
                 self.weights_of(i, tensors),
                 hidden[i],
                 [Recorded(x, *call) for x, call in zip(hidden[i], recorded["calls"][i], strict=True)],
-                frozenset(self.wanted[i - 1]) if i else frozenset(),
+                frozenset(seen),
             )
-            for i in range(len(self.models))
+            for i, seen in enumerate(axes)
         ]
+
+
+class RunLayer(LayerTask):
+    """Compares what a layer computes with the anchor's.
+
+    Attributes:
+        wanted: the axes that are compared, of each model but the anchor.
+    """
+
+    wanted: Tuple[Tuple[str, ...], ...]
+
+    def execute(self, hidden: Any, recorded: Any, **tensors: Optional[torch.Tensor]) -> Dict[str, Any]:
+        streams = self.streams(hidden, recorded, tensors, self.wanted)
         out, sums = run_layer(self.layer, streams[0], streams[1:], recorded["kept"])
         return {"hidden": out, "statistics": [_by_block(found) for found in sums]}
 

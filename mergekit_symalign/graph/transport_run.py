@@ -11,11 +11,9 @@ from mergekit.common import ModelReference
 from mergekit.graph import Task
 
 from mergekit_symalign.activations.outputs import compare_streams, run_outputs
-from mergekit_symalign.activations.runner import Recorded
-from mergekit_symalign.activations.statistics import Stream
 from mergekit_symalign.families.flow import Place
 from mergekit_symalign.fusion.correlations import TokenSums
-from mergekit_symalign.graph.activations import Part, StreamingTask
+from mergekit_symalign.graph.activations import LayerTask, Part
 from mergekit_symalign.graph.ready import Context
 from mergekit_symalign.graph.streaming import Aligned, start_run
 
@@ -59,35 +57,19 @@ class CompareStreams(Task[List[Dict[str, Any]]]):
         return [_packed(of, {}, anchor[0].dtype) for of in sums]
 
 
-class RunOutputs(StreamingTask):
-    """Runs one layer of all models on the prompts and compares what its linear layers put out.
+class RunOutputs(LayerTask):
+    """Compares what the linear layers of a layer put out with the anchor's.
 
     Attributes:
-        hidden: what enters the layer.
-        recorded: the arguments of the layers.
         places: of the layer's tensors in the residual stream.
         parallel: attention and MLP read the same stream.
     """
 
-    hidden: Task
-    recorded: Task
     places: Tuple[Tuple[str, Place], ...]
     parallel: bool
 
-    def arguments(self) -> Dict[str, Task]:
-        return {"hidden": self.hidden, "recorded": self.recorded, **self.weight_arguments()}
-
     def execute(self, hidden: Any, recorded: Any, **tensors: Optional[torch.Tensor]) -> Dict[str, Any]:
-        streams = [
-            Stream(
-                self.runner(i),
-                self.weights_of(i, tensors),
-                hidden[i],
-                [Recorded(x, *call) for x, call in zip(hidden[i], recorded["calls"][i], strict=True)],
-                frozenset(),
-            )
-            for i in range(len(self.models))
-        ]
+        streams = self.streams(hidden, recorded, tensors)
         found = run_outputs(
             self.layer, streams[0], streams[1:], recorded["kept"], dict(self.places), parallel=self.parallel
         )
