@@ -13,7 +13,7 @@ from mergekit.io.tasks import GatherTensors
 
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.resolve import Claim, ModelLayout
-from mergekit_symalign.families.stream import layer_scope, outside_scope, residual_kind, ties_embeddings
+from mergekit_symalign.families.stream import layer_scope, outside_scope, residual_kind
 from mergekit_symalign.graph.alignments import Alignments, ReadBlock
 from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
@@ -21,11 +21,12 @@ from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, SolveMoved, SolveStream
+from mergekit_symalign.graph.untie import UNTIE, is_tied
 from mergekit_symalign.symmetry.options import Symmetries
 from mergekit_symalign.symmetry.residual.kinds import Residual, ResidualKind
 from mergekit_symalign.symmetry.residual.scope import Scope, around
 
-RESIDUAL_NAMES = ("residual", "residual_rounds")
+RESIDUAL_NAMES = ("residual", "residual_rounds", UNTIE)
 _NAME = "residual"  # of the stream's element in an alignment file
 _KINDS = frozenset(kind.value for kind in Residual)
 Place = int | None  # a layer, or what lies outside the layers
@@ -145,10 +146,10 @@ def _moved(
     file: str | None,
 ) -> MovedStream:
     anchor = _anchor(planned)
-    layout, config = models.checkpoints[anchor].layout, models.checkpoints[anchor].config
+    layout = models.checkpoints[anchor].layout
     loads = {m: _loads(m, (anchor, model), planned, models) for m in (anchor, model)}
     scopes = _scopes(layout, loads[anchor], blocks, model)
-    tied = ties_embeddings(config, layout)
+    tied = is_tied((models.checkpoints[m] for m in (anchor, model)), planned)
     if file is not None:
         sha256, wanted = alignments.read_stream(file, anchor, model, tied)
         kind = residual_kind(layout, tied, wanted)
