@@ -9,7 +9,6 @@ from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors
 
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.resolve import Claim, ModelLayout
@@ -21,6 +20,7 @@ from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, SolveMoved, SolveStream
+from mergekit_symalign.graph.stream_tokens import Vocabularies
 from mergekit_symalign.graph.untie import UNTIE, is_tied
 from mergekit_symalign.symmetry.options import Symmetries
 from mergekit_symalign.symmetry.residual.kinds import Residual, ResidualKind
@@ -86,7 +86,12 @@ class MovedStream:
 
 
 def plan_streams(
-    planned: Sequence[Planned], blocks: Sequence[Block], models: Models, alignments: Alignments, reports: Reports
+    planned: Sequence[Planned],
+    blocks: Sequence[Block],
+    models: Models,
+    alignments: Alignments,
+    reports: Reports,
+    vocabularies: Vocabularies,
 ) -> dict[ModelReference, MovedStream]:
     """The models whose residual stream is moved; none if that was not asked for.
 
@@ -112,7 +117,8 @@ def plan_streams(
                     "Solve it again with this residual, or leave residual out",
                 )
             continue
-        found[model] = _moved(model, planned, blocks, models, alignments, wanted, with_stream.get(model))
+        file = with_stream.get(model)
+        found[model] = _moved(model, planned, blocks, models, alignments, vocabularies, wanted, file)
     for model, stream in found.items():
         reports.record_stream(model, stream.solution)
         folder = _agreed(planned, "save_alignment")
@@ -142,6 +148,7 @@ def _moved(
     blocks: Sequence[Block],
     models: Models,
     alignments: Alignments,
+    vocabularies: Vocabularies,
     wanted: Residual,
     file: str | None,
 ) -> MovedStream:
@@ -157,13 +164,16 @@ def _moved(
         return MovedStream(kind, scopes, loads[anchor], loads[model], solution)
     kind = residual_kind(layout, tied, wanted)
     places = sorted(scopes, key=lambda place: -1 if place is None else place)
+    sides = {m: (models.checkpoints[m], loads[m][None]) for m in loads}
+    seen = vocabularies.compared(scopes[None], sides[anchor], sides[model])
     solver = SolveStream(
         key=f"{anchor} {model} {kind.value}",
         kind=kind,
         rounds=_rounds(planned),
         scopes=tuple(scopes[place] for place in places),
-        anchor=tuple(tuple(loads[anchor][place].items()) for place in places),
-        model=tuple(tuple(loads[model][place].items()) for place in places),
+        anchor=tuple(tuple({**loads[anchor], None: seen.anchor}[place].items()) for place in places),
+        model=tuple(tuple({**loads[model], None: seen.model}[place].items()) for place in places),
+        tokens=tuple(seen.tokens.items()),
     )
     return MovedStream(kind, scopes, loads[anchor], loads[model], solver)
 
@@ -217,13 +227,6 @@ def _require_whole(planned: Sequence[Planned], wanted: Residual) -> None:
                 f"Use {name}: {only}, or residual: none",
             )
     for weight, task in planned:
-        if not isinstance(task.gather_tensors, GatherTensors):
-            raise ConfigError(
-                "parameter residual",
-                f"MergeKit brings the models' vocabularies together (tensor {weight.name}), and the residual stream is "
-                "aligned by rows of the same token",
-                "Give the models one tokenizer first, or use residual: none",
-            )
         if {info.name for info in gather_of(task).weight_info.values()} != {weight.name}:
             raise ConfigError(
                 "parameter residual",
