@@ -10,7 +10,6 @@ from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.options import MergeOptions
-from mergekit.tokenizer import PermutedVocabulary
 
 from mergekit_symalign.graph.activations import SolveActivations
 from mergekit_symalign.graph.alignments import Alignments, ReadBlock, SourceBlock, require_same_layers
@@ -23,7 +22,6 @@ from mergekit_symalign.graph.models import Models, check_possible, check_same_ne
 from mergekit_symalign.graph.planned import Planned
 from mergekit_symalign.graph.solve import OneOf, SolveBlock, SolveTogether
 from mergekit_symalign.graph.stream_tasks import ApplyStream
-from mergekit_symalign.graph.stream_tokens import Vocabularies
 from mergekit_symalign.graph.streaming import SHARED, StreamingPlan, Wanted, plan_streaming
 from mergekit_symalign.graph.streams import MovedStream, outside_blocks, plan_streams
 
@@ -69,9 +67,7 @@ class Solutions:
 
     def move_streams(self, planned: list[Planned], blocks: list[Block]) -> Applied:
         """Plan the alignment of residual streams; gives the tasks of tensors that belong to no block."""
-        matched = any(isinstance(task.gather_tensors, PermutedVocabulary) for _, task in planned)
-        vocabularies = Vocabularies(self.options, matched)
-        self._streams = plan_streams(planned, blocks, self.models, self.alignments, self.reports, vocabularies)
+        self._streams = plan_streams(planned, blocks, self.models, self.alignments, self.reports, self.options)
         return outside_blocks(planned, self._streams, self.models)
 
     def _moved_along(

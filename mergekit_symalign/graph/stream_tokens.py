@@ -7,7 +7,7 @@ stand, and MergeKit matches the vocabularies afterwards.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Tuple
@@ -16,10 +16,12 @@ import torch
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
+from mergekit.tokenizer import PermutedVocabulary
 
 from mergekit_symalign.errors import CalibrationError, ConfigError
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.graph.planned import Planned
 from mergekit_symalign.graph.readers import tokenizer_of
 from mergekit_symalign.symmetry.residual.scope import VOCABULARY, Scope
 
@@ -95,6 +97,11 @@ class Vocabularies:
     options: MergeOptions
     matched: bool
     _known: dict[ModelReference, Vocabulary | None] = field(default_factory=dict)
+
+    @staticmethod
+    def of(planned: Sequence[Planned], options: MergeOptions) -> Vocabularies:
+        """Those of a merge."""
+        return Vocabularies(options, any(isinstance(task.gather_tensors, PermutedVocabulary) for _, task in planned))
 
     def compared(self, scope: Scope, anchor: Side, model: Side) -> Compared:
         """What tells how the streams of two models lie to each other outside their layers: rows of tokens of both.

@@ -9,6 +9,7 @@ from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.graph import Task
+from mergekit.options import MergeOptions
 
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.resolve import Claim, ModelLayout
@@ -91,7 +92,7 @@ def plan_streams(
     models: Models,
     alignments: Alignments,
     reports: Reports,
-    vocabularies: Vocabularies,
+    options: MergeOptions,
 ) -> dict[ModelReference, MovedStream]:
     """The models whose residual stream is moved; none if that was not asked for.
 
@@ -107,6 +108,7 @@ def plan_streams(
     if wanted is Residual.none and not with_stream:
         return {}
     _require_whole(planned, wanted)
+    vocabularies = Vocabularies.of(planned, options)
     found = {}
     for model in moved:
         if model in files and model not in with_stream:
