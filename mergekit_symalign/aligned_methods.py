@@ -112,6 +112,14 @@ ALIGNMENT_PARAMETERS = (
         description="with residual: at most this many rounds over all layers; each reads the models once",
     ),
     ParameterSpec(
+        "untie",
+        bool,
+        ParameterScope.SHARED,
+        default=False,
+        description="give the merged model a head of its own where a model's head is its embedding, which "
+        "residual: rotation needs. One value for the whole merge",
+    ),
+    ParameterSpec(
         "objective",
         Literal["weights", "activations"],
         ParameterScope.SHARED,

@@ -33,10 +33,11 @@ def _localised(text: str, folder: Path) -> str:
         family = next(f for key, f in FAMILY_OF.items() if key in name.lower().replace("-", ""))
         tiny = {"hidden_size": 24, "intermediate_size": 16, "vocab_size": 11}
         tiny |= {"num_hidden_layers": 32 if "layer_range" in text else 4}
-        model = make_model(family, seed, **(tiny if family in LLAMAS else {}))
+        tied = {"tie_word_embeddings": True} if "tied" in name else {}
+        model = make_model(family, seed, **(tiny | tied if family in LLAMAS else {}))
         path = save(model, folder / name.replace("/", "-"), torch.bfloat16)
-        if ": activations" in text:  # objective or cost
-            word_tokenizer(11).save_pretrained(path)
+        if ": activations" in text or "tokenizer_source" in text:
+            word_tokenizer(11, "w" if ": activations" in text else f"w{seed}").save_pretrained(path)
         text = text.replace(name, str(path))
         _measure(text, folder, {str(path): model})
     return text

@@ -201,7 +201,7 @@ def test_a_rotation_that_is_not_exact_is_refused(tmp_path: Path, family: str, me
     assert not (tmp_path / "out").exists()
 
 
-def test_different_layers_and_other_vocabularies_are_refused(llama: Twins, tmp_path: Path) -> None:
+def test_different_layers_are_refused(llama: Twins, tmp_path: Path) -> None:
     paths = [str(llama.folder / name) for name in ("anchor", "twin")]
     sources = [{"model": path, "layer_range": [i, i + 1]} for i, path in enumerate(paths)]
     config = {

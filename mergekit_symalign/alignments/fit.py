@@ -13,7 +13,7 @@ from mergekit_symalign.alignments.numbers import Steps
 from mergekit_symalign.errors import AlignmentFileError, ParameterError, SymmetryError
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.families.stream import residual_kind
+from mergekit_symalign.families.stream import residual_kind, untying_helps
 from mergekit_symalign.sealed.text import shown
 from mergekit_symalign.symmetry.admitted import Admitted, admitted
 from mergekit_symalign.symmetry.groups import Permutation
@@ -24,6 +24,7 @@ from mergekit_symalign.symmetry.residual.membership import admitted_steps, requi
 
 STREAM_BLOCK = "residual"  # the name of the residual stream's element in a file
 _REMEDY = "Solve it again for the whole model: mergekit-symalign solve"
+_UNTIE = "Add untie: true to the merge, which gives the merged model a head of its own"
 _OF_STORED_OFFSETS = 2.0**10  # gains stored as γ − 1 lose what their factor takes from them
 _OF_HALVES = 2.0**8  # float16 has few exponents: weights must neither overflow nor vanish
 
@@ -117,7 +118,8 @@ def require_fitting_stream(file: AlignmentFile, layout: ModelLayout, tied: bool)
     except SymmetryError as error:
         raise AlignmentFileError(f"{where}, {error.where}", error.reason, _REMEDY) from error
     except ParameterError as error:
-        raise AlignmentFileError(where, error.reason, _REMEDY) from error
+        remedy = _UNTIE if tied and untying_helps(layout) else _REMEDY
+        raise AlignmentFileError(where, error.reason, remedy) from error
     except ValueError as error:
         raise AlignmentFileError(
             where, f"it does not say which residual it was solved for ({error})", _REMEDY

@@ -47,7 +47,11 @@ def alignment_config(anchor: str, model: str, parameters: Mapping[str, Any], **r
 
 
 def planned_task(config: MergeConfiguration, options: MergeOptions, kind: type[Kind]) -> Kind:
-    """The task of this kind in the plan of a merge, which writes nothing by itself."""
+    """The task of this kind in the plan of a merge, which writes nothing by itself.
+
+    Vocabularies may differ: the plan has MergeKit match them, and nobody runs that part of it.
+    """
+    config = config.model_copy(update={"tokenizer_source": "base"})
     require_openable(config.referenced_models(), options)
     forget_architectures()
     arch = get_architecture_info(config, options)

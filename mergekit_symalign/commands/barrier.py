@@ -28,8 +28,9 @@ from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.commands.plots import require_plot
 from mergekit_symalign.errors import ArchitectureError, CalibrationError
 from mergekit_symalign.families.function import config_differences
-from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.families.resolve import lookup, resolve
 from mergekit_symalign.graph.readers import require_embedded, tokenizer_of
+from mergekit_symalign.graph.untie import TIED, UNTIE, untie_config
 from mergekit_symalign.whole_file import written_whole
 
 DEFAULT_TOKENS = 8192
@@ -128,13 +129,17 @@ def run_barrier(
     batches = _batches(a, b, text, tokens, options)
     with tempfile.TemporaryDirectory(prefix="symalign-barrier-", ignore_cleanup_errors=True) as scratch:
         crimes = options.model_copy(update={"allow_crimes": True})  # Llama and Mistral: one family, so none to us
-        run_merge(alignment_config(model_a, model_b, parameters or {}, dtype="float32"), scratch, crimes)
+        asked = parameters or {}
+        run_merge(alignment_config(model_a, model_b, asked, dtype="float32"), scratch, crimes)
         aligned = ModelReference.parse(scratch)
         start, *ends = (
             _loaded(weights, of.checkpoint.model, options)
             for weights, of in ((a.checkpoint.model, a), (b.checkpoint.model, b), (aligned, b))
         )
     between = _loaded(a.checkpoint.model, a.checkpoint.model, options)
+    if asked.get(UNTIE):
+        for model in (start, *ends, between):
+            _give_own_head(model)
     shares = tuple(i / (points - 1) for i in range(points))
     steps = [(name, end, t) for name, end in zip(NAMES, ends, strict=True) for t in shares]
     losses: dict[str, list[float]] = {name: [] for name in NAMES}
@@ -183,8 +188,13 @@ def _batches(a: StoredModel, b: StoredModel, text: Path, tokens: int, options: M
 
 
 def _loaded(weights: ModelReference, of: ModelReference, options: MergeOptions) -> Any:
-    """A model in float32: the weights of one, with the config of another (or of the same)."""
+    """A model in float32: the weights of one, with the config of another (or of the same).
+
+    Whether the head is the embedding belongs to the weights.
+    """
     config = of.config(trust_remote_code=options.trust_remote_code)
+    if not lookup(weights.config(trust_remote_code=options.trust_remote_code), TIED):
+        untie_config(config)
     source = weights.merged(
         cache_dir=options.lora_merge_cache,
         trust_remote_code=options.trust_remote_code,
@@ -209,6 +219,13 @@ def _loaded(weights: ModelReference, of: ModelReference, options: MergeOptions) 
         if shown:
             transformers_logging.enable_progress_bar()
     return found.eval().requires_grad_(False).to(options.device)
+
+
+def _give_own_head(model: Any) -> None:
+    """Part a head from the embedding that it is."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
 
 
 @torch.inference_mode()

@@ -86,6 +86,27 @@ def head_name(layout: ModelLayout) -> str | None:
     return next((name for name in _read_by_last_norm(layout) if layout.outside[name].axes == _SCORES), None)
 
 
+def heads_of(layout: ModelLayout) -> frozenset[str]:
+    """All names that such a matrix may have."""
+    return frozenset(name for name in _read_by_last_norm(layout) if layout.outside[name].axes == _SCORES)
+
+
+def embedding_name(layout: ModelLayout) -> str | None:
+    """The matrix that turns tokens into the stream; None if no tensor does."""
+    scores = (name for name, spec in layout.outside.items() if spec.axes == _SCORES)
+    return next((name for name in scores if name not in heads_of(layout)), None)
+
+
+def may_untie(layout: ModelLayout) -> bool:
+    """Whether models of the family may have a head that is not their embedding."""
+    return layout.family.variants.get("tie_word_embeddings") != (True,)
+
+
+def untying_helps(layout: ModelLayout) -> bool:
+    """Whether a rotation is exact once the head is no longer the embedding."""
+    return may_untie(layout) and _why_no_rotation(layout, tied=False) is None
+
+
 def outside_scope(layout: ModelLayout, names: Collection[str]) -> Scope:
     """What lies outside the layers of a model, by full name.
 
@@ -178,9 +199,9 @@ def _why_no_rotation(layout: ModelLayout, *, tied: bool) -> tuple[str, str] | No
     if not tied:
         return None
     reason = "its head is its embedding, and the two would have to turn differently"
-    if layout.family.variants.get("tie_word_embeddings") == (True,):
+    if not may_untie(layout):
         return reason, _PERMUTE
-    return reason, f"{_PERMUTE}, or give the models heads of their own (tie_word_embeddings: false)"
+    return reason, f"{_PERMUTE}, or untie: true, which gives the merged model a head of its own"
 
 
 def _staying(specs: Mapping[str, TensorSpec]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergekit.common import ModelReference
@@ -36,6 +36,11 @@ class Functions:
     def changed(self) -> dict[ModelReference, Differences]:
         """The models whose function is not what comes out."""
         return {model: found for model, found in self.differences.items() if model != self.own}
+
+    def without(self, key: str) -> Functions:
+        """The same where a key makes no difference."""
+        left = {m: {k: x for k, x in found.items() if k != key} for m, found in self.differences.items()}
+        return replace(self, differences={model: found for model, found in left.items() if found})
 
     def warn(self) -> None:
         """Say which values differ, and what follows."""

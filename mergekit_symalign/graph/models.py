@@ -43,6 +43,14 @@ class Models:
             self.checkpoints[model] = Checkpoint.open(model, config, _resolved(config, model))
         return self.checkpoints[model]
 
+    def layout(self, model: ModelReference) -> ModelLayout:
+        """The architecture of a model.
+
+        Raises:
+            ArchitectureError, CheckpointError: as `other_names`.
+        """
+        return self._opened(model).layout
+
     def other_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
         """The name under which this model's checkpoint has a tensor, if it is not the tensor's own.
 

@@ -71,6 +71,10 @@ class Names:
         """All names in the model of the parameter that has this one."""
         return self._ties.get(name, frozenset((name,)))
 
+    def all_tied(self) -> frozenset[str]:
+        """The names of all parameters that have more than one."""
+        return frozenset(self._ties)
+
     def is_left_behind(self, stored: str) -> bool:
         """Whether old checkpoints of this model carry such a tensor, and transformers passes over it in silence."""
         return self._silent is not None and self._silent.search(stored) is not None

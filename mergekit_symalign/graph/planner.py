@@ -11,6 +11,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import ReturnTensor
 from mergekit.options import MergeOptions
+from mergekit.parameter_resolver import resolve_parameter
 from mergekit.plan import MergePlanner
 
 from mergekit_symalign.graph.config_checks import check_config, check_models, require_extra
@@ -19,6 +20,7 @@ from mergekit_symalign.graph.fresh import forget_architectures
 from mergekit_symalign.graph.layer_checks import check_layers
 from mergekit_symalign.graph.opening import require_openable
 from mergekit_symalign.graph.planning import AlignedPlan
+from mergekit_symalign.graph.untie import UNTIE
 
 _PLAN = "_mergekit_symalign_plan"  # where a planner keeps our plan, for the tasks at the end of the merge
 
@@ -80,12 +82,12 @@ def plan_in_memory(planner: Any, original: Any) -> Any:
             )
             for weight, task in planner._tensors
         ]
-    plan_of(planner).require_nothing_to_save()
+    plan_of(planner).require_no_files()
     return targets
 
 
 def _know_other_names(planner: Any, plan: Any) -> None:
-    """Let MergeKit find tensors under the older names that checkpoints may have for them."""
+    """Let MergeKit find tensors under the older names that checkpoints may have, and plan a head that is untied."""
     original = planner.plan_tensor
     broken = "[w_in.name] + (w_in.aliases or [])" in inspect.getsource(MergePlanner.plan_tensor)
     sequence: Any = _AddableTuple if broken else tuple
@@ -98,9 +100,17 @@ def _know_other_names(planner: Any, plan: Any) -> None:
     @functools.wraps(original)
     def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
         infos = [known(info, model) for info, model in zip(weights_in, models, strict=True)]
-        original(weight=weight, weights_in=infos, models=models, cfg_reader=cfg_reader)
+        wanted = plan.planned_head(weight, models[0], lambda: _asks_to_untie(planner, weight.name, cfg_reader))
+        original(weight=wanted, weights_in=infos, models=models, cfg_reader=cfg_reader)
 
     planner.plan_tensor = plan_tensor
+
+
+def _asks_to_untie(planner: Any, name: str, cfg_reader: Any) -> bool:
+    """The parameter ``untie`` of a tensor that is being planned."""
+    asked = next((p for p in planner._method.spec.shared_parameters if p.name == UNTIE), None)
+    sources = cfg_reader.parameter_sources()
+    return asked is not None and bool(resolve_parameter(asked, sources, tensor_name=name, t=cfg_reader.t))
 
 
 class _AddableTuple(tuple[str, ...]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from mergekit_symalign.graph.ready import Context, DataPlan, Ready, ready
 from mergekit_symalign.graph.solutions import Applied, Solutions
 from mergekit_symalign.graph.stream_tasks import ApplyStream
 from mergekit_symalign.graph.streaming import in_order
+from mergekit_symalign.graph.untie import TIED, models_to_untie, planned_head, require_files, untie_config
 from mergekit_symalign.methods import ALIGNMENT_NAMES, DataMethod, PlannedMethod
 from mergekit_symalign.whole_file import require_writable_folder
 
@@ -64,6 +65,7 @@ class AlignedPlan:
         self._alignments = Alignments(self._models.checkpoints)
         self.reports = Reports()
         self._functions = Functions()
+        self._untied: tuple[ModelReference, ...] = ()
         self._solutions = Solutions(self._models, self._alignments, self.reports, self.options)
 
     def extra_tasks(self, out_path: str, targets: list[Task]) -> list[Task]:
@@ -76,11 +78,13 @@ class AlignedPlan:
         require_writable_folder(Path(out_path))
         return [*self._alignments.save_tasks(Path(out_path)), self.reports.task(out_path, self._head, end)]
 
-    def require_nothing_to_save(self) -> None:
+    def require_no_files(self) -> None:
         """
         Raises:
-            ParameterError: if alignments are to be saved, and the merge writes no files (mergekit-evolve --in-memory).
+            ParameterError: if alignments are to be saved or heads untied, and the merge writes no files
+                (mergekit-evolve --in-memory).
         """
+        require_files(self._untied)
         if self._alignments.save_tasks():
             raise ParameterError(
                 "parameter save_alignment",
@@ -96,11 +100,16 @@ class AlignedPlan:
         """The stored names of the tensor that an absent one is tied to in this model."""
         return self._models.tied_names(info, model)
 
+    def planned_head(self, weight: WeightInfo, model: ModelReference, asked: Callable[[], bool]) -> WeightInfo:
+        """A tensor as MergeKit is to plan it (`graph.untie.planned_head`)."""
+        return planned_head(weight, self._models.layout(model), asked)
+
     def rewrite(self, planned: list[Planned]) -> list[tuple[WeightInfo, Task]]:
         """Check everything that headers can tell, then give every block's tensors to their aligned tasks."""
         self._models.open(m for _, task in planned for m in gather_of(task).weight_info)
         planned = [(weight, task) for weight, task in planned if not self._models.is_superfluous(task)]
         self._unread = self._models.check(planned)
+        self._untied = models_to_untie(planned, self._models.checkpoints) if self.method.aligns else ()
         self._functions = self._compared(planned)
         if isinstance(self.method.inner, DataMethod) and self.method.inner.layer_by_layer:
             planned = in_order(sorted(planned, key=self._depth))
@@ -172,19 +181,25 @@ class AlignedPlan:
         return [Block(layer, kind, tuple(found), checkpoints) for (layer, kind), found in members.items()]
 
     def keep_own_config(self, out_config: Any) -> None:
-        """Where the output is one model in the anchor's coordinates: that model's own config, not the anchor's."""
+        """What MergeKit, which takes the anchor's config, does not know of the output's.
+
+        Where the output is one model in the anchor's coordinates, its own config counts; a head may have been untied.
+        """
         self._functions.keep_own(out_config, self.options.trust_remote_code)
+        if self._untied:
+            untie_config(out_config)
 
     def _compared(self, planned: list[Planned]) -> Functions:
         """What the configs of all models say of the same weights."""
         anchor = anchor_of(planned[0][1])
-        return compare_functions(
+        found = compare_functions(
             anchor,
             self._models.checkpoints,
             self._models.checkpoints[anchor].layout,
             only=self._only_model(planned),
             trust_remote_code=self.options.trust_remote_code,
         )
+        return found.without(TIED) if self._untied else found
 
     def _only_model(self, planned: list[Planned]) -> ModelReference | None:
         """The model that every tensor comes from, if the output is that model as a whole."""

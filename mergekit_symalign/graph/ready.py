@@ -161,7 +161,9 @@ def _regathered(
     """The same inputs with finite loads, aligned where they are; vocabulary steps keep all models they know."""
     gather, inputs = gather_of(task), task.gather_tensors
     if isinstance(inputs, (PermutedVocabulary, TruncatedVocabulary)):
-        return inputs.model_copy(update={"gather_tensors": GatherAligned(**dict(gather))})
+        return inputs.model_copy(
+            update={"gather_tensors": GatherAligned(**dict(gather), aligned=tuple(aligned.items()))}
+        )
     infos = {m: info for m, info in gather.weight_info.items() if m in order}
     replaced = tuple((m, apply) for m, apply in aligned.items() if m in order)
     fields = dict(gather) | {"weight_info": ImmutableMap(data=infos), "aligned": replaced}

@@ -67,7 +67,7 @@ class Solutions:
 
     def move_streams(self, planned: list[Planned], blocks: list[Block]) -> Applied:
         """Plan the alignment of residual streams; gives the tasks of tensors that belong to no block."""
-        self._streams = plan_streams(planned, blocks, self.models, self.alignments, self.reports)
+        self._streams = plan_streams(planned, blocks, self.models, self.alignments, self.reports, self.options)
         return outside_blocks(planned, self._streams, self.models)
 
     def _moved_along(

@@ -54,6 +54,7 @@ class SolveStream(_OfStream):
         rounds: at most.
         scopes: what lies outside the layers, then every layer.
         anchor, model: the loads of each scope.
+        tokens: how many tokens are compared and how many each model has, where that is not all.
     """
 
     kind: ResidualKind
@@ -61,6 +62,7 @@ class SolveStream(_OfStream):
     scopes: Tuple[Scope, ...]
     anchor: Tuple[Loads, ...]
     model: Tuple[Loads, ...]
+    tokens: Tuple[Tuple[str, int], ...] = ()
 
     def arguments(self) -> Dict[str, Task]:
         return {}
@@ -80,6 +82,7 @@ class SolveStream(_OfStream):
             "distance_before": found.distances[0],
             "distance_after": found.distances[-1],
             "residual_rounds": len(found.distances) - 1,
+            **dict(self.tokens),
             **describe_stream(found.stream, found.hidden),
         }
         LOG.info("solved the residual stream of %s: %s", self.model[0][0][1].model, json.dumps(facts))

@@ -9,11 +9,11 @@ from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors
+from mergekit.options import MergeOptions
 
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.resolve import Claim, ModelLayout
-from mergekit_symalign.families.stream import layer_scope, outside_scope, residual_kind, ties_embeddings
+from mergekit_symalign.families.stream import layer_scope, outside_scope, residual_kind
 from mergekit_symalign.graph.alignments import Alignments, ReadBlock
 from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
@@ -21,11 +21,13 @@ from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, SolveMoved, SolveStream
+from mergekit_symalign.graph.stream_tokens import Vocabularies
+from mergekit_symalign.graph.untie import UNTIE, is_tied
 from mergekit_symalign.symmetry.options import Symmetries
 from mergekit_symalign.symmetry.residual.kinds import Residual, ResidualKind
 from mergekit_symalign.symmetry.residual.scope import Scope, around
 
-RESIDUAL_NAMES = ("residual", "residual_rounds")
+RESIDUAL_NAMES = ("residual", "residual_rounds", UNTIE)
 _NAME = "residual"  # of the stream's element in an alignment file
 _KINDS = frozenset(kind.value for kind in Residual)
 Place = int | None  # a layer, or what lies outside the layers
@@ -85,7 +87,12 @@ class MovedStream:
 
 
 def plan_streams(
-    planned: Sequence[Planned], blocks: Sequence[Block], models: Models, alignments: Alignments, reports: Reports
+    planned: Sequence[Planned],
+    blocks: Sequence[Block],
+    models: Models,
+    alignments: Alignments,
+    reports: Reports,
+    options: MergeOptions,
 ) -> dict[ModelReference, MovedStream]:
     """The models whose residual stream is moved; none if that was not asked for.
 
@@ -101,6 +108,7 @@ def plan_streams(
     if wanted is Residual.none and not with_stream:
         return {}
     _require_whole(planned, wanted)
+    vocabularies = Vocabularies.of(planned, options)
     found = {}
     for model in moved:
         if model in files and model not in with_stream:
@@ -111,7 +119,8 @@ def plan_streams(
                     "Solve it again with this residual, or leave residual out",
                 )
             continue
-        found[model] = _moved(model, planned, blocks, models, alignments, wanted, with_stream.get(model))
+        file = with_stream.get(model)
+        found[model] = _moved(model, planned, blocks, models, alignments, vocabularies, wanted, file)
     for model, stream in found.items():
         reports.record_stream(model, stream.solution)
         folder = _agreed(planned, "save_alignment")
@@ -141,14 +150,15 @@ def _moved(
     blocks: Sequence[Block],
     models: Models,
     alignments: Alignments,
+    vocabularies: Vocabularies,
     wanted: Residual,
     file: str | None,
 ) -> MovedStream:
     anchor = _anchor(planned)
-    layout, config = models.checkpoints[anchor].layout, models.checkpoints[anchor].config
+    layout = models.checkpoints[anchor].layout
     loads = {m: _loads(m, (anchor, model), planned, models) for m in (anchor, model)}
     scopes = _scopes(layout, loads[anchor], blocks, model)
-    tied = ties_embeddings(config, layout)
+    tied = is_tied((models.checkpoints[m] for m in (anchor, model)), planned)
     if file is not None:
         sha256, wanted = alignments.read_stream(file, anchor, model, tied)
         kind = residual_kind(layout, tied, wanted)
@@ -156,13 +166,16 @@ def _moved(
         return MovedStream(kind, scopes, loads[anchor], loads[model], solution)
     kind = residual_kind(layout, tied, wanted)
     places = sorted(scopes, key=lambda place: -1 if place is None else place)
+    sides = {m: (models.checkpoints[m], loads[m][None]) for m in loads}
+    seen = vocabularies.compared(scopes[None], sides[anchor], sides[model])
     solver = SolveStream(
         key=f"{anchor} {model} {kind.value}",
         kind=kind,
         rounds=_rounds(planned),
         scopes=tuple(scopes[place] for place in places),
-        anchor=tuple(tuple(loads[anchor][place].items()) for place in places),
-        model=tuple(tuple(loads[model][place].items()) for place in places),
+        anchor=tuple(tuple({**loads[anchor], None: seen.anchor}[place].items()) for place in places),
+        model=tuple(tuple({**loads[model], None: seen.model}[place].items()) for place in places),
+        tokens=tuple(seen.tokens.items()),
     )
     return MovedStream(kind, scopes, loads[anchor], loads[model], solver)
 
@@ -216,13 +229,6 @@ def _require_whole(planned: Sequence[Planned], wanted: Residual) -> None:
                 f"Use {name}: {only}, or residual: none",
             )
     for weight, task in planned:
-        if not isinstance(task.gather_tensors, GatherTensors):
-            raise ConfigError(
-                "parameter residual",
-                f"MergeKit brings the models' vocabularies together (tensor {weight.name}), and the residual stream is "
-                "aligned by rows of the same token",
-                "Give the models one tokenizer first, or use residual: none",
-            )
         if {info.name for info in gather_of(task).weight_info.values()} != {weight.name}:
             raise ConfigError(
                 "parameter residual",
