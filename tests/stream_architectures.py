@@ -20,11 +20,13 @@ from mergekit_symalign.symmetry.residual.scope import norms_of
 
 START = "\n## The residual stream\n"
 HEAD = f"""{START}
-What the parameter [`residual`](methods.md#parameters) means for each class. It follows from the kind and the place of the
-class's norms. *Signed* permutations also flip signs. A *mean-keeping* rotation leaves the mean of the stream alone, which the norms subtract.
-In every row one such element was planted, together with random elements of all blocks, and with other norms under a
-rotation. *Function* says how far the logits moved then (in standard deviations; lower is better). *Recovered* is the
-distance that a merge with this `residual` left, relative to the model that the twin was made from.
+What the parameter [`residual`](methods.md#parameters) means for each class. It follows from the kind and the place of
+the class's norms. *Signed* permutations also flip signs. A *mean-keeping* rotation leaves the mean of the stream alone,
+which the norms subtract. In every row one such element was planted, together with random elements of all blocks, and
+with other norms under a rotation.
+
+- *Function*: how far the logits moved then, in standard deviations. Lower is better.
+- *Recovered*: the distance that a merge with this `residual` left, relative to the model that the twin was made from.
 
 | test model | transformers class | `permutation` | function | recovered | `rotation` | function | recovered |
 |---|---|---|---:|---:|---|---:|---:|

@@ -165,7 +165,7 @@ def test_what_is_not_exact_is_refused_with_what_would_be(name: str) -> None:
         ):
             residual_kind(layout, tied, Residual.rotation)
     if layout.family.stream.returned:
-        with pytest.raises(ParameterError, match="residual: permutation with .*Use residual: none"):
+        with pytest.raises(ParameterError, match=r"residual: permutation with .*Use residual: none"):
             residual_kind(layout, tied, Residual.permutation)
     else:
         signed = residual_kind(layout, tied, Residual.permutation) is ResidualKind.signed_permutation

@@ -171,7 +171,7 @@ def _bias_of(name: str) -> str:
 
 _PERMUTE = "Use residual: permutation, which is exact"
 _RETURNED = (
-    "it has no head and returns the residual stream itself, in whose coordinates others read it",
+    "it returns the residual stream itself, in whose coordinates others read it",
     "Use residual: none, or the class of this model that has a task head",
 )
 
