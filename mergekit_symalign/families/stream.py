@@ -102,7 +102,11 @@ def outside_scope(layout: ModelLayout, names: Collection[str]) -> Scope:
 
 
 def layer_scope(
-    layout: ModelLayout, layer: int, names: Collection[str], use: Mapping[str, Symmetries] | None = None
+    layout: ModelLayout,
+    layer: int,
+    names: Collection[str],
+    use: Mapping[str, Symmetries] | None = None,
+    heads: HeadShape | None = None,
 ) -> Scope:
     """A layer of a model, by the names inside it.
 
@@ -111,10 +115,11 @@ def layer_scope(
         layer: its index.
         names: of all tensors of the model.
         use: for each kind of block that is to be aligned the symmetries that it may use; all of them if not given.
+        heads: of the layer, where it is not the model's layer of that index.
     """
     inside = {part: spec for part, spec in layout.inside.items() if layout.name(layer, part) in names}
     shapes: dict[BlockKind, HeadShape | MlpShape] = {
-        BlockKind.attention: layout.head_shape(layer),
+        BlockKind.attention: heads or layout.head_shape(layer),
         BlockKind.mlp: layout.mlp_shape(),
     }
     blocks = {

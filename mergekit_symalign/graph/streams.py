@@ -20,6 +20,7 @@ from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
+from mergekit_symalign.graph.stream_checks import require_equal_layers, require_one_anchor, require_same_shapes
 from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, SolveMoved, SolveStream
 from mergekit_symalign.symmetry.options import Symmetries
 from mergekit_symalign.symmetry.residual.kinds import Residual, ResidualKind
@@ -100,7 +101,9 @@ def plan_streams(
     with_stream = {m: path for m, path in files.items() if alignments.has_stream(path, _anchor(planned), m)}
     if wanted is Residual.none and not with_stream:
         return {}
+    require_one_anchor(planned)
     _require_whole(planned, wanted)
+    require_same_shapes(planned, moved, models)
     found = {}
     for model in moved:
         if model in files and model not in with_stream:
@@ -175,11 +178,15 @@ def _scopes(
 ) -> dict[Place, Scope]:
     names = {layout.name(place, part) if place is not None else part for place, of in loads.items() for part in of}
     use: dict[Place, dict[str, Symmetries]] = defaultdict(dict)
+    source: dict[Place, int] = {}  # the layer of the models that a layer of the output comes from
     for block in blocks:
+        source[block.layer] = block.layer_of(model)
         if model in block.moved():
             use[block.layer][block.kind.value] = block.symmetries
     return {
-        place: outside_scope(layout, names) if place is None else layer_scope(layout, place, names, use[place])
+        place: outside_scope(layout, names)
+        if place is None
+        else layer_scope(layout, place, names, use[place], layout.head_shape(source.get(place, place)))
         for place in loads
     }
 
@@ -223,12 +230,7 @@ def _require_whole(planned: Sequence[Planned], wanted: Residual) -> None:
                 "aligned by rows of the same token",
                 "Give the models one tokenizer first, or use residual: none",
             )
-        if {info.name for info in gather_of(task).weight_info.values()} != {weight.name}:
-            raise ConfigError(
-                "parameter residual",
-                f"tensor {weight.name} pairs different layers, but the residual stream is that of whole models",
-                "Leave residual out where slices pair different layers",
-            )
+        require_equal_layers(weight, task)
 
 
 def _agreed(planned: Sequence[Planned], name: str) -> Any:
