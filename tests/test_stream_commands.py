@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import load, merge_config, merged
-from models import logits, relative_deviation, save
+from conftest import load, merge_config, merged, squared_distance
+from models import logits, relative_deviation, save, with_weights, word_tokenizer
 from safetensors.torch import save_file
-from streams import case
+from streams import case, joined, split, stored
 from test_residual_merge import Twins
 
+from mergekit_symalign.alignment_file import AlignmentFile, save_alignment
 from mergekit_symalign.cli import main
+from mergekit_symalign.planting import random_stream
+from mergekit_symalign.symmetry.residual.move import move_scope
 
 State = dict[str, torch.Tensor]
 KINDS = [("llama", "rotation"), ("llama", "permutation"), ("llama-tied", "permutation"), ("phi2", "rotation")]
@@ -163,3 +167,101 @@ def test_the_dtype_is_what_was_stored_or_asked_for(rotated: Solved, tmp_path: Pa
     run("apply", rotated.file, rotated.twin_path, "-o", out, "--quiet", *rotated.with_anchor, "--dtype", dtype)
     assert {str(x.dtype) for x in load(out).values()} == {f"torch.{dtype}"}
     run("verify", rotated.twin_path, out, "--random", "--tokens", "64", "--quiet")
+
+
+def _inspected(models: Twins, tmp_path: Path, *args: object) -> tuple[str, dict[str, Any]]:
+    paths = [models.folder / name for name in ("anchor", "twin")]
+    done = run("inspect", *paths, "--json", tmp_path / "i.json", "--quiet", *args)
+    (entry,) = json.loads((tmp_path / "i.json").read_text("utf-8"))["models"].values()
+    return done.output, entry["residual"]
+
+
+def test_inspect_shows_the_angles_and_what_the_stream_does_alone(rotated: Solved, tmp_path: Path) -> None:
+    text, found = _inspected(rotated, tmp_path, "--residual", "rotation", "--residual-rounds", "2")
+    angles = torch.linalg.eigvals(AlignmentFile.open(rotated.file).element("residual").actions["residual"].matrix)
+    degrees = torch.rad2deg(torch.angle(angles).abs())
+    for percent in (10, 25, 75, 90):
+        assert found[f"stream_angle_p{percent}"] == pytest.approx(float(degrees.quantile(percent / 100)))
+    assert found["kind"] == "rotation"
+    assert found["loss"] == "none was measured"
+    assert found["own_distance_before"] == pytest.approx(found["distance_before"])
+    assert found["distance_after"] < found["own_distance_after"] < found["own_distance_before"]
+    own, whole = (1 - (found[x] / found["distance_before"]) ** 0.5 for x in ("own_distance_after", "distance_after"))
+    assert f"{100 * own:.4g} % of it is symmetry of the stream alone, {100 * whole:.4g} % together" in text
+    assert re.search(r"turned by at most( +\d+\.\d){6}  degrees", text)
+    assert "No loss was measured" in text
+    assert max(map(len, text.splitlines()[3:])) <= 120
+
+
+def test_the_own_share_is_the_whole_where_only_the_stream_was_moved(tmp_path: Path) -> None:
+    """Blocks as they were: the stream's element takes away all there is, and the blocks nothing more."""
+    models = Twins("llama", "permutation", tmp_path, layers=1)
+    scopes, parts = split(models.layout, stored(models.sibling))
+    stream = random_stream(models.kind, models.layout.geometry.hidden, 4)
+    moved = joined(models.layout, [move_scope(s, x, models.kind, stream) for s, x in zip(scopes, parts, strict=True)])
+    save(with_weights(models.anchor, moved), tmp_path / "twin")
+    text, found = _inspected(models, tmp_path, "--residual", "permutation")
+    between = squared_distance(load(tmp_path / "anchor"), load(tmp_path / "sibling"))
+    assert found["own_distance_after"] == pytest.approx(between, rel=1e-3)
+    still = stream.actions["residual_gain"].index == torch.arange(48)
+    assert found["stream_moved"] == 48 - int(still.sum())
+    assert f"{found['stream_moved']} of 48 coordinates moved, {found['signs_flipped']} signs flipped" in text
+    assert 10 < found["signs_flipped"] < 38
+
+
+def test_report_and_card_say_what_was_moved_and_that_no_loss_was_measured(rotated: Solved, tmp_path: Path) -> None:
+    parameters = {"residual": "rotation", "residual_rounds": 2, "value_output": "general"}
+    config = merge_config("rotation_match", rotated.anchor_path, [rotated.twin_path], parameters=parameters)
+    merged(config, tmp_path / "out", write_model_card=True)
+    (entry,) = json.loads((tmp_path / "out" / "symalign_report.json").read_text("utf-8"))["models"].values()
+    facts, card = entry["residual"], (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert (facts["kind"], facts["loss"], facts["residual_rounds"]) == ("rotation", "none was measured", 2)
+    assert "own_distance_after" not in facts  # that takes another pass, which is for inspect
+    before, after = (facts[x] ** 0.5 for x in ("distance_before", "distance_after"))
+    assert (
+        f"Its residual stream was moved: rotation, planes turned by {facts['stream_angle_median']:.1f} degrees" in card
+    )
+    assert f"distance of all weights {before:.6g} before, {after:.6g} after 2 rounds. No loss was measured" in card
+    condition = max(block.get("value_condition_max", 0) for block in entry["blocks"])
+    assert entry["totals"]["value_condition_max"] == condition > 1
+    assert f"values under general matrices, condition numbers up to {condition:.3g}" in card
+    done = run("verify", rotated.twin_path, tmp_path / "out", "--random", "--tokens", "64")
+    assert "in other coordinates from layer 0 on, with the same outputs" in done.output
+    assert "moved, as its report says: rotation, planes turned by" in done.output
+
+
+def test_a_stream_from_an_older_file_is_told_by_its_kind(rotated: Solved, tmp_path: Path) -> None:
+    """Files need not say what was known of a solve."""
+    file = AlignmentFile.open(rotated.file)
+    elements = {block: file.element(block) for block in file.blocks}
+    save_alignment(tmp_path / "old.safetensors", file.origin, elements)
+    models = [{"model": rotated.twin_path, "parameters": {"alignment": str(tmp_path / "old.safetensors")}}]
+    merged(merge_config("rotation_match", rotated.anchor_path, models), tmp_path / "out", write_model_card=True)
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "Its residual stream was moved: rotation. No loss was measured" in card
+
+
+def test_barrier_measures_what_moving_the_stream_is_worth(rotated: Solved, tmp_path: Path) -> None:
+    for path in (rotated.anchor_path, rotated.twin_path):
+        word_tokenizer(97).save_pretrained(path)
+    (tmp_path / "texts.txt").write_text("w5 w9 w11 w80 w33\nw9 w7 w5 w60\n", "utf-8")
+    args = ("--text", tmp_path / "texts.txt", "--points", "3", "--quiet", "--residual", "rotation")
+    done = run("barrier", rotated.anchor_path, rotated.twin_path, *args, "--json", tmp_path / "b.json")
+    told = json.loads((tmp_path / "b.json").read_text("utf-8"))
+    assert told["residual"]["loss"] == {"text": "texts.txt", "barrier": told["barrier"]}
+    assert told["residual"]["kind"] == "rotation"
+    assert told["at"] == [0.0, 0.5, 1.0]
+    ends = [told["losses"][name][-1] for name in ("as it is", "aligned")]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+    plain, aligned = (told["barrier"][name] for name in ("as it is", "aligned"))
+    assert told["losses"]["aligned"][1] != pytest.approx(told["losses"]["as it is"][1], rel=1e-3)
+    worth = "lower" if aligned < plain else "not lower: do without it"
+    assert f"barrier {plain:.4f} without alignment, {aligned:.4f} with it ({worth})" in done.output
+    assert "residual stream: rotation, planes turned by" in done.output
+
+
+def test_a_report_that_is_none_stops_no_verification(rotated: Solved, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(rotated.twin_path, out)
+    (out / "symalign_report.json").write_text('{"models": {"x": {"residual": 3}}}', "utf-8")
+    assert "within" in run("verify", rotated.twin_path, out, "--random", "--tokens", "32").output

@@ -21,7 +21,7 @@ from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.graph.stream_checks import require_equal_layers, require_one_anchor, require_same_shapes
-from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, SolveMoved, SolveStream
+from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, OwnShare, SolveMoved, SolveStream
 from mergekit_symalign.symmetry.options import Symmetries
 from mergekit_symalign.symmetry.residual.kinds import Residual, ResidualKind
 from mergekit_symalign.symmetry.residual.scope import Scope, around
@@ -65,6 +65,18 @@ class MovedStream:
             stream_kind=self.kind,
             scope=scope,
             parts=parts,
+        )
+
+    def own_share(self) -> OwnShare:
+        """The task that tells what the stream alone does to the distance."""
+        places = tuple(self.scopes)
+        return OwnShare(
+            key=str(next(iter(self.model[None].values())).model),
+            kind=self.kind,
+            stream=self.solution,
+            scopes=tuple(self.scopes[place] for place in places),
+            anchor=tuple(_some(self.anchor[place], self.scopes[place].axes) for place in places),
+            model=tuple(_some(self.model[place], self.scopes[place].axes) for place in places),
         )
 
     def applied(self, place: Place, name: str, block: tuple[str, Task] | None) -> ApplyStream:
@@ -116,7 +128,7 @@ def plan_streams(
             continue
         found[model] = _moved(model, planned, blocks, models, alignments, wanted, with_stream.get(model))
     for model, stream in found.items():
-        reports.record_stream(model, stream.solution)
+        reports.record_stream(model, stream.kind, stream.solution, stream.own_share())
         folder = _agreed(planned, "save_alignment")
         if folder is not None:
             settings = {name: _agreed(planned, name) for name in RESIDUAL_NAMES}
