@@ -41,6 +41,38 @@ def verdict(totals: Mapping[str, Any]) -> str:
     return f"coordinates differ: {_percent(share)} of the distance is symmetry"
 
 
+def stream_moved(facts: Mapping[str, Any]) -> str:
+    """What was done to a residual stream, in half a sentence; only its kind where a file does not tell more."""
+    kind = facts["kind"]
+    if {"stream_moved", "signs_flipped", "stream"} <= facts.keys():
+        of = facts["stream"]
+        signs = f", {facts['signs_flipped']} signs flipped" if kind != "permutation" else ""
+        return f"{kind}, {facts['stream_moved']} of {of} coordinates moved{signs}"
+    if {"stream_angle_median", "stream_angle_max"} <= facts.keys():
+        median, most = facts["stream_angle_median"], facts["stream_angle_max"]
+        return f"{kind}, planes turned by {median:.1f} degrees in the median and {most:.1f} at most"
+    return str(kind)
+
+
+def stream_distance(facts: Mapping[str, Any]) -> str | None:
+    """How far the model is from the anchor with its stream moved and its blocks aligned; None if that is not known."""
+    if not {"distance_before", "distance_after"} <= facts.keys():
+        return None
+    rounds = facts.get("residual_rounds")
+    before, after = (facts[name] ** 0.5 for name in ("distance_before", "distance_after"))
+    told = f"distance of all weights {before:.6g} before, {after:.6g} after"
+    return told if rounds is None else f"{told} {rounds} {'round' if rounds == 1 else 'rounds'}"
+
+
+NO_LOSS = "No loss was measured, and closer weights are not always a better merge: see mergekit-symalign barrier."
+
+
+def general_values(totals: Mapping[str, Any]) -> str | None:
+    """What is known of general matrices of values; None if there are none."""
+    condition = totals.get("value_condition_max")
+    return None if condition is None else f"values under general matrices, condition numbers up to {condition:.3g}"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
@@ -125,10 +157,18 @@ def section(report: Mapping[str, Any]) -> str:
         lines += [
             f"**{model}**: {verdict(entry['totals'])}. {_moved(entry['totals'])}",
             "",
+            *_stream(entry.get("residual")),
             *_table(entry["blocks"]),
             "",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _stream(facts: Mapping[str, Any] | None) -> list[str]:
+    if facts is None:
+        return []
+    parts = [f"Its residual stream was moved: {stream_moved(facts)}", stream_distance(facts)]
+    return [f"{'; '.join(part for part in parts if part is not None)}. {NO_LOSS}", ""]
 
 
 def _moved(totals: Mapping[str, Any]) -> str:
@@ -137,6 +177,7 @@ def _moved(totals: Mapping[str, Any]) -> str:
         for name, label in (("neurons", "neurons"), ("experts", "experts"), ("kv_heads", "KV heads"))
         if totals.get(name)
     ]
+    parts += [part for part in (general_values(totals),) if part is not None]
     return f"{'; '.join(parts)}." if parts else ""
 
 

@@ -91,13 +91,12 @@ def test_every_admitted_kind_keeps_the_function(name: str) -> None:
     """Together with random elements of all blocks, and with the norms of another model where the stream turns."""
     model, other = case(name), case(name, 5)
     layout = resolve(model.config, model="m")
-    for kind in _kinds(model, layout):
+    kinds = _kinds(model, layout)
+    assert bool(kinds) != layout.family.stream.returned
+    for kind in kinds:
         stream = random_stream(kind, HIDDEN, 1)
         twin = _moved(layout, stored(model), kind, stored(other), stream=stream, blocks=_planted_blocks(layout, 2))
-        before = logits(model)
-        if layout.family.stream.returned:
-            before = stream.actions[STREAM](before, -1)
-        assert relative_deviation(before, logits(_with(model, twin))) < 1e-9, kind
+        assert relative_deviation(logits(model), logits(_with(model, twin))) < 1e-9, kind
         if kind.rotates:
             _require_norms(layout, twin, stored(other))
 

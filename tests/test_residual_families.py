@@ -143,7 +143,8 @@ ADMITTED: dict[str, ResidualKind | str] = {
     "gpt2-untied": ResidualKind.mean_keeping_rotation,
     "cohere2": ResidualKind.mean_keeping_rotation,
     "starcoder2-unbiased": ResidualKind.mean_keeping_rotation,
-    "bert": "behind the block",
+    "bert": "returns the residual stream",
+    "bert-classifier": "behind the block",
     "modernbert": "behind the embeddings",
     "vit": "returns the residual stream",
     "vit-classifier": ResidualKind.mean_keeping_rotation,
@@ -163,7 +164,11 @@ def test_what_is_not_exact_is_refused_with_what_would_be(name: str) -> None:
             ParameterError, match=rf"residual: rotation with {layout.family.title.split()[0]}.*{wanted}"
         ):
             residual_kind(layout, tied, Residual.rotation)
-    signed = residual_kind(layout, tied, Residual.permutation) is ResidualKind.signed_permutation
-    assert signed == (layout.family.stream.norm is StreamNorm.rms)
+    if layout.family.stream.returned:
+        with pytest.raises(ParameterError, match=r"residual: permutation with .*Use residual: none"):
+            residual_kind(layout, tied, Residual.permutation)
+    else:
+        signed = residual_kind(layout, tied, Residual.permutation) is ResidualKind.signed_permutation
+        assert signed == (layout.family.stream.norm is StreamNorm.rms)
     assert residual_kind(layout, tied, Residual.none) is ResidualKind.none
     assert residual_group(layout, tied).kinds[0] is ResidualKind.none

@@ -1,4 +1,7 @@
-"""Write docs/architectures.md from measurements on the small models of the tests: ``make architectures``."""
+"""Write docs/architectures.md from measurements on the small models of the tests: ``make architectures``.
+
+With the argument ``stream`` only the section on the residual stream.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import merge_config, merged, squared_distance
 from models import FAMILIES, logits, make_model, perturbed, relative_deviation, save, with_weights
+from stream_architectures import START, section
 
 from mergekit_symalign.families.resolve import ModelLayout, families, resolve
 from mergekit_symalign.families.schema import Positions
@@ -42,10 +46,9 @@ from 0 and 1). Merges ran through MergeKit in float32.
 """
 
 
-CLASSES = """
-## All transformers classes
-
-{classes}
+NEXT = "\n## All transformers classes\n"
+CLASSES = f"""{NEXT}
+{{classes}}
 
 Anything else is refused with this list. Inside a family, variants that nobody has checked (another activation, another
 kind of RoPE, clamped queries, …) are refused too. The message names the config key and its value.
@@ -114,8 +117,13 @@ def measure(name: str, folder: Path) -> str:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        rows = [measure(name, Path(folder)) for name in FAMILIES]
-    OUT.write_text(HEAD + "\n".join(rows) + "\n" + CLASSES.format(classes=classes()), "utf-8")
+        before, _, after = OUT.read_text("utf-8").partition(NEXT)
+        if sys.argv[1:] == ["stream"]:
+            before, after = before.partition(START)[0], NEXT + after
+        else:
+            before = HEAD + "".join(measure(name, Path(folder)) + "\n" for name in FAMILIES)
+            after = CLASSES.format(classes=classes())
+        OUT.write_text(before + section(Path(folder) / "stream") + after, "utf-8")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import click
@@ -15,16 +16,20 @@ from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.alignment_file import AlignmentFile, block_name
 from mergekit_symalign.alignments.fit import STREAM_BLOCK, require_fits
+from mergekit_symalign.commands.apply_stream import Others, stream_alone
 from mergekit_symalign.commands.common import parsed, require_one_family
 from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.errors import CheckpointError, ConfigError
 from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.alignments import ReadBlock, has_halves, sizes_of
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint
 from mergekit_symalign.graph.headers import Header
+from mergekit_symalign.graph.leftovers import shortened
 from mergekit_symalign.graph.load import LoadFinite, LoadStored
+from mergekit_symalign.graph.stream_alone import StreamAlone
 from mergekit_symalign.whole_file import require_writable_folder
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -34,55 +39,83 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 @click.argument("alignment", type=click.Path(path_type=Path))
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The directory to write.")
+@click.option(
+    "--anchor",
+    help="The model that MODEL was aligned to. A rotation of the residual stream needs it: MODEL gets its norms.",
+)
 @click.option("--invert", is_flag=True, help="Undo the alignment: from the anchor's coordinates back to the model's.")
+@click.option(
+    "--norms-of",
+    help="With --invert, where the residual stream was rotated: the model that was aligned, whose norms come back.",
+)
 @click.option(
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32", "float64"]), help="Store all tensors in this dtype."
 )
 @add_merge_options
-def apply(alignment: Path, model: str, out: Path, invert: bool, dtype: str | None, merge_options: MergeOptions) -> None:
+def apply(
+    alignment: Path,
+    model: str,
+    out: Path,
+    anchor: str | None,
+    invert: bool,
+    norms_of: str | None,
+    dtype: str | None,
+    merge_options: MergeOptions,
+) -> None:
     """Write MODEL aligned by ALIGNMENT: the same function, in the anchor's coordinates.
 
     \b
     Example: mergekit-symalign apply tuned.safetensors ./tuned -o tuned-in-anchor-coordinates
     """
+    if norms_of is not None and not invert:
+        raise click.UsageError("--norms-of belongs to --invert; the anchor is given by --anchor")
     merge_options.apply_global_options()
-    require_one_family((model,), merge_options)
-    run_apply(alignment, parsed(model), out, merge_options, invert=invert, dtype=dtype)
+    require_one_family([name for name in (anchor, norms_of, model) if name is not None], merge_options)
+    others = Others(*(None if name is None else parsed(name) for name in (anchor, norms_of)))
+    run_apply(alignment, parsed(model), out, merge_options, others, invert=invert, dtype=dtype)
     click.echo(f"wrote {out}")
 
 
 def run_apply(
-    alignment: Path, model: ModelReference, out: Path, options: MergeOptions, *, invert: bool, dtype: str | None
+    alignment: Path,
+    model: ModelReference,
+    out: Path,
+    options: MergeOptions,
+    others: Others | None = None,
+    *,
+    invert: bool,
+    dtype: str | None,
 ) -> None:
-    """Transform every tensor of a checkpoint by its block's element, or by the inverse.
+    """Transform every tensor of a checkpoint by its block's element, and the residual stream's, or by the inverses.
 
     The checkpoint is written beside ``out`` and renamed when it is whole.
 
     Raises:
-        ConfigError: if ``out`` holds something already.
-        AlignmentFileError: if the file does not belong to the model, lacks a block, or has no symmetry there. With
+        ConfigError: if ``out`` holds something already, or a model is not given whose norms are needed.
+        AlignmentFileError: if the file does not belong to the models, lacks a block, or has no symmetry there. With
             ``invert`` only family and size are compared: an aligned model has other weights than the fingerprint.
     """
     require_writable_folder(out)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"output {out}", "it exists and is not empty", "Name a new directory")
     file = AlignmentFile.open(alignment)
-    if STREAM_BLOCK in file.blocks:
-        raise ConfigError(
-            file.label,
-            "it moves the residual stream, which takes the anchor's norms as well as the model",
-            "Use it in a merge: rotation_match with the model alone, and its parameter alignment",
-        )
     LoaderCache().setup(options)
     checkpoint = _checked(file, model, options, invert=invert)
     halves = has_halves(checkpoint) if dtype is None else dtype == "float16"
     if not require_fits(file, checkpoint.layout, halves=halves):
         click.echo(f"{file.label}: it was solved with rotation: full, which changes what the model computes", err=True)
+    stream = stream_alone(file, checkpoint, others or Others(), options, invert=invert)
+    left = () if stream is None else _left(stream)
+
+    def read(block: str, label: str | None = None) -> ReadBlock:
+        return ReadBlock(path=str(file.path), sha256=file.sha256, block=block, label=label, inverse=invert)
+
+    moved = _moved(checkpoint, read) if stream is None else _moved_along(stream, read)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".symalign-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch) / "model"
         device = options.device or "cpu"
-        executor = Executor(_tasks(checkpoint, file, folder, options, invert, dtype), math_device=device)
+        executor = Executor(_tasks(checkpoint, moved, left, folder, options, dtype), math_device=device)
         for _ in executor.run(quiet=not bars(options.quiet), desc="Applying"):
             pass
         for source in _sources(model, options):
@@ -110,8 +143,14 @@ def _checked(file: AlignmentFile, model: ModelReference, options: MergeOptions, 
 
 
 def _tasks(
-    checkpoint: Checkpoint, file: AlignmentFile, folder: Path, options: MergeOptions, invert: bool, dtype: str | None
+    checkpoint: Checkpoint,
+    moved: Mapping[str, Task],
+    left: Collection[str],
+    folder: Path,
+    options: MergeOptions,
+    dtype: str | None,
 ) -> list[Task]:
+    """The tasks that write the moved tensors by their names in the family, and all others but those that are left."""
     writer = TensorWriterTask(
         out_path=str(folder),
         max_shard_size=options.out_shard_size,
@@ -119,8 +158,7 @@ def _tasks(
         use_async=options.async_write,
         max_write_threads=options.write_threads,
     )
-    moved = _moved(checkpoint, file, invert)
-    used = {stored for name in moved for stored in checkpoint.read_for(_info(name))}
+    used = {stored for name in moved for stored in checkpoint.read_for(_info(name))} | set(left)
     rest = {name: LoadStored(model=checkpoint.model, tensor=name) for name in checkpoint.headers if name not in used}
     saves = tuple(
         SaveTensor(
@@ -135,7 +173,27 @@ def _tasks(
     return [*saves, FinalizeModel(tensor_save_tasks=saves, writer_task=writer)]
 
 
-def _moved(checkpoint: Checkpoint, file: AlignmentFile, invert: bool) -> dict[str, Task]:
+def _left(stream: StreamAlone) -> tuple[str, ...]:
+    """The stored tensors that are not written, because nothing moves them along; the user is told what is lost."""
+    found = stream.check()
+    if found.unread:
+        names, model = shortened(found.unread), stream.checkpoint.model
+        click.echo(f"model {model}: {names} not written: its architecture has no place for them", err=True)
+    return (*found.unread, *found.copies)
+
+
+def _moved_along(stream: StreamAlone, read: Callable[..., ReadBlock]) -> Mapping[str, Task]:
+    """Every tensor that moves with the residual stream or its block, by its name in the family."""
+    layout = stream.checkpoint.layout
+    blocks = {
+        (layer, kind.value): read(block_name(layer, kind.value), layout.name(layer, ""))
+        for layer in range(layout.layers)
+        for kind in BlockKind
+    }
+    return stream.tasks(read(STREAM_BLOCK), blocks)
+
+
+def _moved(checkpoint: Checkpoint, read: Callable[..., ReadBlock]) -> dict[str, Task]:
     """The tensors of every block of the file, by their names in the family, as the alignment leaves them."""
     layout, tasks = checkpoint.layout, {}
     for layer in range(layout.layers):
@@ -143,10 +201,9 @@ def _moved(checkpoint: Checkpoint, file: AlignmentFile, invert: bool) -> dict[st
             name = layout.name(layer, part)
             if spec.block is None or checkpoint.stored(_info(name)) is None:
                 continue
-            block, label = block_name(layer, spec.block.value), layout.name(layer, "")
             aliases = checkpoint.other_names(_info(name)) or None
             load = LoadFinite(model=checkpoint.model, tensor=name, aliases=aliases)
-            solution = ReadBlock(path=str(file.path), sha256=file.sha256, block=block, label=label, inverse=invert)
+            solution = read(block_name(layer, spec.block.value), layout.name(layer, ""))
             tasks[name] = ApplyBlock(load=load, axes=layout.axes(spec), solution=solution)
     return tasks
 

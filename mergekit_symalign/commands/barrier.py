@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.runner import Batch
+from mergekit_symalign.card import stream_moved
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options
 from mergekit_symalign.commands.common import progress
 from mergekit_symalign.commands.model_options import model_options
@@ -29,9 +31,10 @@ from mergekit_symalign.commands.plots import require_plot
 from mergekit_symalign.errors import ArchitectureError, CalibrationError
 from mergekit_symalign.families.function import config_differences
 from mergekit_symalign.families.resolve import lookup, resolve
+from mergekit_symalign.graph.merge_report import REPORT
 from mergekit_symalign.graph.readers import require_embedded, tokenizer_of
 from mergekit_symalign.graph.untie import TIED, UNTIE, untie_config
-from mergekit_symalign.whole_file import written_whole
+from mergekit_symalign.whole_file import require_writable, written_whole
 
 DEFAULT_TOKENS = 8192
 NAMES = ("as it is", "aligned")  # of the second model
@@ -45,11 +48,13 @@ class Curve:
         name: of the second model.
         at: share of the second model at each point, from 0 to 1.
         losses: nats per token.
+        stream: what the alignment did to the second model's residual stream, as reports say it; None for nothing.
     """
 
     name: str
     at: tuple[float, ...]
     losses: tuple[float, ...]
+    stream: Mapping[str, Any] | None = None
 
     @property
     def height(self) -> float:
@@ -73,6 +78,9 @@ class Curve:
     help="Use this many tokens of the text at most.",
 )
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="A .png, .svg or .pdf file to write.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the numbers to this file."
+)
 @alignment_options
 @model_options
 @click.option("--quiet", is_flag=True, help="Only the table, and no progress bars.")
@@ -83,6 +91,7 @@ def barrier(
     points: int,
     tokens: int,
     plot: Path | None,
+    json_file: Path | None,
     quiet: bool,
     models: dict[str, Any],
     **parameters: Any,
@@ -97,11 +106,16 @@ def barrier(
     options = MergeOptions(**models, quiet=not bars(quiet), copy_tokenizer=False, write_model_card=False)
     if plot is not None:
         require_plot(plot)
+    if json_file is not None:
+        require_writable(json_file, "--json", folder_is_made=False)
     curves = run_barrier(model_a, model_b, text, options, points=points, tokens=tokens, parameters=parameters)
-    click.echo("\n".join([*config_note(model_a, model_b, options), table(curves)]))
+    click.echo("\n".join([*config_note(model_a, model_b, options), table(curves), *stream_note(curves)]))
     if plot is not None:
         draw(curves, plot, short_names((model_a, model_b)))
         click.echo(f"wrote {plot}")
+    if json_file is not None:
+        with written_whole(json_file) as scratch:
+            scratch.write_text(json.dumps(numbers(curves, (model_a, model_b), text), indent=1) + "\n", "utf-8")
 
 
 def run_barrier(
@@ -131,7 +145,7 @@ def run_barrier(
         crimes = options.model_copy(update={"allow_crimes": True})  # Llama and Mistral: one family, so none to us
         asked = parameters or {}
         run_merge(alignment_config(model_a, model_b, asked, dtype="float32"), scratch, crimes)
-        aligned = ModelReference.parse(scratch)
+        aligned, stream = ModelReference.parse(scratch), _stream_of(Path(scratch))
         start, *ends = (
             _loaded(weights, of.checkpoint.model, options)
             for weights, of in ((a.checkpoint.model, a), (b.checkpoint.model, b), (aligned, b))
@@ -146,7 +160,37 @@ def run_barrier(
     for name, end, t in progress(steps, "Losses", quiet=options.quiet):
         losses[name].append(_loss(_at(between, start, end, t), batches))
     first, second = (Curve(name, shares, tuple(found)) for name, found in losses.items())
-    return first, second
+    return first, replace(second, stream=stream)
+
+
+def stream_note(curves: Sequence[Curve]) -> list[str]:
+    """What was done to the residual stream of the aligned model, if anything, and what that was worth."""
+    as_it_is, aligned = curves
+    if aligned.stream is None:
+        return []
+    change = f"barrier {as_it_is.height:.4f} without alignment, {aligned.height:.4f} with it"
+    lower = "lower" if aligned.height < as_it_is.height else "not lower: do without it"
+    return [f"residual stream: {stream_moved(aligned.stream)}", f"{change} ({lower})"]
+
+
+def numbers(curves: Sequence[Curve], models: tuple[str, str], text: Path) -> dict[str, Any]:
+    """The same for programs."""
+    heights = {curve.name: curve.height for curve in curves}
+    loss = {"text": text.name, "barrier": heights}
+    stream = curves[-1].stream
+    return {
+        "models": list(models),
+        "at": list(curves[0].at),
+        "losses": {curve.name: list(curve.losses) for curve in curves},
+        "barrier": heights,
+        **({} if stream is None else {"residual": {**stream, "loss": loss}}),
+    }
+
+
+def _stream_of(folder: Path) -> Mapping[str, Any] | None:
+    """What the report of a merge of one model says of its residual stream."""
+    report = json.loads((folder / REPORT).read_text("utf-8"))
+    return next((entry["residual"] for entry in report["models"].values() if "residual" in entry), None)
 
 
 def config_note(model_a: str, model_b: str, options: MergeOptions) -> list[str]:

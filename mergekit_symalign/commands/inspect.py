@@ -10,7 +10,14 @@ from typing import Any
 import click
 from mergekit.options import MergeOptions, add_merge_options
 
-from mergekit_symalign.card import symmetry_share, verdict
+from mergekit_symalign.card import (
+    NO_LOSS,
+    general_values,
+    stream_distance,
+    stream_moved,
+    symmetry_share,
+    verdict,
+)
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options, planned_task, run_tasks
 from mergekit_symalign.commands.common import require_one_family
 from mergekit_symalign.commands.names import in_a_table, short_names
@@ -92,10 +99,11 @@ def measured(
         raise click.UsageError(f"--layers: no such layer; the models have layers 0 to {there[-1]}")
     facts_of = {facts: (name, layer, kind) for name, layer, kind, facts in chosen}
     streams = {facts: name for name, facts in task.streams}
-    computed = dict(run_tasks([*facts_of, *streams], options, "Inspecting"))
+    shares = {facts: facts.share for facts in streams}
+    computed = dict(run_tasks([*facts_of, *streams, *shares.values()], options, "Inspecting"))
     found = [(*place, computed[facts]) for facts, place in facts_of.items()]
     found.sort(key=lambda block: (block[0], block[1], block[2].value))
-    moved = {name: computed[facts] for facts, name in streams.items()}
+    moved = {name: computed[facts] | computed[shares[facts]] for facts, name in streams.items()}
     return json.loads(task.head) | {"models": with_streams(by_model(found), moved)}
 
 
@@ -138,26 +146,38 @@ def summary(totals: Block) -> list[str]:
         )
         + " moved",
         *_routes(totals),
+        *(line for line in (general_values(totals),) if line is not None),
     ]  # fmt: skip
     return [*lines, "", verdict(totals)]
 
 
 def stream(facts: Block | None) -> list[str]:
-    """What was done to the residual stream, if anything."""
+    """What was done to the residual stream, if anything, and how much of the distance that alone takes away."""
     if facts is None:
         return []
-    share = 1 - facts["distance_after"] / facts["distance_before"] if facts["distance_before"] else 0.0
-    if "stream_moved" in facts:
-        done = f"{facts['stream_moved']} of {facts['stream']} coordinates moved, {facts['signs_flipped']} signs flipped"
-    else:
-        median, most = facts["stream_angle_median"], facts["stream_angle_max"]
-        done = f"turned by {median:.1f} degrees in the median, {most:.1f} at most"
+    lines = ["", f"residual stream: {stream_moved(facts)}", *_spectrum(facts), stream_distance(facts), *_shares(facts)]
+    return [*(line for line in lines if line is not None), NO_LOSS]
+
+
+def _spectrum(facts: Block) -> list[str]:
+    """Quantiles of the angles of a rotation's planes."""
+    shown = {"10 %": "p10", "25 %": "p25", "50 %": "median", "75 %": "p75", "90 %": "p90", "100 %": "max"}
+    angles = {share: facts.get(f"stream_angle_{name}") for share, name in shown.items()}
+    if any(angle is None for angle in angles.values()):
+        return []
     return [
-        "",
-        f"residual stream: {done}",
-        f"with it {100 * share:.4g} % of the distance of all weights is symmetry",
-        "No loss was measured: mergekit-symalign barrier --residual tells what it is worth.",
+        "  share of the planes " + "".join(f"{share:>8}" for share in angles),
+        "  turned by at most   " + "".join(f"{angle:8.1f}" for angle in angles.values()) + "  degrees",
     ]
+
+
+def _shares(facts: Block) -> list[str]:
+    """How much of the distance of all weights the stream takes away alone, and the blocks then."""
+    alone = {"distance_before": facts["own_distance_before"], "distance_after": facts["own_distance_after"]}
+    own, whole = symmetry_share(alone), symmetry_share(facts)
+    if own is None or whole is None:
+        return []
+    return [f"{100 * own:.4g} % of it is symmetry of the stream alone, {100 * whole:.4g} % together with the blocks"]
 
 
 def _routes(totals: Block) -> list[str]:

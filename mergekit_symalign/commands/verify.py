@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from mergekit_symalign.activations.agreement import Agreement, hidden_deviation
 from mergekit_symalign.activations.runner import Batch, Recorded
+from mergekit_symalign.card import stream_moved
 from mergekit_symalign.commands.common import progress
 from mergekit_symalign.commands.inputs import inputs_for
 from mergekit_symalign.commands.model_options import model_options
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
 from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.errors import CalibrationError
+from mergekit_symalign.graph.merge_report import REPORT
 
 DEFAULT_TOKENS = 2048
 TOLERANCE = 1e-3
@@ -38,6 +41,7 @@ class Verdict:
         left: the first layer after which the hidden states differ by more than the tolerance; None if there is none.
         left_by: their deviation there.
         tolerance: what was asked for.
+        stream: what the report beside the aligned model says of its residual stream; None if it does not.
     """
 
     agreement: Agreement
@@ -45,6 +49,7 @@ class Verdict:
     left: int | None
     left_by: float
     tolerance: float
+    stream: str | None = None
 
     @property
     def deviation(self) -> float:
@@ -133,7 +138,17 @@ def run_verify(
     agreement = _agreement(models, hidden, batches, quiet=options.quiet)
     if agreement.tokens == 0:
         raise CalibrationError("prompts", "they leave the models nothing to compare", "Give longer prompts")
-    return Verdict(agreement, models[0].layers, left, left_by, bound)
+    return Verdict(agreement, models[0].layers, left, left_by, bound, _stream_moved(aligned))
+
+
+def _stream_moved(aligned: str) -> str | None:
+    """What the report of the merge that wrote a local model says of its residual stream."""
+    try:
+        report = json.loads((Path(aligned) / REPORT).read_text("utf-8"))
+        streams = [entry["residual"] for entry in report["models"].values() if "residual" in entry]
+        return "; ".join(map(stream_moved, streams)) or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _tolerance(aligned: StoredModel) -> float:
@@ -191,7 +206,11 @@ def _lines(verdict: Verdict) -> Iterator[str]:
         yield f"{'top-1 agreement':<22}{a.same_first / a.tokens:>12.2%} of {a.tokens} tokens"
     inside = f"within {verdict.tolerance:.2g} after all {verdict.layers} layers"
     gone = f"beyond {verdict.tolerance:.2g} from layer {verdict.left} on ({verdict.left_by:.2e})"
+    if verdict.left is not None and verdict.same:
+        gone = f"in other coordinates from layer {verdict.left} on, with the same outputs"
     yield f"{'hidden states':<24}{inside if verdict.left is None else gone}"
+    if verdict.stream is not None:
+        yield f"{'residual stream':<24}moved, as its report says: {verdict.stream}"
 
 
 def verdict_line(verdict: Verdict) -> str:

@@ -25,13 +25,13 @@ class ResidualGroup:
     """What keeps the function of a model, of all that may be done to its residual stream.
 
     Attributes:
-        permutation: what ``residual: permutation`` means.
+        permutation: what ``residual: permutation`` means; None if the model admits none.
         rotation: what ``residual: rotation`` means; None if no rotation is exact.
         reason: why none is.
         remedy: what is exact instead.
     """
 
-    permutation: ResidualKind
+    permutation: ResidualKind | None
     rotation: ResidualKind | None = None
     reason: str = ""
     remedy: str = ""
@@ -39,8 +39,12 @@ class ResidualGroup:
     @property
     def kinds(self) -> tuple[ResidualKind, ...]:
         """All that is admitted, the smallest group first."""
-        rotation = () if self.rotation is None else (self.rotation,)
-        return (ResidualKind.none, self.permutation, *rotation)
+        found = (ResidualKind.none, self.permutation, self.rotation)
+        return tuple(kind for kind in found if kind is not None)
+
+    def of(self, wanted: Residual) -> ResidualKind | None:
+        """What the parameter means; None if it is not exact."""
+        return {Residual.permutation: self.permutation, Residual.rotation: self.rotation}.get(wanted, ResidualKind.none)
 
 
 def residual_group(layout: ModelLayout, tied: bool) -> ResidualGroup:
@@ -50,6 +54,8 @@ def residual_group(layout: ModelLayout, tied: bool) -> ResidualGroup:
         layout: of the model.
         tied: whether the head is the embedding (`ties_embeddings`).
     """
+    if layout.family.stream.returned:
+        return ResidualGroup(None, None, *_RETURNED)
     plain = layout.family.stream.norm is StreamNorm.rms
     permutation = ResidualKind.signed_permutation if plain else ResidualKind.permutation
     if (refused := _why_no_rotation(layout, tied=tied)) is not None:
@@ -69,11 +75,10 @@ def residual_kind(layout: ModelLayout, tied: bool, wanted: Residual) -> Residual
         ParameterError: if that is not exact, with the reason and what would be.
     """
     group = residual_group(layout, tied)
-    if wanted is Residual.rotation and group.rotation is None:
-        where = f"residual: rotation with {layout.family.title}"
+    if (kind := group.of(wanted)) is None:
+        where = f"residual: {wanted.value} with {layout.family.title}"
         raise ParameterError(where, f"it would change what the model computes, because {group.reason}", group.remedy)
-    of_wanted = {Residual.permutation: group.permutation, Residual.rotation: group.rotation}
-    return of_wanted.get(wanted) or ResidualKind.none
+    return kind
 
 
 def ties_embeddings(config: Any, layout: ModelLayout) -> bool:
@@ -118,7 +123,11 @@ def outside_scope(layout: ModelLayout, names: Collection[str]) -> Scope:
 
 
 def layer_scope(
-    layout: ModelLayout, layer: int, names: Collection[str], use: Mapping[str, Symmetries] | None = None
+    layout: ModelLayout,
+    layer: int,
+    names: Collection[str],
+    use: Mapping[str, Symmetries] | None = None,
+    heads: HeadShape | None = None,
 ) -> Scope:
     """A layer of a model, by the names inside it.
 
@@ -127,10 +136,11 @@ def layer_scope(
         layer: its index.
         names: of all tensors of the model.
         use: for each kind of block that is to be aligned the symmetries that it may use; all of them if not given.
+        heads: of the layer, where it is not the model's layer of that index.
     """
     inside = {part: spec for part, spec in layout.inside.items() if layout.name(layer, part) in names}
     shapes: dict[BlockKind, HeadShape | MlpShape] = {
-        BlockKind.attention: layout.head_shape(layer),
+        BlockKind.attention: heads or layout.head_shape(layer),
         BlockKind.mlp: layout.mlp_shape(),
     }
     blocks = {
@@ -186,14 +196,16 @@ def _bias_of(name: str) -> str:
 
 
 _PERMUTE = "Use residual: permutation, which is exact"
+_RETURNED = (
+    "it returns the residual stream itself, in whose coordinates others read it",
+    "Use residual: none, or the class of this model that has a task head",
+)
 
 
 def _why_no_rotation(layout: ModelLayout, *, tied: bool) -> tuple[str, str] | None:
     """Reason and remedy; None where one is exact."""
     if stays := _staying(layout.inside):
         return f"it normalises behind the block ({stays})", _PERMUTE
-    if layout.family.stream.returned:
-        return "it returns the residual stream itself, behind its last norm", _PERMUTE
     if stays := _staying(layout.outside):
         return f"it normalises behind the embeddings ({stays})", _PERMUTE
     if not tied:

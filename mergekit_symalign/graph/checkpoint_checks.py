@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -135,12 +135,21 @@ class Checkpoint:
             CheckpointError: naming the tensor, the model and the remedy.
         """
         planned = [info for info in planned if not self.layout.is_buffer(info.name)]
-        claims = {info.name: self._claim(info.name) for info in planned}
-        for info in planned:
-            self._check_tensor(info, claims[info.name])
-        layers = frozenset(claim.layer for claim in claims.values() if claim.layer is not None)
+        claims = self.check_tensors(planned)
+        layers = frozenset(claim.layer for claim in claims if claim.layer is not None)
         self._check_complete({info.name for info in planned}, layers)
         return unread(self, {name for info in planned for name in self.read_for(info)}, layers)
+
+    def check_tensors(self, infos: Sequence[WeightInfo]) -> list[Claim]:
+        """Check that tensors are there, in a floating-point type and the right shape; gives their claims.
+
+        Raises:
+            CheckpointError: naming the tensor, the model and the remedy.
+        """
+        claims = [self._claim(info.name) for info in infos]
+        for info, claim in zip(infos, claims, strict=True):
+            self._check_tensor(info, claim)
+        return claims
 
     def _claim(self, name: str) -> Claim:
         claim = self.layout.claim(name)

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.graph.config_groups import Group, Settings, all_settings, groups_of, scalars
-from mergekit_symalign.methods import DataMethod, PlannedMethod
+from mergekit_symalign.graph.config_groups import Group, Settings, all_settings, groups_of, model_settings, scalars
+from mergekit_symalign.methods import ALIGNMENT_NAMES, DataMethod, PlannedMethod
 
 
 def check_models(config: MergeConfiguration, trust_remote_code: bool) -> None:
@@ -53,6 +53,7 @@ def check_config(config: MergeConfiguration, method: PlannedMethod) -> None:
     for where, settings in all_settings(config):
         for name, value in settings.items():
             _check_parameter(where, name, value, method.spec)
+    _check_levels(config, method)
     for group in groups_of(config):
         _check_sources(group, method)
         _check_required(group, method)
@@ -77,6 +78,22 @@ def _check_parameter(where: str, name: str, value: Any, spec: MergeMethodSpec) -
                 f"it cannot be {scalar!r}: {error.errors()[0]['msg']}",
                 "Correct the value",
             ) from error
+
+
+def _check_levels(config: MergeConfiguration, method: PlannedMethod) -> None:
+    """MergeKit passes over what holds for all models where it stands beside a single one. Ours is not lost in silence.
+
+    Raises:
+        ParameterError: naming the parameter and the model.
+    """
+    shared = {p.name for p in method.spec.shared_parameters} & ALIGNMENT_NAMES
+    for where, settings in model_settings(config):
+        if given := sorted(settings.keys() & shared):
+            raise ParameterError(
+                f"parameter {given[0]} ({where})",
+                "it holds for all models of the merge, and stands beside one of them, where nothing reads it",
+                "Move it to the parameters of the merge",
+            )
 
 
 def _check_sources(group: Group, method: PlannedMethod) -> None:

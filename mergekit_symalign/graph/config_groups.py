@@ -89,6 +89,13 @@ def all_settings(config: MergeConfiguration) -> Iterator[tuple[str, Settings]]:
             yield from _slice_settings(f"modules.{name}.slices[{i}]", out)
 
 
+def model_settings(config: MergeConfiguration) -> Iterator[tuple[str, Settings]]:
+    """The ``parameters:`` of every listed model, and where it stands."""
+    for group in groups_of(config):
+        for source in group.sources:
+            yield f"{group.where}: {source.model}", source.parameters or {}
+
+
 def _slice_settings(where: str, out: OutputSliceDefinition) -> Iterator[tuple[str, Settings]]:
     yield where, out.parameters or {}
     for source in out.sources:

@@ -15,10 +15,12 @@ from mergekit.graph import Task
 from mergekit_symalign import __version__
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.symmetry.neurons.match import ROUTES
+from mergekit_symalign.symmetry.residual.kinds import ResidualKind
 from mergekit_symalign.whole_file import written_whole
 
 REPORT = "symalign_report.json"
 FORMAT = 1
+LOSS = "none was measured"  # of a merge: `barrier` measures it
 _COUNTED = ("neurons", "experts", "kv_heads", "query_heads")
 _SUMMED = (
     "distance_before",
@@ -47,6 +49,21 @@ class FactsOf(Task[Dict[str, Any]]):
         return facts
 
 
+class StreamFacts(FactsOf):
+    """The same of a residual stream.
+
+    Attributes:
+        kind: of its element.
+        share: the task that tells what it does alone; a merge does not run it.
+    """
+
+    kind: str
+    share: Task
+
+    def execute(self, solution: Dict[str, Any]) -> Dict[str, Any]:
+        return {**super().execute(solution), "kind": self.kind, "loss": LOSS}
+
+
 class WriteReport(Task[str]):
     """Writes the report when everything else has been written.
 
@@ -62,7 +79,7 @@ class WriteReport(Task[str]):
     path: str
     head: str
     blocks: Tuple[Tuple[str, int, BlockKind, FactsOf], ...]
-    streams: Tuple[Tuple[str, FactsOf], ...] = ()
+    streams: Tuple[Tuple[str, StreamFacts], ...] = ()
     findings: Tuple[Tuple[str, Task], ...] = ()
     after: Optional[Task] = None
 
@@ -125,13 +142,13 @@ class Reports:
 
     _blocks: list[tuple[str, int, BlockKind, FactsOf]] = field(default_factory=list)
     _findings: list[tuple[str, Task]] = field(default_factory=list)
-    _streams: list[tuple[str, FactsOf]] = field(default_factory=list)
+    _streams: list[tuple[str, StreamFacts]] = field(default_factory=list)
 
     def record(self, model: ModelReference, layer: int, kind: BlockKind, solution: Task) -> None:
         self._blocks.append((str(model), layer, kind, FactsOf(solution=solution)))
 
-    def record_stream(self, model: ModelReference, solution: Task) -> None:
-        self._streams.append((str(model), FactsOf(solution=solution)))
+    def record_stream(self, model: ModelReference, kind: ResidualKind, solution: Task, share: Task) -> None:
+        self._streams.append((str(model), StreamFacts(solution=solution, kind=kind.value, share=share)))
 
     def find(self, findings: Sequence[tuple[str, Task]]) -> None:
         """Add what tasks will tell of tensors."""

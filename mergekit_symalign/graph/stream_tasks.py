@@ -14,6 +14,7 @@ from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.residual.alternate import align_stream, block_sides
+from mergekit_symalign.symmetry.residual.cross import standing_distance
 from mergekit_symalign.symmetry.residual.kinds import ResidualKind
 from mergekit_symalign.symmetry.residual.membership import describe_stream
 from mergekit_symalign.symmetry.residual.move import comparable, move_scope, moved_along
@@ -87,6 +88,38 @@ class SolveStream(_OfStream):
         }
         LOG.info("solved the residual stream of %s: %s", self.model[0][0][1].model, json.dumps(facts))
         return {"actions": found.stream.pack(), "facts": facts}
+
+
+class OwnShare(_OfStream):
+    """How far a model is from its anchor with its stream moved and its blocks left alone: one more pass over both.
+
+    Attributes:
+        kind: of the stream's element.
+        stream: the task that gives it.
+        scopes, anchor, model: as for `SolveStream`.
+    """
+
+    kind: ResidualKind
+    stream: Task
+    scopes: Tuple[Scope, ...]
+    anchor: Tuple[Loads, ...]
+    model: Tuple[Loads, ...]
+
+    def arguments(self) -> Dict[str, Task]:
+        return {"stream": self.stream}
+
+    def uses_accelerator(self) -> bool:
+        return False
+
+    def execute(self, stream: Dict[str, Any]) -> Dict[str, Any]:
+        """Squared distances of the tensors that both have in one shape: as they stand, and with the stream moved."""
+        element, before, after = BlockElement.unpack(stream["actions"]), 0.0, 0.0
+        for scope, ours, theirs in zip(self.scopes, self.anchor, self.model, strict=True):
+            anchor, model = (comparable(scope, _loaded(loads), self.kind) for loads in (ours, theirs))
+            same = {name: x for name, x in anchor.items() if name in model and model[name].shape == x.shape}
+            before += standing_distance(same, model)
+            after += standing_distance(same, moved_along(scope, {name: model[name] for name in same}, element))
+        return {"own_distance_before": before, "own_distance_after": after}
 
 
 class SolveMoved(SolveBlock):

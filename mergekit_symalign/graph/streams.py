@@ -20,7 +20,8 @@ from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
-from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, SolveMoved, SolveStream
+from mergekit_symalign.graph.stream_checks import require_equal_layers, require_one_anchor, require_same_shapes
+from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, OwnShare, SolveMoved, SolveStream
 from mergekit_symalign.graph.stream_tokens import Vocabularies
 from mergekit_symalign.graph.untie import UNTIE, is_tied
 from mergekit_symalign.symmetry.options import Symmetries
@@ -68,6 +69,18 @@ class MovedStream:
             parts=parts,
         )
 
+    def own_share(self) -> OwnShare:
+        """The task that tells what the stream alone does to the distance."""
+        places = tuple(self.scopes)
+        return OwnShare(
+            key=str(next(iter(self.model[None].values())).model),
+            kind=self.kind,
+            stream=self.solution,
+            scopes=tuple(self.scopes[place] for place in places),
+            anchor=tuple(_some(self.anchor[place], self.scopes[place].axes) for place in places),
+            model=tuple(_some(self.model[place], self.scopes[place].axes) for place in places),
+        )
+
     def applied(self, place: Place, name: str, block: tuple[str, Task] | None) -> ApplyStream:
         """The task that moves one tensor."""
         scope = around(self.scopes[place], (name,), folds=self.kind.rotates)
@@ -107,8 +120,10 @@ def plan_streams(
     with_stream = {m: path for m, path in files.items() if alignments.has_stream(path, _anchor(planned), m)}
     if wanted is Residual.none and not with_stream:
         return {}
+    require_one_anchor(planned)
     _require_whole(planned, wanted)
     vocabularies = Vocabularies.of(planned, options)
+    require_same_shapes(planned, moved, models)
     found = {}
     for model in moved:
         if model in files and model not in with_stream:
@@ -122,7 +137,7 @@ def plan_streams(
         file = with_stream.get(model)
         found[model] = _moved(model, planned, blocks, models, alignments, vocabularies, wanted, file)
     for model, stream in found.items():
-        reports.record_stream(model, stream.solution)
+        reports.record_stream(model, stream.kind, stream.solution, stream.own_share())
         folder = _agreed(planned, "save_alignment")
         if folder is not None:
             settings = {name: _agreed(planned, name) for name in RESIDUAL_NAMES}
@@ -188,11 +203,15 @@ def _scopes(
 ) -> dict[Place, Scope]:
     names = {layout.name(place, part) if place is not None else part for place, of in loads.items() for part in of}
     use: dict[Place, dict[str, Symmetries]] = defaultdict(dict)
+    source: dict[Place, int] = {}  # the layer of the models that a layer of the output comes from
     for block in blocks:
+        source[block.layer] = block.layer_of(model)
         if model in block.moved():
             use[block.layer][block.kind.value] = block.symmetries
     return {
-        place: outside_scope(layout, names) if place is None else layer_scope(layout, place, names, use[place])
+        place: outside_scope(layout, names)
+        if place is None
+        else layer_scope(layout, place, names, use[place], layout.head_shape(source.get(place, place)))
         for place in loads
     }
 
@@ -229,12 +248,7 @@ def _require_whole(planned: Sequence[Planned], wanted: Residual) -> None:
                 f"Use {name}: {only}, or residual: none",
             )
     for weight, task in planned:
-        if {info.name for info in gather_of(task).weight_info.values()} != {weight.name}:
-            raise ConfigError(
-                "parameter residual",
-                f"tensor {weight.name} pairs different layers, but the residual stream is that of whole models",
-                "Leave residual out where slices pair different layers",
-            )
+        require_equal_layers(weight, task)
 
 
 def _agreed(planned: Sequence[Planned], name: str) -> Any:

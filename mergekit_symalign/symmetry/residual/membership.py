@@ -24,6 +24,7 @@ _STEPS: Mapping[ResidualKind, tuple[str, ...]] = {
     ResidualKind.mean_keeping_rotation: ("rotation",),
 }
 _REMEDY = "Solve the alignment again"
+_QUANTILES = {f"stream_angle_p{percent}": percent / 100 for percent in (10, 25, 75, 90)}
 
 
 def require_stream_symmetry(element: BlockElement, kind: ResidualKind, hidden: int) -> None:
@@ -63,14 +64,15 @@ def describe_stream(element: BlockElement, hidden: int) -> Facts:
     """What an element does to the residual stream.
 
     Returns:
-        Of a permutation, how many coordinates moved and changed their sign; of a rotation, median and largest of the
-        angles by which it turns its planes, in degrees.
+        Of a permutation, how many coordinates moved and changed their sign; of a rotation, quantiles of the angles by
+        which it turns its planes, in degrees (every coordinate counts once, so that each plane counts twice).
     """
     q = dense(element.actions.get(STREAM), hidden)
     facts: Facts = {"stream": hidden}
     if all(step.kind == "rotation" for step in steps_of(element.actions.get(STREAM))):
         turned = torch.rad2deg(torch.angle(torch.linalg.eigvals(q)).abs())
-        return facts | {"stream_angle_median": float(turned.median()), "stream_angle_max": float(turned.max())}
+        found = {name: float(turned.quantile(share)) for name, share in _QUANTILES.items()}
+        return facts | {"stream_angle_median": float(turned.median()), "stream_angle_max": float(turned.max()), **found}
     moved = q.abs().argmax(1) != torch.arange(hidden)
     return facts | {"stream_moved": int(moved.sum()), "signs_flipped": int((q.sum(1) < 0).sum())}
 
