@@ -22,8 +22,10 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_symalign.families.resolve import ModelLayout
+from mergekit_symalign.families.stream import is_gain
 from mergekit_symalign.symmetry.by_activations.experts import Routing
 from mergekit_symalign.symmetry.element import Fused, fused_parts
+from mergekit_symalign.symmetry.residual.kinds import STREAM
 
 OUTPUTS = frozenset(("query", "key", "value"))  # axes seen where a tensor writes them
 INPUTS = frozenset(("attended", "down"))  # axes seen where a tensor reads them
@@ -75,11 +77,13 @@ class Activations:
         tokens: by axis [prompts, tokens, axis].
         positions: by axis [positions, axis], where the layer projects relative positions like tokens (DeBERTa).
         routing: what its experts are given, for prompts × tokens.
+        normed: by name of their gains, what the norms on the residual stream read [prompts, tokens, hidden size].
     """
 
     tokens: dict[str, Tensor] = field(default_factory=dict)
     positions: dict[str, Tensor] = field(default_factory=dict)
     routing: Routing | None = None
+    normed: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LayerRunner:
@@ -217,6 +221,8 @@ def _watched(layer: nn.Module, layout: ModelLayout, seen: frozenset[str]) -> Ite
     modules = dict(layer.named_modules())
     for part, spec in layout.inside.items() if seen else ():
         name, _, kind = part.rpartition(".")
+        if STREAM in seen and is_gain(part, spec) and name in modules:
+            handles.append(modules[name].register_forward_pre_hook(_note_normed(part, found)))
         axes = layout.axes(spec)
         if kind != "weight" or len(axes.names) != 2 or axes.joined is not None or name not in modules:
             continue
@@ -254,6 +260,13 @@ def _note_output(axis: str | Fused, found: Activations) -> Any:
 def _note_input(axis: str | Fused, found: Activations) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         found.tokens.update(_parts(args[0], axis))
+
+    return hook
+
+
+def _note_normed(gain: str, found: Activations) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.normed[gain] = args[0]
 
     return hook
 
