@@ -30,6 +30,7 @@ from mergekit_symalign.symmetry.residual.kinds import STREAM
 OUTPUTS = frozenset(("query", "key", "value"))  # axes seen where a tensor writes them
 INPUTS = frozenset(("attended", "down"))  # axes seen where a tensor reads them
 EXPERTS = "expert"  # the axis that a router writes
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class LayerRunner:
             functional_call(self.model, dict(weights), (), batch.inputs(), tie_weights=False)
         slots = _Slots()
         structure = tuple(slots.emptied((args, kwargs)) for _, args, kwargs in calls)
-        return Recorded(calls[0][0], tuple(slots.tensors), structure)
+        return Recorded(calls[0][0], tuple(map(_within_float32, slots.tensors)), structure)
 
     @torch.inference_mode()
     def run(
@@ -305,6 +306,12 @@ class _Slots:
                 self.tensors.append(value)
             return self._known[id(value)]
         return _mapped(self.emptied, value)
+
+
+def _within_float32(x: Tensor) -> Tensor:
+    """The same numbers where float32 can hold them: transformers takes softmaxes in float32, and where a mask hides
+    all keys from a token (padding), the smallest number of float64 would make them NaN."""
+    return x.clamp(-_LARGEST, _LARGEST) if x.dtype is torch.float64 else x
 
 
 def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
