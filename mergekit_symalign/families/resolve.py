@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
-from importlib.resources import files
 from typing import Any
 
-import yaml
-
 from mergekit_symalign.errors import ArchitectureError
-from mergekit_symalign.families.named import named_architecture
+from mergekit_symalign.families.known import families, family_of, lookup, supported_architectures
 from mergekit_symalign.families.schema import MLP_AXES, BlockKind, Family, MlpKind, Positions, TensorSpec
 from mergekit_symalign.symmetry.element import Fused, TensorAxes
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
 
+__all__ = ["families", "lookup", "supported_architectures"]  # of `known`
+
 _COUNTED_APART = MLP_AXES - {"expert"} | {"query_gain", "key_gain"}  # may have their experts or heads as another axis
+_PASSES = TensorSpec(axes=(), optional=True, any_shape=True)
 _POSITIVELY_HOMOGENEOUS = frozenset(("relu",))
 
 
@@ -110,16 +110,31 @@ class ModelLayout:
 
     def claim(self, name: str) -> Claim | None:
         """The one rule that claims this tensor, or None if the family does not know it."""
+        name = self.canonical(name)
         if name in self.outside:
             return Claim(None, name, self.outside[name])
         match = self._layer_name.fullmatch(name)
         if match and match[2] in self.inside:
             return Claim(int(match[1]), match[2], self.inside[match[2]])
-        return None
+        passes = any(fnmatchcase(name, pattern) for pattern in self.family.passes_through)
+        return Claim(None, name, _PASSES) if passes else None
+
+    def canonical(self, name: str) -> str:
+        """The name of a tensor in transformers' model, for one that checkpoints and MergeKit's plans may have."""
+        if self._is_known(name):
+            return name
+        prefixes = self.family.stored_prefixes.items()
+        others = (new + name.removeprefix(old) for old, new in prefixes if name.startswith(old))
+        return next(filter(self._is_known, others), name)
+
+    def _is_known(self, name: str) -> bool:
+        patterns = self.family.passes_through
+        known = name in self.outside or self._layer_name.fullmatch(name) is not None
+        return known or any(fnmatchcase(name, pattern) for pattern in patterns)
 
     def layer_of(self, name: str) -> int | None:
         """The layer that a tensor lies in by its name, whether the family knows the tensor or not."""
-        match = self._layer_name.fullmatch(name)
+        match = self._layer_name.fullmatch(self.canonical(name))
         return int(match[1]) if match else None
 
     def is_buffer(self, name: str) -> bool:
@@ -128,7 +143,7 @@ class ModelLayout:
 
     def is_absent(self, name: str) -> bool:
         """Whether models of this family have such a tensor, but not with this config."""
-        match = self._layer_name.fullmatch(name)
+        match = self._layer_name.fullmatch(self.canonical(name))
         return match is not None and match[2] in self.absent
 
     def name(self, layer: int, part: str) -> str:
@@ -198,24 +213,6 @@ def _names(axis: str | tuple[str, ...]) -> set[str]:
     return {axis} if isinstance(axis, str) else set(axis)
 
 
-@cache
-def families() -> dict[str, Family]:
-    """All family files that ship with the package, by name."""
-    folder = files(__package__)
-    raw = {f.name[:-5]: yaml.safe_load(f.read_text("utf-8")) for f in folder.iterdir() if f.name.endswith(".yaml")}
-    return {name: Family.model_validate(_inherit(raw, name)) for name in sorted(raw)}
-
-
-@cache
-def _by_architecture() -> dict[str, Family]:
-    return {arch: family for family in families().values() for arch in family.architectures}
-
-
-def supported_architectures() -> tuple[str, ...]:
-    """transformers class names that some family describes."""
-    return tuple(sorted(_by_architecture()))
-
-
 def is_block_tensor(name: str) -> bool:
     """Whether any family takes a tensor of this name for part of an attention block or MLP."""
     return any(re.search(pattern, name) for pattern in _block_patterns())
@@ -242,7 +239,8 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
     Raises:
         ArchitectureError: no family has this architecture, or the family was not checked for this variant of it.
     """
-    family = _family_of(config, model)
+    family = family_of(config, model)
+    config = text_config(config, family)
     for key, allowed in family.variants.items():
         value = lookup(config, key)
         if value not in allowed:
@@ -313,37 +311,15 @@ def _rotary(config: Any, family: Family, geometry: Geometry, model: str) -> int:
     return rotary
 
 
-def lookup(config: Any, key: str) -> Any:
-    """``a.b`` in a config whose parts may be attributes or dict items; None where it is absent."""
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else getattr(config, part, None)
-        if config is None:
-            return None
-    return config
+def text_config(config: Any, family: Family) -> Any:
+    """The part of a config that describes the model of a family.
 
-
-def _family_of(config: Any, model: str) -> Family:
-    known = _by_architecture()
-    name = named_architecture(config, model=model, supported=known.keys())
-    if name not in known:
+    Raises:
+        ArchitectureError: if it has none.
+    """
+    part = lookup(config, family.config) if family.config else config
+    if part is None:
         raise ArchitectureError(
-            f"model {model}",
-            f"architecture {name} is not supported by the aligned methods",
-            f"Supported: {', '.join(supported_architectures())}; use MergeKit's own method for others",
+            f"family {family.name}", f"the model's config has no {family.config}", "Check the model's config.json"
         )
-    return known[name]
-
-
-def _inherit(raw: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    """A family file over the one it extends: mappings are merged, null removes an entry, all else is replaced."""
-    own = dict(raw[name])
-    parent = own.pop("extends", None)
-    return own if parent is None else _overlaid(_inherit(raw, parent), own)
-
-
-def _overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "axes" not in value
-        merged[key] = _overlaid(merged[key], value) if both else value
-    return {key: value for key, value in merged.items() if value is not None}
+    return part
