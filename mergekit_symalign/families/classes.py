@@ -41,9 +41,10 @@ def with_head(family: Family, ending: str) -> Family:
 
 
 def _read_in(present: Mapping[str, TensorSpec], tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Norms read by those of their readers that this class has."""
+    """Norms read by those of their readers that this class has, and that read the stream there."""
+    reading = {name for name, spec in present.items() if "residual" in spec.axes}
     return {
-        name: spec.model_copy(update={"read_by": tuple(reader for reader in spec.read_by if reader in present)})
+        name: spec.model_copy(update={"read_by": tuple(reader for reader in spec.read_by if reader in reading)})
         for name, spec in tensors.items()
     }
 

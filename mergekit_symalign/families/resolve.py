@@ -242,11 +242,11 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
     family = family_of(config, model)
     config = text_config(config, family)
     for key, allowed in family.variants.items():
-        value = lookup(config, key)
-        if value not in allowed:
+        wrong = [value for value in _values(config, key) if value not in allowed]
+        if wrong:
             raise ArchitectureError(
                 f"model {model}",
-                f"config.{key} is {value!r}; family {family.name} ({family.title}) is known only for "
+                f"config.{key} is {wrong[0]!r}; family {family.name} ({family.title}) is known only for "
                 f"{', '.join(map(repr, allowed))}",
                 "Use MergeKit's own method for this model",
             )
@@ -267,6 +267,15 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
         activation=lookup(config, family.activation) if family.activation is not None else None,
         absent=frozenset(family.layer) - _present(config, family.layer).keys(),
     )
+
+
+def _values(config: Any, key: str) -> list[Any]:
+    """The value of a key; the values of all kinds of layers, where each kind has its own RoPE."""
+    rope = lookup(config, "rope_parameters")
+    kinds = [x for x in rope.values() if isinstance(x, Mapping)] if isinstance(rope, Mapping) else []
+    if kinds and key.startswith("rope_parameters."):
+        return [lookup(kind, key.removeprefix("rope_parameters.")) for kind in kinds]
+    return [lookup(config, key)]
 
 
 def _present(config: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
