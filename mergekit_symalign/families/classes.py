@@ -8,6 +8,7 @@ from functools import cache
 from mergekit_symalign.families.schema import Family, TensorSpec
 
 BARE = "Model"  # how the class without a head ends
+LANGUAGE = "ForCausalLM"  # and the one whose head predicts words
 
 
 def classes_of(family: Family) -> dict[str, Family]:

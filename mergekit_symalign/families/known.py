@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mergekit_symalign.errors import ArchitectureError
-from mergekit_symalign.families.classes import classes_of
+from mergekit_symalign.families.classes import LANGUAGE, classes_of, with_head
 from mergekit_symalign.families.named import named_architecture
 from mergekit_symalign.families.schema import Family, Wrapper
 from mergekit_symalign.families.wrappers import text_class, wrapped
@@ -61,7 +61,9 @@ def family_of(config: Any, model: str) -> Family:
     if wrapper is None:
         return _of_class(name, model, name)
     part = lookup(config, wrapper.config)
-    return wrapped(wrapper, _of_class(text_class(wrapper, part), model, name))
+    known = wrapper.text_families.get(str(getattr(part, "model_type", None)))
+    text = _of_class(text_class(part), model, name) if known is None else with_head(families()[known], LANGUAGE)
+    return wrapped(wrapper, text)
 
 
 def lookup(config: Any, key: str) -> Any:

@@ -11,7 +11,15 @@ from typing import Any
 
 from mergekit_symalign.errors import ArchitectureError
 from mergekit_symalign.families.known import families, family_of, lookup, supported_architectures
-from mergekit_symalign.families.schema import MLP_AXES, BlockKind, Family, MlpKind, Positions, TensorSpec
+from mergekit_symalign.families.schema import (
+    MLP_AXES,
+    BlockKind,
+    Family,
+    LayersWithoutRope,
+    MlpKind,
+    Positions,
+    TensorSpec,
+)
 from mergekit_symalign.symmetry.element import Fused, TensorAxes
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
 
@@ -251,8 +259,7 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
                 "Use MergeKit's own method for this model",
             )
     geometry = _geometry(config, family, model)
-    attention, exception = family.attention, family.attention.without_rope
-    values = lookup(config, exception.key) or () if exception is not None else ()
+    attention = family.attention
     normalised = attention.norm_when is None or lookup(config, attention.norm_when)
     return ModelLayout(
         family=family,
@@ -261,7 +268,7 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
         outside=_present(config, {family.prefix + k: x for k, x in family.tensors.items()} | family.task_heads),
         inside=_present(config, family.layer),
         rotary=_rotary(config, family, geometry, model),
-        without_rope=frozenset(i for i, x in enumerate(values) if exception is not None and x == exception.value),
+        without_rope=_without_rope(config, attention.without_rope),
         norm=attention.norm if normalised else GainScope.none,
         neuron_scale=_neuron_scale(config, family),
         activation=lookup(config, family.activation) if family.activation is not None else None,
@@ -280,6 +287,12 @@ def _values(config: Any, key: str) -> list[Any]:
 
 def _present(config: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     return {name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)}
+
+
+def _without_rope(config: Any, exception: LayersWithoutRope | None) -> frozenset[int]:
+    if exception is None or (exception.when is not None and not lookup(config, exception.when)):
+        return frozenset()
+    return frozenset(i for i, x in enumerate(lookup(config, exception.key) or ()) if x == exception.value)
 
 
 def _neuron_scale(config: Any, family: Family) -> NeuronScale:

@@ -149,10 +149,14 @@ class SizeKeys(_Data):
 
 
 class LayersWithoutRope(_Data):
-    """Which layers have no positions in their attention: those where a list in the config has this value."""
+    """Which layers have no positions in their attention: those where a list in the config has this value.
+
+    Where ``when`` names a config key, there are such layers only if it is set.
+    """
 
     key: str
     value: Any
+    when: Optional[str] = None
 
 
 class AttentionSpec(_Data):
@@ -194,7 +198,8 @@ class Wrapper(_Data):
         architectures: transformers class names.
         config: the part of the config that describes the text model.
         text: what the names of the text model start with.
-        text_class: the class whose family the text model is of; by the text config's ``model_type`` if not given.
+        text_families: the text config's ``model_type`` -> the family of the text model; for others the family of the
+            causal language model that transformers has for it.
         passes_through: patterns of names outside the text model.
         tensors: of those that write to the text model's residual stream, by full name.
         stored_prefixes: as in `Family`.
@@ -205,7 +210,7 @@ class Wrapper(_Data):
     architectures: tuple[str, ...]
     config: str = "text_config"
     text: str
-    text_class: Optional[str] = None
+    text_families: dict[str, str] = Field(default_factory=dict)
     passes_through: tuple[str, ...]
     tensors: dict[str, TensorSpec] = Field(default_factory=dict)
     stored_prefixes: dict[str, str] = Field(default_factory=dict)

@@ -7,17 +7,12 @@ from typing import Any
 from mergekit_symalign.families.schema import Family, Wrapper
 
 
-def text_class(wrapper: Wrapper, config: Any) -> str:
-    """The transformers class of the text model inside, as a model of its own.
-
-    Args:
-        wrapper: around it.
-        config: the text model's.
-    """
+def text_class(config: Any) -> str:
+    """The transformers class of a text model inside another model, as a model of its own; by its config."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    model_type = getattr(config, "model_type", None)
-    return wrapper.text_class or str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, model_type))
+    model_type = str(getattr(config, "model_type", None))
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, model_type))
 
 
 def wrapped(wrapper: Wrapper, text: Family) -> Family:
