@@ -237,17 +237,18 @@ def _block_patterns() -> tuple[str, ...]:
     return tuple(sorted(patterns))
 
 
-def resolve(config: Any, *, model: str) -> ModelLayout:
+def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLayout:
     """The layout of the model that this transformers config describes.
 
     Args:
         config: a transformers config (attributes, and dicts inside).
         model: the model's name, for errors.
+        family: that describes it; by the class that the config names if not given.
 
     Raises:
         ArchitectureError: no family has this architecture, or the family was not checked for this variant of it.
     """
-    family = family_of(config, model)
+    family = family or family_of(config, model)
     config = text_config(config, family)
     for key, allowed in family.variants.items():
         wrong = [value for value in _values(config, key) if value not in allowed]

@@ -41,9 +41,7 @@ def small_model(name: str, family: Family, settings: Mapping[str, Any] | None = 
     Raises:
         ConfigError: if transformers has no such class, or cannot build it so small.
     """
-    model_type = getattr(transformers, name, None)
-    if model_type is None:
-        raise ConfigError(f"class {name}", "the installed transformers has none of this name", "Check --class")
+    model_type = class_of(name)
     own = _small_config(model_type.config_class, family)
     for key, value in (settings or {}).items():
         own[key] = own.get(key, {}) | value if isinstance(value, Mapping) else value
@@ -55,6 +53,18 @@ def small_model(name: str, family: Family, settings: Mapping[str, Any] | None = 
             f"class {name}", f"transformers cannot build a small one ({error})", "Say what it needs with --set"
         ) from error
     return model.double().eval()
+
+
+def class_of(name: str) -> Any:
+    """A transformers class.
+
+    Raises:
+        ConfigError: if transformers has none of this name.
+    """
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise ConfigError(f"class {name}", "the installed transformers has none of this name", "Choose one with --class")
+    return found
 
 
 @torch.no_grad()
