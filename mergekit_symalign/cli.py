@@ -22,6 +22,7 @@ _COMMANDS = {
     "apply": "apply",
     "verify": "verify",
     "barrier": "barrier",
+    "check-family": "check_family",
     "yaml": "merge_yaml",
 }
 """Each command and its module."""
@@ -49,7 +50,7 @@ def _commands() -> Iterator[click.Command]:
     problem = hook.problem()
     for name, module in _COMMANDS.items():
         if problem is None or name in _ANY_MERGEKIT:
-            yield getattr(importlib.import_module(f"mergekit_symalign.commands.{module}"), name)
+            yield getattr(importlib.import_module(f"mergekit_symalign.commands.{module}"), name.replace("-", "_"))
         else:
             yield _refusing(name, problem)
 

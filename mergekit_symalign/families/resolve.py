@@ -7,18 +7,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
-from importlib.resources import files
 from typing import Any
 
-import yaml
-
 from mergekit_symalign.errors import ArchitectureError
-from mergekit_symalign.families.named import named_architecture
-from mergekit_symalign.families.schema import MLP_AXES, BlockKind, Family, MlpKind, Positions, TensorSpec
+from mergekit_symalign.families.known import families, family_of, lookup, supported_architectures
+from mergekit_symalign.families.schema import (
+    MLP_AXES,
+    BlockKind,
+    Family,
+    LayersWithoutRope,
+    MlpKind,
+    Positions,
+    TensorSpec,
+)
 from mergekit_symalign.symmetry.element import Fused, TensorAxes
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
 
+__all__ = ["families", "lookup", "supported_architectures"]  # of `known`
+
 _COUNTED_APART = MLP_AXES - {"expert"} | {"query_gain", "key_gain"}  # may have their experts or heads as another axis
+_PASSES = TensorSpec(axes=(), optional=True, any_shape=True)
 _POSITIVELY_HOMOGENEOUS = frozenset(("relu",))
 
 
@@ -110,16 +118,31 @@ class ModelLayout:
 
     def claim(self, name: str) -> Claim | None:
         """The one rule that claims this tensor, or None if the family does not know it."""
+        name = self.canonical(name)
         if name in self.outside:
             return Claim(None, name, self.outside[name])
         match = self._layer_name.fullmatch(name)
         if match and match[2] in self.inside:
             return Claim(int(match[1]), match[2], self.inside[match[2]])
-        return None
+        passes = any(fnmatchcase(name, pattern) for pattern in self.family.passes_through)
+        return Claim(None, name, _PASSES) if passes else None
+
+    def canonical(self, name: str) -> str:
+        """The name of a tensor in transformers' model, for one that checkpoints and MergeKit's plans may have."""
+        if self._is_known(name):
+            return name
+        prefixes = self.family.stored_prefixes.items()
+        others = (new + name.removeprefix(old) for old, new in prefixes if name.startswith(old))
+        return next(filter(self._is_known, others), name)
+
+    def _is_known(self, name: str) -> bool:
+        patterns = self.family.passes_through
+        known = name in self.outside or self._layer_name.fullmatch(name) is not None
+        return known or any(fnmatchcase(name, pattern) for pattern in patterns)
 
     def layer_of(self, name: str) -> int | None:
         """The layer that a tensor lies in by its name, whether the family knows the tensor or not."""
-        match = self._layer_name.fullmatch(name)
+        match = self._layer_name.fullmatch(self.canonical(name))
         return int(match[1]) if match else None
 
     def is_buffer(self, name: str) -> bool:
@@ -128,7 +151,7 @@ class ModelLayout:
 
     def is_absent(self, name: str) -> bool:
         """Whether models of this family have such a tensor, but not with this config."""
-        match = self._layer_name.fullmatch(name)
+        match = self._layer_name.fullmatch(self.canonical(name))
         return match is not None and match[2] in self.absent
 
     def name(self, layer: int, part: str) -> str:
@@ -198,24 +221,6 @@ def _names(axis: str | tuple[str, ...]) -> set[str]:
     return {axis} if isinstance(axis, str) else set(axis)
 
 
-@cache
-def families() -> dict[str, Family]:
-    """All family files that ship with the package, by name."""
-    folder = files(__package__)
-    raw = {f.name[:-5]: yaml.safe_load(f.read_text("utf-8")) for f in folder.iterdir() if f.name.endswith(".yaml")}
-    return {name: Family.model_validate(_inherit(raw, name)) for name in sorted(raw)}
-
-
-@cache
-def _by_architecture() -> dict[str, Family]:
-    return {arch: family for family in families().values() for arch in family.architectures}
-
-
-def supported_architectures() -> tuple[str, ...]:
-    """transformers class names that some family describes."""
-    return tuple(sorted(_by_architecture()))
-
-
 def is_block_tensor(name: str) -> bool:
     """Whether any family takes a tensor of this name for part of an attention block or MLP."""
     return any(re.search(pattern, name) for pattern in _block_patterns())
@@ -232,29 +237,30 @@ def _block_patterns() -> tuple[str, ...]:
     return tuple(sorted(patterns))
 
 
-def resolve(config: Any, *, model: str) -> ModelLayout:
+def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLayout:
     """The layout of the model that this transformers config describes.
 
     Args:
         config: a transformers config (attributes, and dicts inside).
         model: the model's name, for errors.
+        family: that describes it; by the class that the config names if not given.
 
     Raises:
         ArchitectureError: no family has this architecture, or the family was not checked for this variant of it.
     """
-    family = _family_of(config, model)
+    family = family or family_of(config, model)
+    config = text_config(config, family)
     for key, allowed in family.variants.items():
-        value = lookup(config, key)
-        if value not in allowed:
+        wrong = [value for value in _values(config, key) if value not in allowed]
+        if wrong:
             raise ArchitectureError(
                 f"model {model}",
-                f"config.{key} is {value!r}; family {family.name} ({family.title}) is known only for "
+                f"config.{key} is {wrong[0]!r}; family {family.name} ({family.title}) is known only for "
                 f"{', '.join(map(repr, allowed))}",
                 "Use MergeKit's own method for this model",
             )
     geometry = _geometry(config, family, model)
-    attention, exception = family.attention, family.attention.without_rope
-    values = lookup(config, exception.key) or () if exception is not None else ()
+    attention = family.attention
     normalised = attention.norm_when is None or lookup(config, attention.norm_when)
     return ModelLayout(
         family=family,
@@ -263,7 +269,7 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
         outside=_present(config, {family.prefix + k: x for k, x in family.tensors.items()} | family.task_heads),
         inside=_present(config, family.layer),
         rotary=_rotary(config, family, geometry, model),
-        without_rope=frozenset(i for i, x in enumerate(values) if exception is not None and x == exception.value),
+        without_rope=_without_rope(config, attention.without_rope),
         norm=attention.norm if normalised else GainScope.none,
         neuron_scale=_neuron_scale(config, family),
         activation=lookup(config, family.activation) if family.activation is not None else None,
@@ -271,8 +277,23 @@ def resolve(config: Any, *, model: str) -> ModelLayout:
     )
 
 
+def _values(config: Any, key: str) -> list[Any]:
+    """The value of a key; the values of all kinds of layers, where each kind has its own RoPE."""
+    rope = lookup(config, "rope_parameters")
+    kinds = [x for x in rope.values() if isinstance(x, Mapping)] if isinstance(rope, Mapping) else []
+    if kinds and key.startswith("rope_parameters."):
+        return [lookup(kind, key.removeprefix("rope_parameters.")) for kind in kinds]
+    return [lookup(config, key)]
+
+
 def _present(config: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     return {name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)}
+
+
+def _without_rope(config: Any, exception: LayersWithoutRope | None) -> frozenset[int]:
+    if exception is None or (exception.when is not None and not lookup(config, exception.when)):
+        return frozenset()
+    return frozenset(i for i, x in enumerate(lookup(config, exception.key) or ()) if x == exception.value)
 
 
 def _neuron_scale(config: Any, family: Family) -> NeuronScale:
@@ -313,37 +334,15 @@ def _rotary(config: Any, family: Family, geometry: Geometry, model: str) -> int:
     return rotary
 
 
-def lookup(config: Any, key: str) -> Any:
-    """``a.b`` in a config whose parts may be attributes or dict items; None where it is absent."""
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else getattr(config, part, None)
-        if config is None:
-            return None
-    return config
+def text_config(config: Any, family: Family) -> Any:
+    """The part of a config that describes the model of a family.
 
-
-def _family_of(config: Any, model: str) -> Family:
-    known = _by_architecture()
-    name = named_architecture(config, model=model, supported=known.keys())
-    if name not in known:
+    Raises:
+        ArchitectureError: if it has none.
+    """
+    part = lookup(config, family.config) if family.config else config
+    if part is None:
         raise ArchitectureError(
-            f"model {model}",
-            f"architecture {name} is not supported by the aligned methods",
-            f"Supported: {', '.join(supported_architectures())}; use MergeKit's own method for others",
+            f"family {family.name}", f"the model's config has no {family.config}", "Check the model's config.json"
         )
-    return known[name]
-
-
-def _inherit(raw: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    """A family file over the one it extends: mappings are merged, null removes an entry, all else is replaced."""
-    own = dict(raw[name])
-    parent = own.pop("extends", None)
-    return own if parent is None else _overlaid(_inherit(raw, parent), own)
-
-
-def _overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "axes" not in value
-        merged[key] = _overlaid(merged[key], value) if both else value
-    return {key: value for key, value in merged.items() if value is not None}
+    return part

@@ -112,6 +112,7 @@ class TensorSpec(_Data):
         read_by: for a norm on the residual stream: the tensors of the same layer (or the model) that read its output,
             if nothing else does; none where its output goes on along the stream.
         in_front: stored after the layers, and yet needed to run the first of them.
+        any_shape: nothing is known of its axes, because no symmetry moves it.
     """
 
     axes: tuple[Union[Axis, tuple[Axis, ...]], ...]
@@ -122,6 +123,7 @@ class TensorSpec(_Data):
     offset: float = 0.0
     read_by: tuple[str, ...] = ()
     in_front: bool = False
+    any_shape: bool = False
 
     @property
     def block(self) -> BlockKind | None:
@@ -147,10 +149,14 @@ class SizeKeys(_Data):
 
 
 class LayersWithoutRope(_Data):
-    """Which layers have no positions in their attention: those where a list in the config has this value."""
+    """Which layers have no positions in their attention: those where a list in the config has this value.
+
+    Where ``when`` names a config key, there are such layers only if it is set.
+    """
 
     key: str
     value: Any
+    when: Optional[str] = None
 
 
 class AttentionSpec(_Data):
@@ -183,6 +189,33 @@ class StreamSpec(_Data):
     returned: bool = False
 
 
+class Wrapper(_Data):
+    """A file of a model around a text model: vision-language models have such files.
+
+    Attributes:
+        name: as the file is called.
+        title: for people.
+        architectures: transformers class names.
+        config: the part of the config that describes the text model.
+        text: what the names of the text model start with.
+        text_families: the text config's ``model_type`` -> the family of the text model; for others the family of the
+            causal language model that transformers has for it.
+        passes_through: patterns of names outside the text model.
+        tensors: of those that write to the text model's residual stream, by full name.
+        stored_prefixes: as in `Family`.
+    """
+
+    name: str
+    title: str
+    architectures: tuple[str, ...]
+    config: str = "text_config"
+    text: str
+    text_families: dict[str, str] = Field(default_factory=dict)
+    passes_through: tuple[str, ...]
+    tensors: dict[str, TensorSpec] = Field(default_factory=dict)
+    stored_prefixes: dict[str, str] = Field(default_factory=dict)
+
+
 class Family(_Data):
     """One family file.
 
@@ -198,8 +231,14 @@ class Family(_Data):
         variants: config key -> the values this family was checked for (None: the key is absent); any other is refused.
         tensors: outside the layers, by full name.
         layer_prefix: what the names inside a layer start with; ``{layer}`` is its index.
-        prefix: what models with a task head put before the names above.
-        task_heads: tensors of those heads, by full name; none of them is in every model.
+        prefix: what models with a head put before the names above.
+        heads: by how a class's name ends, the tensors of its head, by full name (`families/classes.py`).
+        derives: classes that differ from those of ``architectures`` only in their head belong to the family too.
+        task_heads: tensors of heads, by full name; none of them is in every model.
+        config: the part of the config that all keys above are in; empty for the whole.
+        passes_through: patterns of names outside this model (a vision tower's), which no symmetry moves.
+        stored_prefixes: how names may begin in checkpoints and in MergeKit's plans -> how they begin here; the first
+            that fits counts.
         layer: inside a layer, by the rest of the name.
         buffers: names that old checkpoints carry beside the weights, and that are never merged.
         layers_return_tuples: transformers' layers return their attention beside the hidden states.
@@ -219,6 +258,11 @@ class Family(_Data):
     layer_prefix: str
     layer: dict[str, TensorSpec]
     prefix: str = ""
+    heads: dict[str, dict[str, TensorSpec]] = Field(default_factory=dict)
+    derives: bool = True
+    config: str = ""
+    passes_through: tuple[str, ...] = ()
+    stored_prefixes: dict[str, str] = Field(default_factory=dict)
     task_heads: dict[str, TensorSpec] = Field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     layers_return_tuples: bool = False
@@ -226,9 +270,10 @@ class Family(_Data):
 
     @model_validator(mode="after")
     def _readers_exist(self) -> Family:
-        known = {*self.tensors, *self.layer, *self.task_heads}
-        for name, spec in {**self.tensors, **self.layer, **self.task_heads}.items():
-            if missing := set(spec.read_by) - known:
+        of_heads = {name: spec for head in self.heads.values() for name, spec in head.items()}
+        known = {**self.tensors, **self.layer, **self.task_heads, **of_heads}
+        for name, spec in known.items():
+            if missing := set(spec.read_by) - known.keys():
                 raise ValueError(f"family {self.name}: {name} is read by {sorted(missing)}, which it does not list")
         if "{layer}" not in self.layer_prefix:
             raise ValueError(f"family {self.name}: layer_prefix has no {{layer}}")

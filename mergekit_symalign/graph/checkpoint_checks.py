@@ -174,8 +174,9 @@ class Checkpoint:
                 "Use the model's unquantised checkpoint",
             )
         expected = self.layout.shape(claim.spec)
-        fits = len(expected) == len(header.shape) and all(
-            want in (None, got) for want, got in zip(expected, header.shape, strict=True)
+        fits = claim.spec.any_shape or (
+            len(expected) == len(header.shape)
+            and all(want in (None, got) for want, got in zip(expected, header.shape, strict=True))
         )
         if not fits:
             wanted = " x ".join("any" if n is None else str(n) for n in expected)
@@ -189,7 +190,7 @@ class Checkpoint:
         """MergeKit plans every tensor that the config promises for a merged layer, or the checkpoint has none."""
         parts = [part for part, spec in self.layout.inside.items() if not spec.optional]
         expected = {self.layout.name(layer, part) for layer in layers for part in parts}
-        for name in sorted(expected - planned):
+        for name in sorted(expected - {self.layout.canonical(name) for name in planned}):
             if self.stored(WeightInfo(name=name)) is None:
                 raise CheckpointError(
                     f"tensor {name} of model {self.model}",

@@ -201,7 +201,7 @@ def _check_signs(query: _Heads, shape: HeadShape) -> None:
 
 def _check_planes(axis: str, factor: Tensor, shape: HeadShape) -> None:
     """Factors [heads, d] must be the same for both coordinates of a rotary plane."""
-    first, second = factor[:, shape.planes()].unflatten(1, (2, shape.rotary // 2)).unbind(1)
+    first, second = factor[:, shape.planes()].unflatten(1, (2, -1)).unbind(1)
     same = bool(((first - second).abs() <= TOLERANCE * first.abs()).all())
     _require(same, axis, "the two coordinates of a rotary plane have different factors")
 

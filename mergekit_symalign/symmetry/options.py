@@ -122,9 +122,15 @@ class HeadShape:
         return self.query_heads if axis in ("query", "attended") else self.kv_heads
 
     def planes(self) -> list[int]:
-        """The coordinates that turn: first those of all planes, then their partners."""
+        """The coordinates that turn: first those of all planes, then their partners.
+
+        Under a QK-norm the coordinates that do not turn are paired as well: what both of a pair share is exact.
+        """
         r = self.rotary
-        return [*range(0, r, 2), *range(1, r, 2)] if self.interleaved else list(range(r))
+        first, second = (range(0, r, 2), range(1, r, 2)) if self.interleaved else (range(r // 2), range(r // 2, r))
+        rest = self.rest() if self.qk_norm else []
+        half = len(rest) // 2
+        return [*first, *rest[:half], *second, *rest[half:]]
 
     def turning(self, rotation: Rotation) -> list[int]:
         """The coordinates of query and key that only turn with their plane; ``full`` may mix planes."""

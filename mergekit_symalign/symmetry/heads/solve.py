@@ -119,7 +119,7 @@ def solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisA
     """What query rows carry: the largest group that positions and norms admit."""
     rotate = use.rotation is not Rotation.none
     if shape.qk_norm:
-        return align_signs(m.query, m.key, of_heads=shape.norm is GainScope.centred) if rotate else None
+        return _solve_signs(m, shape) if rotate else None
     if not (rotate or use.scaling):
         return None
     if use.rotation is Rotation.full:
@@ -133,6 +133,13 @@ def solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisA
     query, key = (side.at(shape.rest()) for side in (m.query, m.key))
     rest = align_heads(query, key, rotate=rotate, scale=use.scaling)
     return rotary_action(planes, rest, interleaved=shape.interleaved)
+
+
+def _solve_signs(m: AttentionMoments, shape: HeadShape) -> Scaling:
+    planes = shape.planes()
+    signs = align_signs(m.query.at(planes), m.key.at(planes), of_heads=shape.norm is GainScope.centred).factor
+    natural = torch.argsort(torch.tensor(planes, device=signs.device))
+    return Scaling(signs.unflatten(0, (shape.kv_heads, -1)).index_select(-1, natural).flatten())
 
 
 def dense(g: AxisAction | None, like: Moments) -> Tensor:

@@ -1,0 +1,67 @@
+"""What a family file may combine: anything that no solver knows is refused when the file is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mergekit_symalign.errors import ArchitectureError
+from mergekit_symalign.families.schema import ATTENTION_AXES, MLP_AXES, Family, MlpKind, Positions, TensorSpec
+from mergekit_symalign.symmetry.options import GainScope
+
+_HEADS = ("query", "key", "value", "attended")
+_GAINS = ("query_gain", "key_gain")
+
+
+def require_known(family: Family) -> None:
+    """
+    Raises:
+        ArchitectureError: naming the family, and what it combines that no solver knows.
+    """
+    for problem in _problems(family):
+        raise ArchitectureError(f"family {family.name}", problem, "Correct the file")
+
+
+def _problems(family: Family) -> Iterator[str]:
+    axes = {axis for spec in family.layer.values() for axis in _axes(spec)}
+    yield from _of_attention(family, axes)
+    yield from _of_mlp(family, axes)
+    for name, spec in family.layer.items():
+        if _axes(spec) & ATTENTION_AXES and _axes(spec) & MLP_AXES:
+            yield f"{name} has axes of the attention and of the MLP, and a tensor belongs to one of the two"
+        if spec.fused_per_head and not any(isinstance(axis, tuple) for axis in spec.axes):
+            yield f"{name} is fused_per_head, but none of its axes is fused"
+    for name in (name for name, spec in family.tensors.items() if spec.block is not None):
+        yield f"{name} has an axis of a layer's block, but lies outside the layers"
+
+
+def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
+    attention = family.attention
+    if missing := [axis for axis in _HEADS if axis not in axes]:
+        yield f"no tensor of a layer has the axis {missing[0]}"
+    if attention.positions is Positions.none and (attention.rotary_factor or attention.without_rope):
+        yield "attention.positions is none, so no part of a head turns and no layer is without RoPE"
+    has_gains = [axis for axis in _GAINS if axis in axes]
+    if attention.norm is GainScope.none and has_gains:
+        yield f"a tensor has the axis {has_gains[0]}, but attention.norm is none"
+    if attention.norm is not GainScope.none and len(has_gains) < len(_GAINS):
+        yield f"attention.norm is {attention.norm.value}, which needs a gain of the queries and one of the keys"
+    if attention.norm_when is not None and attention.norm is GainScope.none:
+        yield "attention.norm_when says when there is a norm, but attention.norm is none"
+    if "head" in axes and not attention.norm.per_head:
+        yield f"a gain has the axis head, but under attention.norm: {attention.norm.value} all heads share one"
+
+
+def _of_mlp(family: Family, axes: set[str]) -> Iterator[str]:
+    gated = family.mlp is MlpKind.gated
+    if missing := [axis for axis in ("up", "down") if axis not in axes]:
+        yield f"no tensor of a layer has the axis {missing[0]}"
+    if gated != ("gate" in axes):
+        yield f"mlp is {family.mlp.value}, but {'no' if gated else 'a'} tensor of a layer has the axis gate"
+    if gated and family.activation is not None:
+        yield "activation is of a plain MLP, but mlp is gated"
+    if (family.sizes.experts is not None) != ("expert" in axes):
+        yield "sizes.experts and the axis expert belong together, and one of them is missing"
+
+
+def _axes(spec: TensorSpec) -> set[str]:
+    return {name for axis in spec.axes for name in ((axis,) if isinstance(axis, str) else axis)}

@@ -1,0 +1,175 @@
+"""The family files that ship with the package, and which of them describes a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from mergekit_symalign.errors import ArchitectureError
+from mergekit_symalign.families.classes import LANGUAGE, classes_of, with_head
+from mergekit_symalign.families.combinations import require_known
+from mergekit_symalign.families.named import named_architecture
+from mergekit_symalign.families.schema import Family, Wrapper
+from mergekit_symalign.families.wrappers import text_class, wrapped
+
+_ALSO, _EXTENDS = "also", "extends"
+Raw = dict[str, Any]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@cache
+def families() -> dict[str, Family]:
+    """All families of the files that ship with the package, by name."""
+    return families_of({name: raw for name, raw in _files().items() if not _is_wrapper(raw)})
+
+
+@cache
+def wrappers() -> dict[str, Wrapper]:
+    """All files of models around a text model, by name."""
+    return {name: _validated(Wrapper, raw, name) for name, raw in _files().items() if _is_wrapper(raw)}
+
+
+def families_of(raw: Mapping[str, Raw]) -> dict[str, Family]:
+    """Validated families, by name.
+
+    Args:
+        raw: what the files hold, by name; one file may hold several families (``also``).
+
+    Raises:
+        ArchitectureError: naming the family that does not fit the schema, or that combines what no solver knows.
+    """
+    every = dict(item for name, own in raw.items() for item in _apart(name, own))
+    found = {name: _validated(Family, _inherit(every, name), name) for name in sorted(every)}
+    for family in found.values():
+        require_known(family)
+    return found
+
+
+def classes_in(path: Path) -> dict[str, Family | Wrapper]:
+    """The classes that a file describes, which need not be in the package and may extend families that are.
+
+    Returns:
+        The family of each class, with its head; the wrapper of classes around a text model (`family_around`).
+
+    Raises:
+        ArchitectureError: if it cannot be read, or as `families_of`.
+    """
+    try:
+        own = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ArchitectureError(f"file {path}", f"it cannot be read ({error})", "Name a family file") from error
+    if not isinstance(own, dict) or not isinstance(own.get("name"), str):
+        raise ArchitectureError(f"file {path}", "it is no family file: it has no name", "Name a family file")
+    if _is_wrapper(own):
+        wrapper = _validated(Wrapper, own, own["name"])
+        return dict.fromkeys(wrapper.architectures, wrapper)
+    others = {name: raw for name, raw in _files().items() if not _is_wrapper(raw)}
+    found = families_of({**others, own["name"]: own})
+    return {arch: of for name, _ in _apart(own["name"], own) for arch, of in classes_of(found[name]).items()}
+
+
+def supported_architectures() -> tuple[str, ...]:
+    """transformers class names that some family describes."""
+    return tuple(sorted({*_by_class(), *_wrapper_by_class()}))
+
+
+def family_of(config: Any, model: str) -> Family:
+    """The family of the model that a transformers config describes, with the head of its class.
+
+    Raises:
+        ArchitectureError: no family has this architecture.
+    """
+    supported = supported_architectures()
+    name = named_architecture(config, model=model, supported=supported)
+    wrapper = _wrapper_by_class().get(name)
+    return _of_class(name, model, name) if wrapper is None else family_around(wrapper, config, model)
+
+
+def family_around(wrapper: Wrapper, config: Any, model: str) -> Family:
+    """The family of a model around a text model, which its config tells.
+
+    Raises:
+        ArchitectureError: no family has the architecture of the text model.
+    """
+    part = lookup(config, wrapper.config)
+    known = wrapper.text_families.get(str(getattr(part, "model_type", None)))
+    text = _of_class(text_class(part), model, wrapper.name) if known is None else with_head(families()[known], LANGUAGE)
+    return wrapped(wrapper, text)
+
+
+def lookup(config: Any, key: str) -> Any:
+    """``a.b`` in a config whose parts may be attributes or dict items; None where it is absent."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else getattr(config, part, None)
+        if config is None:
+            return None
+    return config
+
+
+def _of_class(name: str, model: str, shown: str) -> Family:
+    known = _by_class()
+    if name not in known:
+        what = f"architecture {name}" if name == shown else f"text model {name} inside a {shown} model"
+        raise ArchitectureError(
+            f"model {model}",
+            f"{what} is not supported by the aligned methods",
+            f"Supported: {', '.join(supported_architectures())}; use MergeKit's own method for others",
+        )
+    return known[name]
+
+
+@cache
+def _by_class() -> dict[str, Family]:
+    return {arch: of for family in families().values() for arch, of in classes_of(family).items()}
+
+
+@cache
+def _wrapper_by_class() -> dict[str, Wrapper]:
+    return {arch: wrapper for wrapper in wrappers().values() for arch in wrapper.architectures}
+
+
+@cache
+def _files() -> dict[str, Raw]:
+    folder = files(__package__)
+    return {f.name[:-5]: yaml.safe_load(f.read_text("utf-8")) for f in folder.iterdir() if f.name.endswith(".yaml")}
+
+
+def _validated(kind: type[Model], raw: Raw, name: str) -> Model:
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise ArchitectureError(f"family {name}", str(error), "Correct the file") from error
+
+
+def _is_wrapper(raw: Raw) -> bool:
+    return "passes_through" in raw
+
+
+def _apart(name: str, raw: Raw) -> Iterator[tuple[str, Raw]]:
+    """A file's own family, and those under ``also``, which extend it."""
+    yield name, {key: value for key, value in raw.items() if key != _ALSO}
+    for other, own in raw.get(_ALSO, {}).items():
+        yield other, {_EXTENDS: name, "name": other, **own}
+
+
+def _inherit(raw: Mapping[str, Raw], name: str) -> Raw:
+    """A family file over the one it extends: mappings are merged, null removes an entry, all else is replaced."""
+    own = dict(raw[name])
+    parent = own.pop(_EXTENDS, None)
+    if parent is not None and parent not in raw:
+        raise ArchitectureError(f"family {name}", f"it extends {parent}, which there is not", "Correct the file")
+    return own if parent is None else _overlaid(_inherit(raw, parent), own)
+
+
+def _overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> Raw:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "axes" not in value
+        merged[key] = _overlaid(merged[key], value) if both else value
+    return {key: value for key, value in merged.items() if value is not None}

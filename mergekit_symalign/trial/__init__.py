@@ -1,0 +1,1 @@
+"""Small random models of a transformers class, and whether a family's table describes them. No MergeKit."""

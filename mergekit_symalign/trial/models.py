@@ -1,0 +1,128 @@
+"""Small random models of any transformers class, with weights sharp enough that a wrong transform shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from mergekit_symalign.errors import ConfigError
+from mergekit_symalign.families.schema import Family
+
+_SIZES = {"layers": 2, "hidden": 48, "query_heads": 6, "kv_heads": 2, "head_dim": 8, "neurons": 80, "experts": 4}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+_TEXT = {"vocab_size": 97, "max_position_embeddings": 128, "num_experts_per_tok": 2, "num_labels": 3} | _TOKENS
+_VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+_VISION |= {"image_size": 28, "patch_size": 14}
+
+
+class EverythingInFloat64(TorchFunctionMode):
+    """transformers computes norms and rotary tables in float32 whatever the model's dtype: here in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
+        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
+
+
+def small_model(name: str, family: Family, settings: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """A model of two layers and a few dozen coordinates, not yet random.
+
+    Args:
+        name: of a transformers class.
+        family: that describes it; its ``sizes`` say which config keys to set.
+        settings: of the config, over what is chosen here; a mapping goes into a config inside it.
+
+    Raises:
+        ConfigError: if transformers has no such class, or cannot build it so small.
+    """
+    model_type = class_of(name)
+    own = _small_config(model_type.config_class, family)
+    for key, value in (settings or {}).items():
+        own[key] = own.get(key, {}) | value if isinstance(value, Mapping) else value
+    try:
+        config = model_type.config_class(**own, architectures=[name])
+        model: PreTrainedModel = model_type._from_config(config, experts_implementation="eager")
+    except Exception as error:  # whatever the sizes lead it to
+        raise ConfigError(
+            f"class {name}", f"transformers cannot build a small one ({error})", "Say what it needs with --set"
+        ) from error
+    return model.double().eval()
+
+
+def class_of(name: str) -> Any:
+    """A transformers class.
+
+    Raises:
+        ConfigError: if transformers has none of this name.
+    """
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise ConfigError(f"class {name}", "the installed transformers has none of this name", "Choose one with --class")
+    return found
+
+
+@torch.no_grad()
+def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Sharp weights, norms away from 1, and biases away from 0, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, x in model.named_parameters():
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        if x.ndim >= 2 and "norm" not in name:
+            x.copy_(noise * 1.5 / x.shape[-1] ** 0.5)
+        else:
+            x.copy_(0.5 * noise if name.endswith("bias") else 1 + 0.3 * noise)
+    return model
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, seed: int = 0, **more: Tensor) -> Tensor:
+    """What a model in float64 computes of random tokens (images, where it knows no tokens).
+
+    Args:
+        model: in float64.
+        seed: of the inputs.
+        more: inputs beside the tokens; ``input_ids`` among them replaces those.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config.get_text_config()
+    if model.main_input_name == "pixel_values":
+        size = (3, config.num_channels, config.image_size, config.image_size)
+        inputs = {"pixel_values": torch.randn(size, generator=generator, dtype=torch.float64)}
+    else:
+        shape = (3, 2, 24) if type(model).__name__.endswith("MultipleChoice") else (3, 24)
+        inputs = {"input_ids": torch.randint(3, min(config.vocab_size, 80), shape, generator=generator)}
+    with EverythingInFloat64():
+        found: Tensor = model(**inputs | more)[0]
+    return found
+
+
+def with_weights(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model of the same config with other weights."""
+    copy = type(model)(model.config).double().eval()
+    copy.load_state_dict(state, strict=False)
+    copy.tie_weights()
+    return copy
+
+
+def relative_deviation(a: Tensor, b: Tensor) -> float:
+    """Largest difference, in standard deviations of ``a``."""
+    return float((a.double() - b.double()).abs().max() / a.double().std())
+
+
+def _small_config(config_class: Any, family: Family) -> dict[str, Any]:
+    sizes = {key: where for key, where in family.sizes.model_dump().items() if where is not None}
+    text = {where: _SIZES[key] for key, where in sizes.items()} | _TEXT
+    if not family.config:
+        return text
+    whole = config_class()
+    vision = getattr(whole, "vision_config", None)
+    known = getattr(vision, "__dataclass_fields__", None) or vars(vision or object)
+    own: dict[str, Any] = {family.config: {"model_type": getattr(whole, family.config).model_type} | text}
+    small = {key: value for key, value in _VISION.items() if key in known}
+    return own | {"vision_config": {"model_type": getattr(vision, "model_type", None)} | small}
