@@ -201,7 +201,7 @@ def test_different_layers_are_refused(llama: Twins, tmp_path: Path) -> None:
         "slices": [{"sources": sources}],
         "parameters": {"residual": "rotation"},
     }
-    with pytest.raises(ConfigError, match="pairs different layers .* the residual stream is one for all layers"):
+    with pytest.raises(ConfigError, match=r"pairs different layers .* the residual stream is one for all layers"):
         merged(config, tmp_path / "out")
 
 

@@ -91,7 +91,7 @@ class SolveStream(OfStream):
         return {"actions": found.stream.pack(), "facts": facts}
 
 
-class OwnShare(_OfStream):
+class OwnShare(OfStream):
     """How far a model is from its anchor with its stream moved and its blocks left alone: one more pass over both.
 
     Attributes:
@@ -113,13 +113,12 @@ class OwnShare(_OfStream):
         return False
 
     def execute(self, stream: Dict[str, Any]) -> Dict[str, Any]:
-        """Squared distances of the tensors that both have in one shape: as they stand, and with the stream moved."""
+        """Squared distances, as the models stand and with the stream moved."""
         element, before, after = BlockElement.unpack(stream["actions"]), 0.0, 0.0
         for scope, ours, theirs in zip(self.scopes, self.anchor, self.model, strict=True):
             anchor, model = (comparable(scope, _loaded(loads), self.kind) for loads in (ours, theirs))
-            same = {name: x for name, x in anchor.items() if name in model and model[name].shape == x.shape}
-            before += standing_distance(same, model)
-            after += standing_distance(same, moved_along(scope, {name: model[name] for name in same}, element))
+            before += standing_distance(anchor, model)
+            after += standing_distance(anchor, moved_along(scope, model, element))
         return {"own_distance_before": before, "own_distance_after": after}
 
 

@@ -24,7 +24,7 @@ from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.graph.stream_activations import BlockKey, Comparison, plan_seen_streams, run_first
 from mergekit_symalign.graph.stream_checks import require_equal_layers, require_one_anchor, require_same_shapes
 from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, OwnShare, SolveMoved, SolveStream
-from mergekit_symalign.graph.stream_tokens import Vocabularies
+from mergekit_symalign.graph.stream_tokens import Compared, Vocabularies
 from mergekit_symalign.graph.streaming import SHARED
 from mergekit_symalign.graph.untie import UNTIE, is_tied
 from mergekit_symalign.symmetry.options import Symmetries
@@ -50,6 +50,7 @@ class MovedStream:
         anchor, model: loads of both, by place and name in the scope.
         solution: the task that gives the element.
         blocks: the tasks that give the blocks' elements, where these are found together with the stream's.
+        seen: what the two are compared by outside their layers; None where they are not compared.
     """
 
     kind: ResidualKind
@@ -58,6 +59,7 @@ class MovedStream:
     model: Mapping[Place, Mapping[str, LoadFinite]]
     solution: Task
     blocks: Mapping[BlockKey, Task] = field(default_factory=dict)
+    seen: Compared | None = None
 
     def solver(self, block: Block, fields: Mapping[str, Any]) -> Task:
         """The task that aligns a block once the stream is moved. Takes the fields of a `SolveBlock`."""
@@ -81,15 +83,10 @@ class MovedStream:
 
     def own_share(self) -> OwnShare:
         """The task that tells what the stream alone does to the distance."""
-        places = tuple(self.scopes)
-        return OwnShare(
-            key=str(next(iter(self.model[None].values())).model),
-            kind=self.kind,
-            stream=self.solution,
-            scopes=tuple(self.scopes[place] for place in places),
-            anchor=tuple(_some(self.anchor[place], self.scopes[place].axes) for place in places),
-            model=tuple(_some(self.model[place], self.scopes[place].axes) for place in places),
-        )
+        assert self.seen is not None
+        key = str(next(iter(self.model[None].values())).model)
+        sides = _in_order(self.scopes, self.anchor, self.model, self.seen)
+        return OwnShare(key=key, kind=self.kind, stream=self.solution, **sides)
 
     def applied(self, place: Place, name: str, block: tuple[str, Task] | None) -> ApplyStream:
         """The task that moves one tensor."""
@@ -131,7 +128,8 @@ def plan_streams(
     if wanted is Residual.none and not with_stream:
         return {}
     require_one_anchor(planned)
-    _require_whole(planned, wanted)
+    for weight, task in planned:
+        require_equal_layers(weight, task)
     vocabularies = Vocabularies.of(planned, options)
     require_same_shapes(planned, moved, models)
     found = {}
@@ -186,25 +184,35 @@ def _moved(
     loads = {m: _loads(m, (anchor, model), planned, models) for m in (anchor, model)}
     scopes = _scopes(layout, loads[anchor], blocks, model)
     tied = is_tied((models.checkpoints[m] for m in (anchor, model)), planned)
+    seen = vocabularies.compared(scopes[None], *((models.checkpoints[m], loads[m][None]) for m in (anchor, model)))
     if file is not None:
         sha256, wanted = alignments.read_stream(file, anchor, model, tied)
-        kind = residual_kind(layout, tied, wanted)
         solution: Task = ReadBlock(path=file, sha256=sha256, block=_NAME)
-        return MovedStream(kind, scopes, loads[anchor], loads[model], solution)
+        return MovedStream(
+            residual_kind(layout, tied, wanted), scopes, loads[anchor], loads[model], solution, seen=seen
+        )
     kind = residual_kind(layout, tied, wanted)
-    places = sorted(scopes, key=lambda place: -1 if place is None else place)
-    sides = {m: (models.checkpoints[m], loads[m][None]) for m in loads}
-    seen = vocabularies.compared(scopes[None], sides[anchor], sides[model])
     solver = SolveStream(
         key=f"{anchor} {model} {kind.value}",
         kind=kind,
         rounds=_rounds(planned),
-        scopes=tuple(scopes[place] for place in places),
-        anchor=tuple(tuple({**loads[anchor], None: seen.anchor}[place].items()) for place in places),
-        model=tuple(tuple({**loads[model], None: seen.model}[place].items()) for place in places),
         tokens=tuple(seen.tokens.items()),
+        **_in_order(scopes, loads[anchor], loads[model], seen),
     )
-    return MovedStream(kind, scopes, loads[anchor], loads[model], solver)
+    return MovedStream(kind, scopes, loads[anchor], loads[model], solver, seen=seen)
+
+
+def _in_order(
+    scopes: Mapping[Place, Scope],
+    anchor: Mapping[Place, Mapping[str, LoadFinite]],
+    model: Mapping[Place, Mapping[str, LoadFinite]],
+    seen: Compared,
+) -> dict[str, Any]:
+    """Scopes and loads of both models as a solver takes them: what lies outside the layers, then every layer."""
+    places = sorted(scopes, key=lambda place: -1 if place is None else place)
+    sides = {"anchor": {**anchor, None: seen.anchor}, "model": {**model, None: seen.model}}
+    loads = {side: tuple(tuple(of[place].items()) for place in places) for side, of in sides.items()}
+    return {"scopes": tuple(scopes[place] for place in places), **loads}
 
 
 def _seen(
@@ -265,16 +273,6 @@ def _loads(
 
 def _claim(name: str, model: ModelReference, models: Models) -> Claim | None:
     return models.checkpoints[model].layout.claim(name)
-
-
-def _require_whole(planned: Sequence[Planned], wanted: Residual) -> None:
-    """A stream is aligned towards one anchor, between whole models, tensor for tensor.
-
-    Raises:
-        ConfigError: if something else is asked for as well.
-    """
-    for weight, task in planned:
-        require_equal_layers(weight, task)
 
 
 def _agreed(planned: Sequence[Planned], name: str) -> Any:
