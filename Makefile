@@ -9,7 +9,7 @@ INSTALL = $(PIP) install --quiet $(UPGRADE) --constraint $(CONSTRAINTS)
 SOURCES := pyproject.toml $(CONSTRAINTS) $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
 .PHONY: demo test tests test-oldest test-newest lint types suite fuzz host-names host-names-tried timings architectures methods
-.PHONY: bench bench-statistics study study-again study-skills study-small docs clean
+.PHONY: bench bench-statistics bench-stream study study-again study-skills study-small docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -54,6 +54,10 @@ bench: $(VENV)/installed
 # docs/statistics.md, measured: a few minutes.
 bench-statistics: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/statistics_cost.py --runs 5
+
+# docs/performance.md, the residual stream: a quarter of an hour.
+bench-stream: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/stream_cost.py $(BENCH)
 
 # What has to be fast, by the clock of this machine
 timings: $(VENV)/installed

@@ -14,6 +14,7 @@ from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
     Chain,
+    HeadMatrix,
     HeadRotation,
     Permutation,
     PlaneRotation,
@@ -31,7 +32,11 @@ Elements = dict[tuple[int, BlockKind], BlockElement]
 
 @dataclass(frozen=True)
 class Planted:
-    """Which symmetries to plant; scales are drawn log-uniformly from ``[1/spread, spread]``."""
+    """Which symmetries to plant.
+
+    Scales are drawn log-uniformly from ``[1/spread, spread]``. With a ``condition`` above 1 values get a general matrix
+    for each KV head, of at most that condition number; one of 1 leaves them a rotation and a scale.
+    """
 
     permutation: bool = True
     heads: bool = True
@@ -39,6 +44,7 @@ class Planted:
     scaling: bool = True
     neuron_scaling: bool = False
     spread: float = 2.0
+    condition: float = 1.0
 
 
 def random_elements(layout: ModelLayout, seed: int, what: Planted | None = None) -> Elements:
@@ -90,7 +96,7 @@ class _Draw:
     what: Planted
 
     def attention(self, shape: HeadShape) -> BlockElement:
-        value = self._heads(shape.kv_heads, shape.head_dim)
+        value = self._values(shape.kv_heads, shape.head_dim)
         actions: dict[str, AxisAction] = {"value": value, "attended": per_query_head(value.dual(), shape)}
         if shape.qk_norm:
             sign = Scaling(self._norm_signs(shape))
@@ -149,6 +155,13 @@ class _Draw:
         if self.what.rotation:
             rotation = torch.linalg.qr(self._normal(heads, d, d)).Q
         return HeadRotation(rotation, self._scale(heads))
+
+    def _values(self, heads: int, d: int) -> AxisAction:
+        if self.what.condition <= 1:
+            return self._heads(heads, d)
+        left, right = (torch.linalg.qr(self._normal(heads, d, d)).Q for _ in range(2))
+        even = torch.rand(heads, d, generator=self.generator, dtype=torch.float64) - 0.5
+        return HeadMatrix((left * self.what.condition ** even.unsqueeze(1)) @ right)
 
     def _norm_signs(self, shape: HeadShape) -> Tensor:
         """±1 for every coordinate of the KV heads: for each plane, or for each head if the norm subtracts the mean."""

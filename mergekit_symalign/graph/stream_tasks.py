@@ -12,13 +12,14 @@ from mergekit.graph import Task
 
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock
+from mergekit_symalign.graph.stream_pieces import moved_tensor
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.options import Sides
 from mergekit_symalign.symmetry.residual.alternate import align_stream, block_sides
 from mergekit_symalign.symmetry.residual.cross import standing_distance
 from mergekit_symalign.symmetry.residual.kinds import ResidualKind
 from mergekit_symalign.symmetry.residual.membership import describe_stream
-from mergekit_symalign.symmetry.residual.move import comparable, move_scope, moved_along
+from mergekit_symalign.symmetry.residual.move import comparable, moved_along
 from mergekit_symalign.symmetry.residual.scope import Scope, Tensors, norms_of
 
 LOG = logging.getLogger(__name__)
@@ -203,7 +204,7 @@ class ApplyStream(OfStream):
         element = BlockElement.unpack(stream["actions"])
         blocks = {} if self.block is None else {self.block[0]: BlockElement.unpack(solution["actions"])}
         found = norms_of(self.scope, norms) if norms else None
-        return move_scope(self.scope, tensors, self.kind, element, blocks, found)[self.name]
+        return moved_tensor(self.name, self.scope, tensors, self.kind, element, blocks, found)
 
 
 def _loaded(loads: Loads) -> Mapping[str, torch.Tensor]:

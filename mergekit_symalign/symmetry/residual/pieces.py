@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes
-from mergekit_symalign.symmetry.groups import AxisAction, Rotation
+from mergekit_symalign.symmetry.groups import Rotation
 from mergekit_symalign.symmetry.residual.scope import VOCABULARY, Scope, Tensors
 from mergekit_symalign.symmetry.rows import compute_dtype
 from mergekit_symalign.symmetry.threads import in_parallel
@@ -29,7 +29,7 @@ def token_ranges(scope: Scope, tensors: Tensors) -> Iterator[tuple[int, int]]:
 def at_range(scope: Scope, tensors: Tensors, start: int, length: int) -> dict[str, Tensor]:
     """The same tensors, those with a row for each token with some of the rows; nothing is copied."""
     return {
-        name: x.narrow(_token_dim(scope.axes[name]), start, length) if has_tokens(scope.axes[name]) else x
+        name: x.narrow(token_dim(scope.axes[name]), start, length) if has_tokens(scope.axes[name]) else x
         for name, x in tensors.items()
     }
 
@@ -54,12 +54,22 @@ def moved_in_pieces(element: BlockElement, x: Tensor, axes: TensorAxes) -> Tenso
     return x
 
 
+def in_dtype(element: BlockElement, dtype: torch.dtype) -> BlockElement:
+    """The same with large matrices in the dtype in which they are used, so that not every piece converts them again."""
+    return BlockElement(
+        {
+            axis: Rotation(action.matrix.to(dtype)) if isinstance(action, Rotation) else action
+            for axis, action in element.actions.items()
+        }
+    )
+
+
 def _along(element: BlockElement, x: Tensor, axes: TensorAxes, dim: int) -> Tensor:
     only = TensorAxes(tuple(name if i == dim else "" for i, name in enumerate(axes.names)), offset=axes.offset)
     size, dtype = x.shape[1 - dim], compute_dtype(x.dtype)
     step = max(1, _PIECE // x.shape[dim])
     result = torch.empty(x.shape, dtype=dtype, device=x.device)
-    once = BlockElement({axis: _in_dtype(action, dtype) for axis, action in element.actions.items()})
+    once = in_dtype(element, dtype)
 
     def write(start: int) -> None:
         length = min(step, size - start)
@@ -69,14 +79,10 @@ def _along(element: BlockElement, x: Tensor, axes: TensorAxes, dim: int) -> Tens
     return result
 
 
-def _in_dtype(action: AxisAction, dtype: torch.dtype) -> AxisAction:
-    """A large matrix in the dtype in which it is used, so that not every piece converts it again."""
-    return Rotation(action.matrix.to(dtype)) if isinstance(action, Rotation) else action
-
-
-def _token_dim(axes: TensorAxes) -> int:
+def token_dim(axes: TensorAxes) -> int:
+    """Which axis of a tensor counts tokens."""
     return axes.names.index(VOCABULARY)
 
 
 def _tokens(scope: Scope, name: str, x: Tensor) -> int:
-    return x.shape[_token_dim(scope.axes[name])]
+    return x.shape[token_dim(scope.axes[name])]
