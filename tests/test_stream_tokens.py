@@ -178,7 +178,7 @@ def test_distances_are_those_of_common_tokens(llama: Pair, tmp_path: Path) -> No
 
 def test_positions_are_no_tokens(tmp_path: Path) -> None:
     """GPT-2: learned positions move with the stream, and all of them count."""
-    pair = Pair("gpt2", "permutation", tmp_path, n_layer=1)
+    pair = Pair("gpt2", "permutation", tmp_path, n_layer=1, n_head=3)
     merged(pair.config(), tmp_path / "out")
     out, vocabulary = opened(pair.anchor, tmp_path / "out")
     twin = scores(pair.twin, numbered(TWIN_TOKENS), COMMON)

@@ -39,7 +39,7 @@ NO_ALIGNMENT = {"permutation": False, "heads": False, "rotation": "none", "scali
 TIED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama-tied", {"num_hidden_layers": 1}),
     "qwen2": ("qwen2-tied", {"num_hidden_layers": 1}),
-    "gpt2": ("gpt2", {"n_layer": 1}),
+    "gpt2": ("gpt2", {"n_layer": 1, "n_head": 3}),
     "cohere": ("cohere", {"num_hidden_layers": 1}),  # MergeKit does not know what its head is tied to
     "phi4-mini": ("phi4-mini", {"num_hidden_layers": 1, "tie_word_embeddings": True}),  # MergeKit always plans its head
     "phi2": ("phi2", {"num_hidden_layers": 1, "tie_word_embeddings": True}),  # its head has a bias

@@ -21,7 +21,7 @@ from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Symmetries
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM
 from mergekit_symalign.symmetry.rows import compute_dtype
 
-VOCABULARY = "vocabulary"  # axis of what has a row for each token
+VOCABULARY = "vocabulary"
 FLOOR = 1e-2  # of a gain's root mean square: smaller gains are no divisors
 
 Tensors = Mapping[str, Tensor]
