@@ -205,7 +205,7 @@ def test_different_layers_and_other_vocabularies_are_refused(llama: Twins, tmp_p
         "slices": [{"sources": sources}],
         "parameters": {"residual": "rotation"},
     }
-    with pytest.raises(ConfigError, match="pairs different layers .* the residual stream is one for all layers"):
+    with pytest.raises(ConfigError, match=r"pairs different layers .* the residual stream is one for all layers"):
         merged(config, tmp_path / "out")
 
 
