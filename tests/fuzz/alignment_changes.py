@@ -228,6 +228,7 @@ def _other_block(rng: random.Random, content: Content, tensors: Tensors) -> None
 
 
 _KINDS = ("permutation", "scaling", "head_rotation", "plane_rotation", "interleaved_plane_rotation", "chain")
+_KINDS += ("rotation", "head_matrix")
 
 
 def _other_steps(rng: random.Random, content: Content, tensors: Tensors) -> None:
