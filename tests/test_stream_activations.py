@@ -38,16 +38,13 @@ from mergekit_symalign.graph.stream_activations import SolveSeenStream
 WORDS = 97
 PLANTED = [
     ("llama", "rotation"),
-    ("llama-tied", "permutation"),
     ("gpt2-untied", "rotation"),
-    ("gpt2", "permutation"),
     ("gemma2", "permutation"),
     ("olmo2", "permutation"),
     ("phi3", "rotation"),
     ("mixtral", "rotation"),
     ("bert-classifier", "permutation"),
     ("modernbert", "permutation"),
-    ("vit-classifier", "permutation"),
     ("vit-classifier", "rotation"),
 ]
 

@@ -36,7 +36,7 @@ from mergekit_symalign.commands.sizes import Size, human
 from mergekit_symalign.errors import ArchitectureError, CalibrationError, ConfigError
 from mergekit_symalign.graph.alignments import package_versions, sizes_of
 from mergekit_symalign.graph.fingerprint import fingerprint
-from mergekit_symalign.graph.readers import image_processor_of, require_embedded_ids, tokenizer_of
+from mergekit_symalign.graph.readers import image_processor_of, require_embedded_ids, require_positions, tokenizer_of
 from mergekit_symalign.statistics.file import Measured, Origin
 from mergekit_symalign.statistics.places import plain_path
 from mergekit_symalign.statistics.writer import StatisticsWriter, require_statistics_or_nothing, writing
@@ -249,6 +249,7 @@ def _prepared(model: StoredModel, asked: Asked, objective: Objective, options: M
     path = DEFAULT_PROMPTS if asked.calibration == "default" else Path(asked.calibration)
     prepared = prepare_texts(path, tokenizer, how)
     require_embedded_ids(prepared.largest or 0, model.checkpoint)
+    require_positions(max(batch.ids.shape[1] for batch in prepared.samples.batches), model.checkpoint)
     if alone and all(target is not None and bool((target < 0).all()) for target in prepared.samples.targets):
         raise CalibrationError(
             f"calibration {path}", "its prompts are too short to predict anything", "Give longer prompts"

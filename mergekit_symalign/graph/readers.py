@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from mergekit_symalign.activations.calibration import Calibration
 from mergekit_symalign.errors import CalibrationError
+from mergekit_symalign.families.resolve import lookup
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 
 
@@ -45,8 +46,30 @@ def _loaded(kind: Any, model: ModelReference, options: MergeOptions, what: str, 
 
 
 def require_embedded(calibration: Calibration, checkpoint: Checkpoint) -> None:
-    """Every token must have its row in the embedding."""
+    """Every token must have its row in the embedding, and a learned position where the model learns them."""
     require_embedded_ids(max(map(max, calibration.sequences)), checkpoint)
+    require_positions(max(map(len, calibration.sequences)), checkpoint)
+
+
+def require_positions(longest: int, checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        CalibrationError: if a prompt of this many tokens is longer than the model's learned positions.
+    """
+    layout = checkpoint.layout
+    padding = lookup(checkpoint.config, "pad_token_id") or 0
+    for name, spec in layout.outside.items():
+        header = checkpoint.stored(WeightInfo(name=name))
+        if spec.axes[0] != "position" or spec.in_front or header is None:  # in front: relative ones, for any length
+            continue
+        there = header.shape[0] - (padding + 1 if layout.family.positions_after_padding else 0)
+        if longest > there:
+            raise CalibrationError(
+                f"model {checkpoint.model}",
+                f"a prompt has {longest} tokens, but the model has learned positions for {there} only ({name})",
+                f"Use at most {there} tokens of each prompt (calibration_sequence_length, --sequence-length), or "
+                "shorter prompts",
+            )
 
 
 def require_embedded_ids(largest: int, checkpoint: Checkpoint) -> None:
