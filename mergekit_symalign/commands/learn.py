@@ -241,7 +241,7 @@ def _length(pair: Pair, wanted: int | None) -> int:
     if wanted is not None and known and wanted > min(known):
         reason = f"the models have {min(known)} positions"
         raise ConfigError(f"--sequence-length {wanted}", reason, f"Give at most {min(known)}")
-    return wanted or min(DEFAULT_LENGTH, *known)
+    return wanted or min((DEFAULT_LENGTH, *known))
 
 
 def _data(pair: Pair, path: Path, asked: Asked, options: MergeOptions) -> Data:
@@ -377,10 +377,10 @@ def _learned(
     held_out = read.batches_held_out(device)
     what = _what(pair, read, asked, start)
     state = beginning(found, held_out, device)
+    ends = [held_out_loss(found, state.numbers, held_out, t) for t in (0.0, 1.0)]
     path = folder / _STATE
     if path.exists():
         state = load_state(path, state, what)
-    ends = [held_out_loss(found, state.numbers, held_out, t) for t in (0.0, 1.0)]
     with tqdm(
         total=plan.steps, initial=state.step, desc="Learning", disable=not bars(quiet), leave=False, ncols=79
     ) as bar:
