@@ -33,7 +33,7 @@ class Plan:
     """
 
     steps: int = 300
-    rate: float = 3e-3
+    rate: float = 1e-2
     seed: int = 0
     every: int = 10
     patience: int = 10
