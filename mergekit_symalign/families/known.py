@@ -144,7 +144,10 @@ def _validated(kind: type[Model], raw: Raw, name: str) -> Model:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise ArchitectureError(f"family {name}", str(error), "Correct the file") from error
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        raise ArchitectureError(f"family {name}", reason, "Correct the file") from error
 
 
 def _is_wrapper(raw: Raw) -> bool:
