@@ -20,6 +20,7 @@ QWEN = {"text_config": MROPE, "image_token_id": 90, "video_token_id": 91, "visio
 QWEN |= {"tie_word_embeddings": False, "vision_end_token_id": 93}
 DEEP = {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 16}
 GEMMA2 = {"model_type": "gemma2"} | SLIDING
+SHARED = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "intermediate_size": 64}
 UNTIED = {"tie_word_embeddings": False}
 
 # Name -> transformers class, and its config beyond the sizes.
@@ -44,6 +45,10 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("GraniteMoeForCausalLM", UNTIED),
     "vaultgemma": ("VaultGemmaForCausalLM", SLIDING | UNTIED),
     "opt": ("OPTForCausalLM", {"word_embed_proj_dim": 48, "tie_word_embeddings": True}),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", {"shared_expert_intermediate_size": 40}),
+    "glm4-moe": ("Glm4MoeForCausalLM", SHARED | {"use_qk_norm": True, "partial_rotary_factor": 0.5}),
+    "solar-open": ("SolarOpenForCausalLM", SHARED),
+    "minimax-m2": ("MiniMaxM2ForCausalLM", {"rotary_dim": 4}),
     "xlm-roberta": ("XLMRobertaModel", {}),
     "camembert": ("CamembertForMaskedLM", {}),
     "modernbert-bare": ("ModernBertModel", {}),

@@ -46,6 +46,7 @@ ROOMS: dict[str, str] = {
     "symmetry/admitted symmetry/membership",
     "families": "errors symmetry/options symmetry/element symmetry/residual",
     "planting": f"families {ELEMENTS} symmetry/heads symmetry/residual",
+    "trial": "errors families planting symmetry/residual",
     "fusion": f"errors families {ELEMENTS} symmetry/assignment symmetry/heads symmetry/by_activations symmetry/solve",
     "activations": "errors families fusion symmetry/element symmetry/by_activations",
     "alignments": f"errors families whole_file sealed {ELEMENTS} symmetry/admitted symmetry/membership "
@@ -61,7 +62,7 @@ ROOMS: dict[str, str] = {
     "hook": "errors host method_names aligned_methods data_methods graph card",
     "demo": "errors families planting whole_file",
     "commands": "errors host method_names families whole_file sealed statistics activations alignments methods graph "
-    "card hook demo",
+    "card hook demo trial",
     "cli": "errors hook commands",
 }
 ONE_ROOM = {"alignment_file": "alignments", "autoload": "hook"}

@@ -31,7 +31,7 @@ from mergekit_symalign.trial.checks import (
     stream_kinds,
     unclaimed_tensors,
 )
-from mergekit_symalign.trial.models import class_of, outputs, relative_deviation, small_model, with_weights
+from mergekit_symalign.trial.models import class_of, outputs, randomise, relative_deviation, small_model, with_weights
 
 SETTINGS = dict(MORE.values())
 MERGED = [
@@ -165,6 +165,12 @@ def test_pictures_are_seen_as_before(monkeypatch: pytest.MonkeyPatch, name: str)
     assert deviation_of_blocks(model, layout) < EXACT
     for kind in stream_kinds(model, layout):
         assert deviation_of_stream(model, layout, kind) < EXACT, kind
+
+
+def test_a_gated_mlp_may_have_any_activation() -> None:
+    for name, settings in (("LlamaForCausalLM", {"hidden_act": "relu"}), ("Gemma2Model", {"hidden_activation": "gelu"})):
+        model = randomise(small_model(name, family_for(name), settings), 0)
+        assert deviation_of_blocks(model, resolve(model.config, model=name)) < EXACT
 
 
 def test_a_tensor_that_nobody_lists_is_not_lost(tmp_path: Path) -> None:

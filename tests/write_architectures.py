@@ -11,9 +11,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import merge_config, merged, squared_distance
+from coverage_page import section
 from models import FAMILIES, logits, make_model, perturbed, relative_deviation, save, with_weights
 
-from mergekit_symalign.families.resolve import ModelLayout, families, resolve
+from mergekit_symalign.families.classes import classes_of
+from mergekit_symalign.families.known import families, wrappers
+from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import Positions
 from mergekit_symalign.planting import random_elements, transform
 from mergekit_symalign.symmetry.options import GainScope, NeuronScale
@@ -54,7 +57,9 @@ kind of RoPE, clamped queries, …) are refused too. The message names the confi
 
 def classes() -> str:
     """A line for each family: the classes it covers."""
-    return "\n".join(f"- {f.title}: {', '.join(f'`{a}`' for a in f.architectures)}" for f in families().values())
+    lines = {f.title: list(classes_of(f)) for f in families().values()}
+    lines |= {wrapper.title: list(wrapper.architectures) for wrapper in wrappers().values()}
+    return "\n".join(f"- {title}: {', '.join(f'`{a}`' for a in found)}" for title, found in lines.items() if found)
 
 
 def query_key(layout: ModelLayout) -> str:
@@ -115,7 +120,7 @@ def measure(name: str, folder: Path) -> str:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         rows = [measure(name, Path(folder)) for name in FAMILIES]
-    OUT.write_text(HEAD + "\n".join(rows) + "\n" + CLASSES.format(classes=classes()), "utf-8")
+    OUT.write_text(HEAD + "\n".join(rows) + "\n" + section() + CLASSES.format(classes=classes()), "utf-8")
 
 
 if __name__ == "__main__":

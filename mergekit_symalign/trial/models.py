@@ -73,7 +73,8 @@ def class_of(name: str) -> Any:
 def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """Sharp weights, norms away from 1, and biases away from 0, in place."""
     generator = torch.Generator().manual_seed(seed)
-    for name, x in model.named_parameters():
+    biases = ((name, x) for name, x in model.named_buffers() if name.endswith("bias") and x.is_floating_point())
+    for name, x in (*model.named_parameters(), *biases):
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         if x.ndim >= 2 and "norm" not in name:
             x.copy_(noise * 1.5 / x.shape[-1] ** 0.5)
