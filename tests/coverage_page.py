@@ -15,10 +15,10 @@ from mergekit_symalign.trial.checks import deviation_of_blocks, deviation_of_str
 HEAD = """
 ## More classes
 
-The same *function* in float64 on smaller models. *Stream*: what may be done to the residual stream, and how far that moves
-the outputs (where a model returns the stream itself, nothing is measured). In vision-language models the text model is
-aligned, and the vision tower passes through unaligned. *Plain merge*: what MergeKit's own merge of a model with itself
-does to its tensors, from the layout that transformers writes.
+The same *function* in float64 on smaller models. *Stream*: what may be done to the residual stream, and how far that
+moves the outputs (where a model returns the stream itself, nothing is measured). In vision-language models the text
+model is aligned, and the vision tower passes through unaligned. *Plain merge*: what MergeKit's own merge of a model
+with itself does to its tensors, from the layout that transformers writes.
 
 | test model | family | transformers class | function | stream | plain merge |
 |---|---|---|---:|---|---|
@@ -31,8 +31,9 @@ OUT = """
 | Qwen2-VL | MergeKit does not find the number of layers in its config, so it plans no merge |
 | heads for answers to questions of decoders and BERT, BERT for pre-training | MergeKit drops the head's tensors |
 | GPT-J, GPTBigCode, GPT-Neo, Falcon, BLOOM, MPT, T5, BART, Whisper, MPNet | not described yet |
-| Llama 4, gpt-oss, Gemma 3n, Gemma 4, Qwen3-Next, Qwen3.5, DeepSeek and other MLA, hybrids with state spaces | not described yet |
-| QK-norm without gains (NanoChat), differential attention (DiffLlama), norms inside the attention (BitNet) | no solver |
+| Llama 4, gpt-oss, Gemma 3n, Gemma 4, Qwen3-Next, Qwen3.5, hybrids with state spaces | not described yet |
+| DeepSeek and other models with MLA | no solver |
+| NanoChat (QK-norm without gains), DiffLlama (differential attention), BitNet (norms inside the attention) | no solver |
 """
 
 

@@ -168,7 +168,8 @@ def test_pictures_are_seen_as_before(monkeypatch: pytest.MonkeyPatch, name: str)
 
 
 def test_a_gated_mlp_may_have_any_activation() -> None:
-    for name, settings in (("LlamaForCausalLM", {"hidden_act": "relu"}), ("Gemma2Model", {"hidden_activation": "gelu"})):
+    for name, key in (("LlamaForCausalLM", "hidden_act"), ("Gemma2Model", "hidden_activation")):
+        settings = {key: "relu"}
         model = randomise(small_model(name, family_for(name), settings), 0)
         assert deviation_of_blocks(model, resolve(model.config, model=name)) < EXACT
 
