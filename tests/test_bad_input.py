@@ -390,7 +390,6 @@ def test_one_model_without_the_qk_norm_of_the_other(tmp_path: Path, refused: Cal
         ("qwen3-moe", "mlp_only_layers", [0]),
         ("deberta-v3", "conv_kernel_size", 3),
         ("bert", "position_embedding_type", "relative_key"),
-        ("modernbert", "hidden_activation", "relu"),
         ("gpt-neox", "hidden_act", "tanh"),
         ("vit", "hidden_act", "tanh"),
         ("distilbert", "activation", "tanh"),

@@ -47,6 +47,7 @@ ROOMS: dict[str, str] = {
     "symmetry/admitted symmetry/membership",
     "families": "errors symmetry/options symmetry/element symmetry/residual",
     "planting": f"families {ELEMENTS} symmetry/heads symmetry/residual",
+    "trial": "errors families planting symmetry/residual",
     "fusion": f"errors families {ELEMENTS} symmetry/assignment symmetry/heads symmetry/by_activations symmetry/solve",
     "activations": "errors families fusion symmetry/element symmetry/by_activations symmetry/residual",
     "learning": f"errors whole_file sealed activations {ELEMENTS} symmetry/assignment symmetry/heads symmetry/solve "
@@ -64,7 +65,7 @@ ROOMS: dict[str, str] = {
     "hook": "errors host method_names aligned_methods data_methods graph card",
     "demo": "errors families planting whole_file",
     "commands": "errors host method_names families whole_file sealed statistics activations alignments learning "
-    "methods graph card hook demo symmetry/options symmetry/element symmetry/describe symmetry/membership "
+    "methods graph card hook demo trial symmetry/options symmetry/element symmetry/describe symmetry/membership "
     "symmetry/residual",
     "cli": "errors hook commands",
 }

@@ -14,10 +14,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import merge_config, merged, squared_distance
+from coverage_page import START as MORE
+from coverage_page import section as more_classes
 from models import FAMILIES, logits, make_model, perturbed, relative_deviation, save, with_weights
-from stream_architectures import START, section
+from stream_architectures import START
+from stream_architectures import section as stream_section
 
-from mergekit_symalign.families.resolve import ModelLayout, families, resolve
+from mergekit_symalign.families.classes import classes_of
+from mergekit_symalign.families.known import families, wrappers
+from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import Positions
 from mergekit_symalign.planting import random_elements, transform
 from mergekit_symalign.symmetry.options import GainScope, NeuronScale
@@ -46,9 +51,10 @@ from 0 and 1). Merges ran through MergeKit in float32.
 """
 
 
-NEXT = "\n## All transformers classes\n"
-CLASSES = f"""{NEXT}
-{{classes}}
+CLASSES = """
+## All transformers classes
+
+{classes}
 
 Anything else is refused with this list. Inside a family, variants that nobody has checked (another activation, another
 kind of RoPE, clamped queries, …) are refused too. The message names the config key and its value.
@@ -57,7 +63,9 @@ kind of RoPE, clamped queries, …) are refused too. The message names the confi
 
 def classes() -> str:
     """A line for each family: the classes it covers."""
-    return "\n".join(f"- {f.title}: {', '.join(f'`{a}`' for a in f.architectures)}" for f in families().values())
+    lines = {f.title: list(classes_of(f)) for f in families().values()}
+    lines |= {wrapper.title: list(wrapper.architectures) for wrapper in wrappers().values()}
+    return "\n".join(f"- {title}: {', '.join(f'`{a}`' for a in found)}" for title, found in lines.items() if found)
 
 
 def query_key(layout: ModelLayout) -> str:
@@ -117,13 +125,15 @@ def measure(name: str, folder: Path) -> str:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        before, _, after = OUT.read_text("utf-8").partition(NEXT)
+        stream = Path(folder) / "stream"
         if sys.argv[1:] == ["stream"]:
-            before, after = before.partition(START)[0], NEXT + after
+            before, _, rest = OUT.read_text("utf-8").partition(START)
+            after = MORE + rest.partition(MORE)[2]
         else:
-            before = HEAD + "".join(measure(name, Path(folder)) + "\n" for name in FAMILIES)
-            after = CLASSES.format(classes=classes())
-        OUT.write_text(before + section(Path(folder) / "stream") + after, "utf-8")
+            before = HEAD + "".join(measure(name, Path(folder)) + "
+" for name in FAMILIES)
+            after = more_classes() + CLASSES.format(classes=classes())
+        OUT.write_text(before + stream_section(stream) + after, "utf-8")
 
 
 if __name__ == "__main__":

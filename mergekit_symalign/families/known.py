@@ -19,6 +19,10 @@ from mergekit_symalign.families.schema import Family, Wrapper
 from mergekit_symalign.families.wrappers import text_class, wrapped
 
 _ALSO, _EXTENDS = "also", "extends"
+OTHERWISE = (
+    "MergeKit's own methods may merge it: check that their output has every tensor of the model, as they drop what "
+    "MergeKit's architecture files do not list"
+)
 Raw = dict[str, Any]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -119,7 +123,7 @@ def _of_class(name: str, model: str, shown: str) -> Family:
         raise ArchitectureError(
             f"model {model}",
             f"{what} is not supported by the aligned methods",
-            f"Supported: {', '.join(supported_architectures())}; use MergeKit's own method for others",
+            f"Supported: {', '.join(supported_architectures())}. {OTHERWISE}",
         )
     return known[name]
 
@@ -144,7 +148,10 @@ def _validated(kind: type[Model], raw: Raw, name: str) -> Model:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise ArchitectureError(f"family {name}", str(error), "Correct the file") from error
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        raise ArchitectureError(f"family {name}", reason, "Correct the file") from error
 
 
 def _is_wrapper(raw: Raw) -> bool:

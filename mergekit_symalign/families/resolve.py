@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from mergekit_symalign.errors import ArchitectureError
-from mergekit_symalign.families.known import families, family_of, lookup, supported_architectures
+from mergekit_symalign.families.known import OTHERWISE, families, family_of, lookup, supported_architectures
 from mergekit_symalign.families.schema import (
     MLP_AXES,
     BlockKind,
@@ -257,7 +257,7 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
                 f"model {model}",
                 f"config.{key} is {wrong[0]!r}; family {family.name} ({family.title}) is known only for "
                 f"{', '.join(map(repr, allowed))}",
-                "Use MergeKit's own method for this model",
+                OTHERWISE,
             )
     geometry = _geometry(config, family, model)
     attention = family.attention

@@ -274,7 +274,7 @@ class Family(_Data):
         known = {**self.tensors, **self.layer, **self.task_heads, **of_heads}
         for name, spec in known.items():
             if missing := set(spec.read_by) - known.keys():
-                raise ValueError(f"family {self.name}: {name} is read by {sorted(missing)}, which it does not list")
+                raise ValueError(f"{name} is read by {sorted(missing)}, which it does not list")
         if "{layer}" not in self.layer_prefix:
-            raise ValueError(f"family {self.name}: layer_prefix has no {{layer}}")
+            raise ValueError("layer_prefix has no {layer}")
         return self

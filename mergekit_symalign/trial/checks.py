@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -69,7 +66,7 @@ def deviation_of_blocks(model: PreTrainedModel, layout: ModelLayout, seed: int =
 
 
 def tensors_without_effect(model: PreTrainedModel, layout: ModelLayout) -> list[str]:
-    """Tensors of the first block of each kind that may stay behind when the rest is moved: they are not of the block."""
+    """Tensors of blocks that may stay behind when the rest of their block is moved: they are not of the block."""
     before, state = outputs(model), model.state_dict()
     twin = transform(state, layout, random_elements(layout, 1))
     found = []
@@ -94,9 +91,9 @@ def deviation_of_stream(model: PreTrainedModel, layout: ModelLayout, kind: Resid
     """How far the outputs move under a random change of coordinates of the residual stream."""
     other = _stored(randomise(with_weights(model, model.state_dict()), seed))
     stream = random_stream(kind, layout.geometry.hidden, seed)
-    moved: State = {}
+    moved = _stored(model)
     for layer in (None, *range(layout.layers)):
-        own, norms = (_part(layout, x, layer) for x in (_stored(model), other))
+        own, norms = (_part(layout, x, layer) for x in (moved, other))
         scope = outside_scope(layout, own) if layer is None else layer_scope(layout, layer, _stored(model))
         after = move_scope(scope, own, kind, stream, {}, norms_of(scope, norms))
         moved |= {part if layer is None else layout.name(layer, part): x for part, x in after.items()}

@@ -17,7 +17,7 @@ from mergekit_symalign.families.schema import Family
 
 _SIZES = {"layers": 2, "hidden": 48, "query_heads": 6, "kv_heads": 2, "head_dim": 8, "neurons": 80, "experts": 4}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-_TEXT = {"vocab_size": 97, "max_position_embeddings": 128, "num_experts_per_tok": 2, "num_labels": 3} | _TOKENS
+_TEXT = {"vocab_size": 97, "max_position_embeddings": 128, "num_experts_per_tok": 2, "num_labels": 2} | _TOKENS
 _VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 _VISION |= {"image_size": 28, "patch_size": 14}
 
@@ -63,7 +63,9 @@ def class_of(name: str) -> Any:
     """
     found = getattr(transformers, name, None)
     if found is None:
-        raise ConfigError(f"class {name}", "the installed transformers has none of this name", "Choose one with --class")
+        raise ConfigError(
+            f"class {name}", "the installed transformers has none of this name", "Choose one with --class"
+        )
     return found
 
 
@@ -71,7 +73,8 @@ def class_of(name: str) -> Any:
 def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """Sharp weights, norms away from 1, and biases away from 0, in place."""
     generator = torch.Generator().manual_seed(seed)
-    for name, x in model.named_parameters():
+    biases = ((name, x) for name, x in model.named_buffers() if name.endswith("bias") and x.is_floating_point())
+    for name, x in (*model.named_parameters(), *biases):
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         if x.ndim >= 2 and "norm" not in name:
             x.copy_(noise * 1.5 / x.shape[-1] ** 0.5)
