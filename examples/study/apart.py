@@ -1,0 +1,109 @@
+"""Part 9: models without a common base: what each alignment leaves of the barrier, and which skills it lets move."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .apart_merges import Pair, arms, filled
+from .apart_models import Apart, Models, load, loss
+from .apart_older import older
+from .apart_skills import Transfers
+from .apart_text import Corpus, windows
+from .data import text
+from .models import State
+from .store import Row, Store
+
+LENGTH = 700  # characters of a prompt: about a window
+
+
+def documentation(held_out: float) -> Corpus:
+    """The second text: the installed Python's language reference."""
+    return Corpus(" ".join((text("reference", "train"), text("reference", "heldout"))), held_out)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All pairs of models, what was measured of them, and where they lie."""
+
+    models: Models
+    store: Store
+    older: Path
+
+    @staticmethod
+    def open(settings: Apart, corpus: Path, results: Path, work: Path) -> Study:
+        """
+        Raises:
+            ValueError: if the results were measured on another text.
+        """
+        text = Corpus.read(corpus, settings.held_out)
+        settings = replace(settings, digest=text.digest)
+        folder = work / f"apart-{text.digest[:8]}"
+        models = Models(settings, text, documentation(settings.held_out), folder)
+        return Study(models, Store.open(results, settings), work / "full")
+
+    def run(self) -> None:
+        for shape in self.models.settings.shapes:
+            for seed in self.models.settings.seeds:
+                self._measure("alone", seed, shape, "-", lambda s=shape, i=seed: {"loss": self._alone(s, i)})
+        for shape, number, seeds in self.pairs():
+            pair = self.pair(shape, seeds)
+            for arm in arms():
+                self._measure(shape, number, arm, "-", lambda p=pair, a=arm: p.barrier(a, self._loss(p)))
+        for shape, number, (seed, other) in self.pairs():
+            if seed == self.models.settings.seeds[0]:  # one model learns the skill
+                pair = self.pair(shape, (seed, other))
+                Transfers(self.models, shape, seed, number, pair, self._measure).run()
+        older(self.models.settings, self.older, self._measure)
+
+    def pairs(self) -> Iterator[tuple[str, int, tuple[int, int]]]:
+        """Every pair of initialisations, of every shape; pairs share models."""
+        settings = self.models.settings
+        for number, seeds in enumerate(combinations(settings.seeds, 2)):
+            for shape in settings.shapes:
+                yield shape, number, seeds
+
+    def pair(self, shape: str, seeds: tuple[int, int]) -> Pair:
+        one, other = (self.models.plain(shape, seed) for seed in seeds)
+        work = self.models.work / f"{shape}-{seeds[0]}-{seeds[1]}"
+        return Pair(one, other, self._prompts(), work, self.models.settings.learning)
+
+    def _measure(self, part: str, seed: int, arm: str, variant: str, measure: Callable[[], Row]) -> Row:
+        return self.store.measure({"part": part, "seed": seed, "arm": arm, "variant": variant}, measure)
+
+    def _alone(self, shape: str, seed: int) -> float:
+        return loss(load(self.models.plain(shape, seed))[0], self._windows)
+
+    def _loss(self, pair: Pair) -> Callable[[State], float]:
+        """Of states of the anchor."""
+        model, _ = load(pair.anchor)
+        return lambda state: loss(filled(model, state), self._windows)
+
+    @cached_property
+    def _windows(self) -> Tensor:
+        settings = self.models.settings
+        found = windows(self.models.tokenizer(), self.models.corpus.part("test"), settings.training.length)
+        return found[: settings.windows]
+
+    def _prompts(self) -> Path:
+        """Training text as prompts, written once."""
+        path = self.models.work / "prompts.jsonl"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            train = self.models.corpus.part("train")
+            generator = torch.Generator().manual_seed(0)
+            starts = torch.randint(len(train) - LENGTH, (self.models.settings.prompts,), generator=generator).tolist()
+            lines = [json.dumps({"text": train[start : start + LENGTH]}) + "\n" for start in starts]
+            path.write_text("".join(lines), "utf-8")
+        return path
+
+
+def apart(corpus: Path, name: str, results: Path, work: Path) -> None:
+    Study.open(Apart.read(name), corpus, results / f"{name}.json", work).run()
