@@ -18,6 +18,7 @@ _COMMANDS = {
     "inspect": "inspect",
     "measure": "measure",
     "solve": "solve",
+    "learn": "learn",
     "apply": "apply",
     "verify": "verify",
     "barrier": "barrier",

@@ -117,7 +117,7 @@ class LayerRunner:
             batch: the prompts.
             weights: the tensors outside the layers that the embedding needs, by name.
         """
-        self._move_buffers(batch.valid.device)
+        self.move_buffers(batch.valid.device)
         calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
         def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -154,7 +154,7 @@ class LayerRunner:
 
     def call(self, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, recorded: Recorded) -> Tensor:
         """The hidden states after one layer. Takes what `run` takes."""
-        self._move_buffers(hidden.device)
+        self.move_buffers(hidden.device)
         args, kwargs = recorded.arguments(layer)
         out = functional_call(self.layers[layer], dict(weights), (hidden, *args), kwargs)
         return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
@@ -175,7 +175,7 @@ class LayerRunner:
         Returns:
             The model's output.
         """
-        self._move_buffers(hidden.device)
+        self.move_buffers(hidden.device)
         with _replaced(self.layers, lambda *_, **__: self._returned(hidden)):
             return functional_call(self.model, dict(weights), (), batch.inputs())
 
@@ -186,7 +186,8 @@ class LayerRunner:
     def _returned(self, hidden: Tensor) -> Any:
         return (hidden, None) if self._in_tuples else hidden
 
-    def _move_buffers(self, device: torch.device) -> None:
+    def move_buffers(self, device: torch.device) -> None:
+        """Rotary tables and the like to where the weights are."""
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer is not None and buffer.device != device:

@@ -79,7 +79,7 @@ def prepare_texts(path: Path, tokenizer: Any, how: How) -> Prepared:
         calibration = calibrate(path, tokenizer, {}, tokens=how.tokens, length=how.length)
         pairs = [(sequence, None) for sequence in calibration.sequences]
     if how.objective is Objective.masked_token:
-        pairs = _masked(path, pairs, tokenizer, how.seed)
+        pairs = masked(path, pairs, tokenizer, how.seed)
     said = json.dumps([(list(ids), target if target is None else list(target)) for ids, target in pairs])
     return Prepared(
         samples=_batched(pairs, how),
@@ -98,13 +98,13 @@ def _batched(pairs: Sequence[Pair], how: How) -> Samples:
     together = [[i] for i in range(len(pairs))] if how.alone else list(groups([len(ids) for ids, _ in pairs]))
     batches = [padded([pairs[i][0] for i in group]) for group in together]
     targets = [
-        _targets(batch, [pairs[i][1] for i in group], how.objective)
+        targets_of(batch, [pairs[i][1] for i in group], how.objective)
         for batch, group in zip(batches, together, strict=True)
     ]
     return Samples(tuple(batches), tuple(targets))
 
 
-def _targets(batch: Batch, known: Sequence[Sequence[int] | None], objective: Objective) -> Tensor | None:
+def targets_of(batch: Batch, known: Sequence[Sequence[int] | None], objective: Objective) -> Tensor | None:
     if objective is Objective.nothing:
         return None
     if objective is Objective.next_token:
@@ -173,7 +173,7 @@ def label_id(label: Any, known: Mapping[str, int], where: str) -> int:
     raise CalibrationError(where, f"the model has no label {str(label)[:60]!r}", f"Its labels are {names}")
 
 
-def _masked(path: Path, pairs: Sequence[Pair], tokenizer: Any, seed: int) -> list[Pair]:
+def masked(path: Path, pairs: Sequence[Pair], tokenizer: Any, seed: int) -> list[Pair]:
     """The same texts with some tokens hidden, which are the targets."""
     mask = getattr(tokenizer, "mask_token_id", None)
     if mask is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from tempfile import gettempdir
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
@@ -24,10 +25,19 @@ _NOT_HERE = ("anchor", "align", "alignment", "save_alignment")  # parameters of 
 _PARAMETERS = tuple(p for p in ALIGNMENT_PARAMETERS if p.name not in _NOT_HERE)
 
 
-def alignment_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for every parameter of the aligned methods that says how to align."""
+def alignment_options(
+    command: Callable[..., Any], unset: Mapping[str, str] = MappingProxyType({})
+) -> Callable[..., Any]:
+    """An option for every parameter of the aligned methods that says how to align.
+
+    Args:
+        command: what gets them.
+        unset: parameters that are None where the user says nothing, and what help says of that.
+    """
     for p in reversed(_PARAMETERS):
         name, shown = p.name.replace("_", "-"), {"default": p.default, "show_default": p.default is not None}
+        if p.name in unset:
+            shown = {"default": None, "show_default": unset[p.name]}  # type: ignore[dict-item]
         if p.value_type is bool:
             option = click.option(f"--{name}/--no-{name}", help=p.description, **shown)
         elif get_origin(p.value_type) is Literal:

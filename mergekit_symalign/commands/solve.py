@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,16 @@ def solve(anchor: str, model: str, out: Path, merge_options: MergeOptions, **par
     run_solve(anchor, model, out, merge_options, parameters)
 
 
-def run_solve(anchor: str, model: str, out: Path, options: MergeOptions, parameters: dict[str, Any]) -> None:
+def run_solve(
+    anchor: str,
+    model: str,
+    out: Path,
+    options: MergeOptions,
+    parameters: Mapping[str, Any],
+    say: Callable[[str], object] = click.echo,
+) -> None:
     """Plan the merge that would bring the model to the anchor, and run what leads to its alignment file."""
     config = alignment_config(anchor, model, {**parameters, "save_alignment": str(out.parent)})
     task = planned_task(config, options, SaveAlignment).model_copy(update={"path": str(out)})
     for _, path in run_tasks([task], options, "Solving"):
-        click.echo(f"wrote {path}")
+        say(f"wrote {path}")

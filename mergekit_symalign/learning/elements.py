@@ -1,0 +1,250 @@
+"""What is learned of an element: its numbers as leaves, and the element that they make.
+
+An element is taken apart into what stays (orders of coordinates, signs) and numbers. What stays is applied to the model
+once. The numbers then act on the result, in each step anew.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mergekit_symalign.learning.adam import Leaf
+from mergekit_symalign.learning.canonical import canonical
+from mergekit_symalign.learning.manifolds import Flat, Invertible, Log, Manifold, MeanKeeping, Orthogonal
+from mergekit_symalign.symmetry.admitted import gain_heads
+from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.groups import (
+    AxisAction,
+    Chain,
+    HeadMatrix,
+    HeadRotation,
+    PartialRotation,
+    PerHead,
+    PlaneRotation,
+    Rotation,
+    Scaling,
+    rotary_action,
+)
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, per_query_head
+from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Symmetries, ValueOutput
+from mergekit_symalign.symmetry.options import Rotation as Turns
+from mergekit_symalign.symmetry.residual.kinds import STREAM, ResidualKind
+from mergekit_symalign.symmetry.solve import without_identities
+
+Numbers = Mapping[str, Tensor]
+
+
+class Learned(ABC):
+    """An element of which some numbers are learned.
+
+    Attributes:
+        fixed: what stays of it, and acts first.
+        numbers: all other numbers, by name, float64.
+        manifolds: of those that are learned.
+    """
+
+    fixed: BlockElement
+    numbers: Numbers
+    manifolds: Mapping[str, Manifold]
+
+    @abstractmethod
+    def element(self, numbers: Numbers) -> BlockElement:
+        """What acts behind ``fixed``; a differentiable function of the numbers."""
+
+    def leaves(self) -> dict[str, Leaf]:
+        """What is learned."""
+        return {name: Leaf(self.numbers[name], manifold) for name, manifold in self.manifolds.items()}
+
+    def acting(self, numbers: Numbers) -> BlockElement:
+        """`element` with the learned numbers in place of those at the start, on their device and in their dtype."""
+        like = next(iter(numbers.values()), None)
+        rest = {name: x if like is None else x.to(like) for name, x in self.numbers.items() if name not in numbers}
+        return self.element({**rest, **numbers})
+
+    def composed(self, numbers: Numbers) -> BlockElement:
+        """The whole element, exactly a member of its group, float64 on the CPU."""
+        exact = {name: manifold.exact(numbers[name].cpu()) for name, manifold in self.manifolds.items()}
+        acting = self.acting(exact).actions
+        axes = [*self.fixed.actions, *(axis for axis in acting if axis not in self.fixed.actions)]
+        steps = {axis: [of[axis] for of in (self.fixed.actions, acting) if axis in of] for axis in axes}
+        chained = {axis: of[0] if len(of) == 1 else Chain(tuple(of)).simplified() for axis, of in steps.items()}
+        return without_identities(BlockElement(chained))
+
+
+@dataclass(frozen=True)
+class LearnedStream(Learned):
+    """The residual stream's element: its rotation, if it has one."""
+
+    fixed: BlockElement
+    numbers: Numbers = field(default_factory=dict)
+    manifolds: Mapping[str, Manifold] = field(default_factory=dict)
+
+    @staticmethod
+    def of(element: BlockElement, kind: ResidualKind, hidden: int) -> LearnedStream:
+        """
+        Args:
+            element: where to start; a permutation is a rotation too.
+            kind: what it is to be.
+            hidden: size of the stream.
+        """
+        if not kind.rotates:
+            return LearnedStream(element)
+        eye = torch.eye(hidden, dtype=torch.float64)
+        action = element.actions.get(STREAM)
+        start = eye if action is None else action(eye, 0)
+        manifold = MeanKeeping() if kind is ResidualKind.mean_keeping_rotation else Orthogonal()
+        return LearnedStream(BlockElement({}), {"matrix": start}, {"matrix": manifold})
+
+    def element(self, numbers: Numbers) -> BlockElement:
+        return BlockElement({STREAM: Rotation(numbers["matrix"])} if numbers else {})
+
+
+@dataclass(frozen=True)
+class LearnedHeads(Learned):
+    """An attention block's element: values, planes or rotations of queries, factors of a QK-norm's gains.
+
+    Attributes:
+        shape: of the heads.
+        general: whether values carry any invertible matrix.
+    """
+
+    shape: HeadShape
+    general: bool
+    fixed: BlockElement
+    numbers: Numbers
+    manifolds: Mapping[str, Manifold]
+
+    @staticmethod
+    def of(element: BlockElement, shape: HeadShape, use: Symmetries) -> LearnedHeads:
+        sizes = {axis: shape.heads(axis) * shape.head_dim for axis in HEAD_AXES}
+        if shape.qk_norm:
+            sizes |= {axis: gain_heads(axis, shape) * shape.head_dim for axis in GAIN_AXES}
+        parts = {axis: canonical(element.actions.get(axis), size) for axis, size in sizes.items()}
+        fixed: dict[str, AxisAction] = {axis: part.order for axis, part in parts.items()}
+        value = parts["value"].step
+        general = use.value_output is ValueOutput.general or isinstance(value, HeadMatrix)
+        numbers = _values(value, shape, general=general)
+        if shape.qk_norm:
+            for axis in ("query", "key"):
+                step = parts[axis].step
+                fixed[axis] = fixed[axis] if step is None else Chain((fixed[axis], step))
+            numbers |= _factors(parts["key_gain"].step, sizes["key_gain"], shape)
+        else:
+            key = parts["key"].step
+            numbers |= _queries(None if key is None else key.dual(), shape)
+        found = {name: _manifold(name, use, general=general) for name in numbers}
+        manifolds = {name: manifold for name, manifold in found.items() if manifold is not None}
+        return LearnedHeads(shape, general, BlockElement(fixed), numbers, manifolds)
+
+    def element(self, numbers: Numbers) -> BlockElement:
+        value: PerHead = HeadMatrix(numbers["value_matrix"])
+        if not self.general:
+            value = HeadRotation(numbers["value_matrix"], numbers["value_scale"].exp())
+        actions: dict[str, AxisAction] = {"value": value, "attended": per_query_head(value.dual(), self.shape)}
+        return BlockElement(actions | (self._gains(numbers) if self.shape.qk_norm else self._queries(numbers)))
+
+    def _queries(self, numbers: Numbers) -> dict[str, AxisAction]:
+        rest = HeadRotation(numbers["matrix"], numbers["scale"].exp()) if "matrix" in numbers else None
+        query: PerHead | None = rest
+        if "angle" in numbers:
+            planes = PlaneRotation(numbers["angle"], numbers["plane_scale"].exp())
+            query = rotary_action(planes, rest, interleaved=self.shape.interleaved)
+        assert query is not None
+        return {"query": per_query_head(query, self.shape), "key": query.dual()}
+
+    def _gains(self, numbers: Numbers) -> dict[str, AxisAction]:
+        """What the keys' gains are divided by, the queries' are multiplied by; both coordinates of a plane alike."""
+        planes = torch.argsort(torch.tensor(self.shape.planes(), device=numbers["gain"].device))
+        log, sign = (torch.cat((x, x), -1).index_select(-1, planes) for x in (numbers["gain"], numbers["gain_sign"]))
+        factor = log.exp() * sign
+        group = gain_heads("query_gain", self.shape) // len(factor)
+        wide = factor.repeat_interleave(group, dim=0)
+        return {"query_gain": Scaling(wide.flatten()), "key_gain": Scaling(1 / factor.flatten())}
+
+
+@dataclass(frozen=True)
+class LearnedNeurons(Learned):
+    """An MLP's element: the scale between up and down of each neuron, where the activation admits one."""
+
+    fixed: BlockElement
+    numbers: Numbers = field(default_factory=dict)
+    manifolds: Mapping[str, Manifold] = field(default_factory=dict)
+
+    @staticmethod
+    def of(element: BlockElement, shape: MlpShape, use: Symmetries) -> LearnedNeurons:
+        size = shape.experts * shape.neurons
+        fixed: dict[str, AxisAction] = {}
+        for axis in element.actions:
+            fixed[axis] = canonical(element.actions[axis], shape.experts if axis == "expert" else size).order
+        if shape.scale is NeuronScale.none:
+            return LearnedNeurons(BlockElement(fixed))
+        step = canonical(element.actions.get("up"), size).step
+        factor = step.factor.double() if isinstance(step, Scaling) else torch.ones(size, dtype=torch.float64)
+        numbers = {"scale": factor.abs().log(), "sign": factor.sign()}
+        return LearnedNeurons(BlockElement(fixed), numbers, {"scale": Log()} if use.neuron_scaling else {})
+
+    def element(self, numbers: Numbers) -> BlockElement:
+        if not numbers:
+            return BlockElement({})
+        up = Scaling(numbers["scale"].exp() * numbers["sign"])
+        return BlockElement({"up": up, "down": up.dual()})
+
+
+def learned_block(element: BlockElement, shape: HeadShape | MlpShape, use: Symmetries) -> Learned:
+    """What is learned of a block's element, by the symmetries that ``use`` admits."""
+    if isinstance(shape, MlpShape):
+        return LearnedNeurons.of(element, shape, use)
+    return LearnedHeads.of(element, shape, use)
+
+
+def _values(step: AxisAction | None, shape: HeadShape, *, general: bool) -> dict[str, Tensor]:
+    heads, d = shape.kv_heads, shape.head_dim
+    found = step if step is not None else _unturned(heads, d)
+    if general:
+        eye = torch.eye(d, dtype=torch.float64).repeat(heads, 1)
+        return {"value_matrix": found.transform(eye).unflatten(0, (heads, d))}
+    assert isinstance(found, HeadRotation)
+    return {"value_matrix": found.matrix.double(), "value_scale": found.scale.double().log()}
+
+
+def _queries(step: AxisAction | None, shape: HeadShape) -> dict[str, Tensor]:
+    """What the queries of each KV head carry."""
+    heads, turning, free = shape.kv_heads, shape.rotary // 2, shape.head_dim - shape.rotary
+    planes = PlaneRotation(*torch.stack((torch.zeros(heads, turning), torch.ones(heads, turning))).double())
+    rest = _unturned(heads, free)
+    if isinstance(step, PlaneRotation):
+        planes = step
+    elif isinstance(step, PartialRotation):
+        planes, rest = step.planes, step.rest
+    elif isinstance(step, HeadRotation):
+        rest = step
+    turned = {"angle": planes.angle.double(), "plane_scale": planes.scale.double().log()} if turning else {}
+    return turned | ({"matrix": rest.matrix.double(), "scale": rest.scale.double().log()} if free else {})
+
+
+def _factors(step: AxisAction | None, size: int, shape: HeadShape) -> dict[str, Tensor]:
+    """The logarithms and signs of what the keys' gains are divided by, one for each plane."""
+    factor = 1 / step.factor.double() if isinstance(step, Scaling) else torch.ones(size, dtype=torch.float64)
+    planes = factor.unflatten(0, (-1, shape.head_dim))[:, shape.planes()[: shape.head_dim // 2]]
+    return {"gain": planes.abs().log(), "gain_sign": planes.sign()}
+
+
+def _unturned(heads: int, d: int) -> HeadRotation:
+    eye = torch.eye(d, dtype=torch.float64).repeat(heads, 1, 1)
+    return HeadRotation(eye, torch.ones(heads, dtype=torch.float64))
+
+
+def _manifold(name: str, use: Symmetries, *, general: bool) -> Manifold | None:
+    """Where a number of a head lives; None if it is not learned."""
+    if name == "value_matrix" and general:
+        return Invertible(use.condition)
+    if name.endswith("matrix"):
+        return Orthogonal() if use.rotation is not Turns.none else None
+    if name == "angle":
+        return Flat() if use.rotation is not Turns.none else None
+    return Log() if use.scaling and not name.endswith("sign") else None
