@@ -22,12 +22,15 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_symalign.families.resolve import ModelLayout
+from mergekit_symalign.families.stream import is_gain
 from mergekit_symalign.symmetry.by_activations.experts import Routing
 from mergekit_symalign.symmetry.element import Fused, fused_parts
+from mergekit_symalign.symmetry.residual.kinds import STREAM
 
 OUTPUTS = frozenset(("query", "key", "value"))  # axes seen where a tensor writes them
 INPUTS = frozenset(("attended", "down"))  # axes seen where a tensor reads them
 EXPERTS = "expert"  # the axis that a router writes
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,13 @@ class Activations:
         tokens: by axis [prompts, tokens, axis].
         positions: by axis [positions, axis], where the layer projects relative positions like tokens (DeBERTa).
         routing: what its experts are given, for prompts × tokens.
+        normed: by name of their gains, what the norms on the residual stream read [prompts, tokens, hidden size].
     """
 
     tokens: dict[str, Tensor] = field(default_factory=dict)
     positions: dict[str, Tensor] = field(default_factory=dict)
     routing: Routing | None = None
+    normed: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LayerRunner:
@@ -130,7 +135,7 @@ class LayerRunner:
             functional_call(self.model, dict(weights), (), batch.inputs(), tie_weights=False)
         slots = _Slots()
         structure = tuple(slots.emptied((args, kwargs)) for _, args, kwargs in calls)
-        return Recorded(calls[0][0], tuple(slots.tensors), structure)
+        return Recorded(calls[0][0], tuple(map(_within_float32, slots.tensors)), structure)
 
     @torch.inference_mode()
     def run(
@@ -218,6 +223,8 @@ def _watched(layer: nn.Module, layout: ModelLayout, seen: frozenset[str]) -> Ite
     modules = dict(layer.named_modules())
     for part, spec in layout.inside.items() if seen else ():
         name, _, kind = part.rpartition(".")
+        if STREAM in seen and is_gain(part, spec) and name in modules:
+            handles.append(modules[name].register_forward_pre_hook(_note_normed(part, found)))
         axes = layout.axes(spec)
         if kind != "weight" or len(axes.names) != 2 or axes.joined is not None or name not in modules:
             continue
@@ -259,6 +266,13 @@ def _note_input(axis: str | Fused, found: Activations) -> Any:
     return hook
 
 
+def _note_normed(gain: str, found: Activations) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.normed[gain] = args[0]
+
+    return hook
+
+
 def _note_routing(found: Activations) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         entered = args[0].flatten(0, -2)
@@ -293,6 +307,12 @@ class _Slots:
                 self.tensors.append(value)
             return self._known[id(value)]
         return _mapped(self.emptied, value)
+
+
+def _within_float32(x: Tensor) -> Tensor:
+    """The same numbers where float32 can hold them: transformers takes softmaxes in float32, and where a mask hides
+    all keys from a token (padding), the smallest number of float64 would make them NaN."""
+    return x.clamp(-_LARGEST, _LARGEST) if x.dtype is torch.float64 else x
 
 
 def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:

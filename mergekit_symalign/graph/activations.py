@@ -176,7 +176,11 @@ class RunLayer(LayerTask):
     def execute(self, hidden: Any, recorded: Any, **tensors: Optional[torch.Tensor]) -> Dict[str, Any]:
         streams = self.streams(hidden, recorded, tensors, self.wanted)
         out, sums = run_layer(self.layer, streams[0], streams[1:], recorded["kept"])
-        return {"hidden": out, "statistics": [_by_block(found) for found in sums]}
+        return {
+            "hidden": out,
+            "statistics": [_by_block(found) for found in sums],
+            "streams": [found.stream and (found.stream.cross, found.stream.rows) for found in sums],
+        }
 
 
 def _by_block(found: Statistics) -> Dict[str, Any]:
@@ -237,11 +241,11 @@ class SolveActivations(SolveBlock):
         align = partial(self._align, statistics)
         return packed(solve_block(self._sides(tensors), self.shape, self.use, align, values=Values.finite))
 
-    def _align(self, statistics: Any, sides: Sides) -> Solved:
+    def _align(self, statistics: Any, sides: Sides, stored: Sides | None = None) -> Solved:
         if EXPERTS in statistics:
             anchor, model = (Routing(*tensors) for tensors in statistics[EXPERTS])
             act = runner_of(self.anchor[0].model, self.digest, self.trust_remote_code).gate_activation()
-            return align_experts_by((anchor, model), sides, self.mlp, self.use, act)
+            return align_experts_by((anchor, model), sides, self.mlp, self.use, act, stored)
         seen = {axis: Covariance(*numbers) for axis, numbers in statistics.items()}
         if self.kind is BlockKind.mlp:
             return align_mlp_by(seen["down"], sides, self.mlp, self.use)

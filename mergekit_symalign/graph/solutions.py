@@ -67,7 +67,7 @@ class Solutions:
 
     def move_streams(self, planned: list[Planned], blocks: list[Block]) -> Applied:
         """Plan the alignment of residual streams; gives the tasks of tensors that belong to no block."""
-        self._streams = plan_streams(planned, blocks, self.models, self.alignments, self.reports)
+        self._streams = plan_streams(planned, blocks, self.models, self.alignments, self.reports, self.options)
         return outside_blocks(planned, self._streams, self.models)
 
     def _moved_along(
@@ -113,12 +113,12 @@ class Solutions:
             for block in blocks
             if block.agreed("objective") == "activations"
             for model in block.moved()
-            if block.agreed("alignment", model) is None
+            if model not in self._streams and block.agreed("alignment", model) is None
         ]
         if wanted:
             self._streaming = plan_streaming(planned, wanted, self.models.checkpoints, self.options)
 
-    def _solver(self, block: Block, model: ModelReference, fields: dict[str, Any]) -> SolveBlock:
+    def _solver(self, block: Block, model: ModelReference, fields: dict[str, Any]) -> Task:
         if model in self._streams:
             return self._streams[model].solver(block, fields)
         if self._streaming is None or block.agreed("objective") != "activations":

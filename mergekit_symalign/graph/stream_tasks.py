@@ -13,6 +13,7 @@ from mergekit.graph import Task
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import SolveBlock
 from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.options import Sides
 from mergekit_symalign.symmetry.residual.alternate import align_stream, block_sides
 from mergekit_symalign.symmetry.residual.kinds import ResidualKind
 from mergekit_symalign.symmetry.residual.membership import describe_stream
@@ -24,7 +25,7 @@ LOG = logging.getLogger(__name__)
 Loads = Tuple[Tuple[str, LoadFinite], ...]  # by the tensor's name in its scope
 
 
-class _OfStream(Task[Any]):
+class OfStream(Task[Any]):
     """A task whose fields MergeKit cannot hash: one key tells it from all others of a merge.
 
     Attributes:
@@ -43,7 +44,7 @@ class _OfStream(Task[Any]):
         return True
 
 
-class SolveStream(_OfStream):
+class SolveStream(OfStream):
     """Aligns the residual stream of a model to the anchor's.
 
     It reads both models by itself, once in every round, and holds one layer of each at a time. The result is that of
@@ -116,18 +117,20 @@ class SolveMoved(SolveBlock):
         return max(load.group_label() or "" for load in (*self.anchor, *self.model))
 
     def execute(self, stream: Dict[str, Any], **tensors: torch.Tensor) -> Dict[str, Any]:  # type: ignore[override]
+        return self.solved(self.moved_sides(stream, tensors))
+
+    def moved_sides(self, stream: Dict[str, Any], tensors: Dict[str, torch.Tensor]) -> Sides:
+        """The rows of the block's axes in comparable form, the model's moved along the stream."""
         element = BlockElement.unpack(stream["actions"])
         anchor, model = (
             comparable(self.scope, {p: tensors[f"{side}{i}"] for i, p in enumerate(self.parts)}, self.stream_kind)
             for side in ("anchor", "model")
         )
-        sides = block_sides(
-            self.scope, self.scope.blocks[self.kind.value], anchor, moved_along(self.scope, model, element)
-        )
-        return self.solved(sides)
+        moved = moved_along(self.scope, model, element)
+        return block_sides(self.scope, self.scope.blocks[self.kind.value], anchor, moved)
 
 
-class ApplyStream(_OfStream):
+class ApplyStream(OfStream):
     """Transforms one tensor of a model by the stream's element and its block's.
 
     Attributes:

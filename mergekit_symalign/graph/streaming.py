@@ -64,7 +64,7 @@ def in_order(planned: list[Planned]) -> list[Planned]:
     MergeKit schedules by tensor name, and loads have nothing to wait for: layer 10 would be read before layer 2, and
     kept until the prompts have come through layers 2 to 9.
     """
-    return [(weight, _labelled(task, f"{i:08d} {weight.name}")) for i, (weight, task) in enumerate(planned)]
+    return [(weight, labelled(task, f"{i:08d} {weight.name}")) for i, (weight, task) in enumerate(planned)]
 
 
 def plan_streaming(
@@ -95,7 +95,7 @@ def plan_streaming(
     statistics: dict[Wanted, Task] = {}
     for layer in range(last + 1):
         here = [w for w in wanted if w.layer == layer]
-        seen = tuple(_seen((w.kind for w in here if w.model == m), checkpoints[m].layout) for m in models[1:])
+        seen = tuple(seen_by((w.kind for w in here if w.model == m), checkpoints[m].layout) for m in models[1:])
         step = RunLayer(hidden=hidden, recorded=run.recorded, wanted=seen, **run.step(layer))
         hidden = Part(of=step, keys=("hidden",))
         for w in here:
@@ -161,7 +161,8 @@ def start_run(
     return Started(digests, hidden, recorded, models, shared, loads)
 
 
-def _seen(kinds: Iterable[BlockKind], layout: ModelLayout) -> tuple[str, ...]:
+def seen_by(kinds: Iterable[BlockKind], layout: ModelLayout) -> tuple[str, ...]:
+    """The axes whose activations match some blocks."""
     return tuple(sorted({axis for kind in kinds for axis in seen_axes(kind, layout)}))
 
 
@@ -205,7 +206,8 @@ class _Loads:
                     )
 
 
-def _labelled(task: ExecuteMergeMethodTask, label: str) -> ExecuteMergeMethodTask:
+def labelled(task: ExecuteMergeMethodTask, label: str) -> ExecuteMergeMethodTask:
+    """The same task with loads that are scheduled by a label."""
     inputs, gather = task.gather_tensors, GatherAligned(**dict(gather_of(task)) | {"label": label})
     inputs = gather if isinstance(inputs, GatherTensors) else inputs.model_copy(update={"gather_tensors": gather})
     return task.model_copy(update={"gather_tensors": inputs})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors
+from mergekit.options import MergeOptions
 
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.resolve import Claim, ModelLayout
@@ -20,12 +22,17 @@ from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
+from mergekit_symalign.graph.stream_activations import BlockKey, Comparison, plan_seen_streams, run_first
 from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, SolveMoved, SolveStream
+from mergekit_symalign.graph.streaming import SHARED
 from mergekit_symalign.symmetry.options import Symmetries
+from mergekit_symalign.symmetry.residual.alternate import ROUNDS
 from mergekit_symalign.symmetry.residual.kinds import Residual, ResidualKind
 from mergekit_symalign.symmetry.residual.scope import Scope, around
 
-RESIDUAL_NAMES = ("residual", "residual_rounds")
+LOG = logging.getLogger(__name__)
+
+RESIDUAL_NAMES = ("residual", "residual_rounds", "objective", *SHARED)
 _NAME = "residual"  # of the stream's element in an alignment file
 _KINDS = frozenset(kind.value for kind in Residual)
 Place = int | None  # a layer, or what lies outside the layers
@@ -40,6 +47,7 @@ class MovedStream:
         scopes: of its layers and of what lies outside.
         anchor, model: loads of both, by place and name in the scope.
         solution: the task that gives the element.
+        blocks: the tasks that give the blocks' elements, where these are found together with the stream's.
     """
 
     kind: ResidualKind
@@ -47,9 +55,12 @@ class MovedStream:
     anchor: Mapping[Place, Mapping[str, LoadFinite]]
     model: Mapping[Place, Mapping[str, LoadFinite]]
     solution: Task
+    blocks: Mapping[BlockKey, Task] = field(default_factory=dict)
 
-    def solver(self, block: Block, fields: Mapping[str, Any]) -> SolveMoved:
+    def solver(self, block: Block, fields: Mapping[str, Any]) -> Task:
         """The task that aligns a block once the stream is moved. Takes the fields of a `SolveBlock`."""
+        if (found := self.blocks.get((block.layer, block.kind.value))) is not None:
+            return found
         place = block.layer
         names = self.scopes[place].blocks[block.kind.value].parts
         scope = around(self.scopes[place], names, folds=self.kind.rotates)
@@ -85,7 +96,12 @@ class MovedStream:
 
 
 def plan_streams(
-    planned: Sequence[Planned], blocks: Sequence[Block], models: Models, alignments: Alignments, reports: Reports
+    planned: Sequence[Planned],
+    blocks: Sequence[Block],
+    models: Models,
+    alignments: Alignments,
+    reports: Reports,
+    options: MergeOptions,
 ) -> dict[ModelReference, MovedStream]:
     """The models whose residual stream is moved; none if that was not asked for.
 
@@ -112,6 +128,8 @@ def plan_streams(
                 )
             continue
         found[model] = _moved(model, planned, blocks, models, alignments, wanted, with_stream.get(model))
+    if _agreed(planned, "objective") == "activations":
+        found |= _seen({m: of for m, of in found.items() if m not in files}, planned, blocks, models, options)
     for model, stream in found.items():
         reports.record_stream(model, stream.solution)
         folder = _agreed(planned, "save_alignment")
@@ -167,6 +185,27 @@ def _moved(
     return MovedStream(kind, scopes, loads[anchor], loads[model], solver)
 
 
+def _seen(
+    moved: Mapping[ModelReference, MovedStream],
+    planned: Sequence[Planned],
+    blocks: Sequence[Block],
+    models: Models,
+    options: MergeOptions,
+) -> dict[ModelReference, MovedStream]:
+    """The same models, moved by what they do on prompts."""
+    if not moved:
+        return {}
+    if _rounds(planned) != ROUNDS:
+        LOG.warning("residual_rounds has no effect with objective: activations, which runs the models once")
+    anchor, first = _anchor(planned), run_first(planned, models.checkpoints)
+    compared = {}
+    for m, of in moved.items():
+        loads = [_loads(one, (anchor, m), first, models) for one in (anchor, m)]
+        compared[m] = Comparison(of.kind, of.scopes, *loads)
+    found = plan_seen_streams(first, blocks, compared, models.checkpoints, options)
+    return {m: replace(of, solution=found[m].solution, blocks=found[m].blocks) for m, of in moved.items()}
+
+
 def _scopes(
     layout: ModelLayout,
     loads: Mapping[Place, Mapping[str, LoadFinite]],
@@ -203,18 +242,17 @@ def _claim(name: str, model: ModelReference, models: Models) -> Claim | None:
 
 
 def _require_whole(planned: Sequence[Planned], wanted: Residual) -> None:
-    """A stream is aligned from the weights of whole models, tensor for tensor.
+    """A stream is aligned towards one anchor, between whole models, tensor for tensor.
 
     Raises:
         ConfigError: if something else is asked for as well.
     """
-    for name, only in (("objective", "weights"), ("anchor", "base")):
-        if (value := _agreed(planned, name)) != only:
-            raise ConfigError(
-                "parameter residual",
-                f"the residual stream is aligned from weights, towards one anchor, but {name} is {value}",
-                f"Use {name}: {only}, or residual: none",
-            )
+    if (anchor := _agreed(planned, "anchor")) != "base":
+        raise ConfigError(
+            "parameter residual",
+            f"the residual stream is aligned towards one anchor, but anchor is {anchor}",
+            "Use anchor: base, or residual: none",
+        )
     for weight, task in planned:
         if not isinstance(task.gather_tensors, GatherTensors):
             raise ConfigError(

@@ -66,7 +66,12 @@ class Routing:
 
 
 def align_experts_by(
-    routing: tuple[Routing, Routing], weights: Sides, shape: MlpShape, use: Symmetries, act: Callable[[Tensor], Tensor]
+    routing: tuple[Routing, Routing],
+    weights: Sides,
+    shape: MlpShape,
+    use: Symmetries,
+    act: Callable[[Tensor], Tensor],
+    stored: Sides | None = None,
 ) -> Solved:
     """Match the experts of a layer, and the neurons in each pair of them.
 
@@ -80,6 +85,7 @@ def align_experts_by(
         shape: experts, neurons and which factors these have.
         use: what is admitted.
         act: the nonlinearity of the gates.
+        stored: gate and up as the experts run, if ``weights`` are in another form (symmetry/residual/move.py).
 
     Raises:
         ShapeError: if the models saw different tokens, or have another number of experts than the shape says.
@@ -105,8 +111,11 @@ def align_experts_by(
     pairs = []
     for i, j in enumerate(order):
         at = _tokens_of(routing, i, j)
-        own = {axis: [(_of(a, i, shape), _of(b, j, shape)) for a, b in weights[axis]] for axis in _NEURON_AXES}
-        seen = _neurons_seen(own, (routing[0].entered, routing[1].entered), at, act)
+        own, running = (
+            {axis: [(_of(a, i, shape), _of(b, j, shape)) for a, b in sides[axis]] for axis in _NEURON_AXES}
+            for sides in (weights, stored or weights)
+        )
+        seen = _neurons_seen(running, (routing[0].entered, routing[1].entered), at, act)
         pairs.append(match_neurons_by(seen, own, scale, permute=use.permutation))
     gate, up = (joined_experts([pair[k] for pair in pairs], order) for k in range(2))
     index = torch.tensor(order, device=routing[0].logits.device)

@@ -1,0 +1,111 @@
+"""The residual element from what two models' streams are on the same tokens (SYMMETRIES.md, section 10).
+
+A norm gives every token the same length before it multiplies by its gain, and that is all that the model reads of the
+stream. So tokens are compared with their length taken out (and, under LayerNorm, their mean): some tokens are a
+thousand times longer than the others, and would drown them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_symalign.symmetry.by_activations.covariance import PRIOR
+from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.fitting import require_shape
+from mergekit_symalign.symmetry.residual.alternate import hidden_size
+from mergekit_symalign.symmetry.residual.cross import StreamSums, standing_distance, stream_sums
+from mergekit_symalign.symmetry.residual.kinds import STREAM, ResidualKind, best_element
+from mergekit_symalign.symmetry.residual.move import Elements, comparable, moved_along
+from mergekit_symalign.symmetry.residual.scope import Scope, Tensors
+
+
+@dataclass(frozen=True)
+class SeenStream:
+    """Products of the anchor's and the model's stream over tokens, at any number of norms.
+
+    Attributes:
+        cross: ``Σ x_A x_Bᵀ`` [hidden, hidden] of tokens of length 1, float64.
+        rows: how many tokens, at every norm.
+    """
+
+    cross: Tensor
+    rows: int
+
+    @staticmethod
+    def of_rows(anchor: Tensor, model: Tensor) -> SeenStream:
+        """Of `unit_rows` [tokens, hidden].
+
+        Raises:
+            ShapeError: if they are not of the same tokens.
+        """
+        require_shape("stream of the model", model, anchor.shape)
+        return SeenStream((anchor.mT @ model).double(), len(anchor))
+
+    def __add__(self, other: SeenStream) -> SeenStream:
+        return SeenStream(self.cross + other.cross, self.rows + other.rows)
+
+    def agreement(self, element: BlockElement) -> float:
+        """Mean cosine between a token in the anchor and the same token in the model, under an element; 1 at most."""
+        g = element.actions.get(STREAM)
+        moved = self.cross if g is None else g.inverse()(self.cross, 0)
+        return float(moved.diagonal().sum()) / self.rows if self.rows else 0.0
+
+    def best(self, kind: ResidualKind, weights: StreamSums) -> BlockElement:
+        """The element of a kind under which the two agree best.
+
+        Directions that no token shows are left to the weights, which count 1e-5 of the tokens.
+
+        >>> rows = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        >>> q = torch.linalg.qr(rows[:4])[0]
+        >>> a, b = unit_rows(rows, centred=False), unit_rows(rows @ q, centred=False)
+        >>> nothing = torch.zeros(4, 4, dtype=torch.float64)
+        >>> found = SeenStream.of_rows(a, b).best(ResidualKind.rotation, StreamSums(nothing, nothing))
+        >>> torch.allclose(found.actions["residual"](b, 1), a)
+        True
+        """
+        grain = 2 * PRIOR / weights.constant if weights.constant > 0 else 0.0
+        seen = self.cross / max(self.rows, 1)
+        return best_element(kind, seen + grain * weights.cross, grain * weights.gains)
+
+
+@dataclass(frozen=True)
+class SeenWeights:
+    """What both models' weights have in common, over some scopes whose blocks are aligned.
+
+    Attributes:
+        sums: for the stream's element.
+        standing: squared distance before anything is moved.
+    """
+
+    sums: StreamSums
+    standing: float
+
+    @staticmethod
+    def of_scope(scope: Scope, anchor: Tensors, model: Tensors, kind: ResidualKind, blocks: Elements) -> SeenWeights:
+        """Of one scope.
+
+        Args:
+            scope: of the tensors.
+            anchor, model: the tensors as stored.
+            kind: of the stream's element.
+            blocks: elements of the model's blocks.
+
+        Raises:
+            ShapeError: if anchor and model differ in shape.
+        """
+        a, b = (comparable(scope, x, kind) for x in (anchor, model))
+        moved = moved_along(scope, b, BlockElement({}), blocks)
+        return SeenWeights(stream_sums(scope, a, moved, hidden_size(scope, a)), standing_distance(a, b))
+
+    def __add__(self, other: SeenWeights) -> SeenWeights:
+        return SeenWeights(self.sums + other.sums, self.standing + other.standing)
+
+
+def unit_rows(x: Tensor, *, centred: bool) -> Tensor:
+    """Tokens [tokens, hidden] with length 1, and with mean 0 if ``centred``; zeros stay zeros."""
+    x = x - x.mean(-1, keepdim=True) if centred else x
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(length > 0, length, 1)
