@@ -1,7 +1,12 @@
-"""Part 9: models without a common base: what each alignment leaves of the barrier, and which skills it lets move."""
+"""Part 9: models without a common base: what each alignment leaves of the barrier, and which skills it lets move.
+
+``PYTHONPATH=examples python -m study.apart --text FILE``, with any text; the report is of Tiny Shakespeare. What was
+measured before is kept.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,11 +20,14 @@ from torch import Tensor
 from .apart_merges import Pair, arms, filled
 from .apart_models import Apart, Models, load, loss
 from .apart_older import older
+from .apart_published import published
 from .apart_skills import Transfers
 from .apart_text import Corpus, windows
 from .data import text
 from .models import State
+from .settings import HERE
 from .store import Row, Store
+from .sweep import reproducible
 
 LENGTH = 700  # characters of a prompt: about a window
 
@@ -47,7 +55,12 @@ class Study:
         settings = replace(settings, digest=text.digest)
         folder = work / f"apart-{text.digest[:8]}"
         models = Models(settings, text, documentation(settings.held_out), folder)
-        return Study(models, Store.open(results, settings), work / "full")
+        return Study(models, Store.open(results, settings), work / settings.lineage)
+
+    def add_published(self, folder: Path, shape: str = "gpt2") -> None:
+        for number in range(len(list(combinations(self.models.settings.seeds, 2)))):
+            for arm, row in published(folder, number).items():
+                self._measure(shape, number, arm, "-", lambda found=row: found)
 
     def run(self) -> None:
         for shape in self.models.settings.shapes:
@@ -73,7 +86,8 @@ class Study:
     def pair(self, shape: str, seeds: tuple[int, int]) -> Pair:
         one, other = (self.models.plain(shape, seed) for seed in seeds)
         work = self.models.work / f"{shape}-{seeds[0]}-{seeds[1]}"
-        return Pair(one, other, self._prompts(), work, self.models.settings.learning)
+        settings = self.models.settings
+        return Pair(one, other, self._prompts(), work, settings.training.length, settings.learning)
 
     def _measure(self, part: str, seed: int, arm: str, variant: str, measure: Callable[[], Row]) -> Row:
         return self.store.measure({"part": part, "seed": seed, "arm": arm, "variant": variant}, measure)
@@ -105,5 +119,29 @@ class Study:
         return path
 
 
-def apart(corpus: Path, name: str, results: Path, work: Path) -> None:
-    Study.open(Apart.read(name), corpus, results / f"{name}.json", work).run()
+def apart(corpus: Path, name: str, results: Path, work: Path, theirs: Path | None = None) -> None:
+    """Measure what is missing in a results file.
+
+    Args:
+        corpus: the text; name: of the settings.
+        theirs: a directory with losses that the published code gave (`apart_published`).
+    """
+    study = Study.open(Apart.read(name), corpus, results, work)
+    study.run()
+    if theirs is not None:
+        study.add_published(theirs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, required=True, help="what the models read, a file of UTF-8")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="directory of the results file")
+    parser.add_argument("--work", type=Path, default=Path(".cache/study"), help="directory for models and merges")
+    parser.add_argument("--published", type=Path, help="directory with losses of the published code")
+    args = parser.parse_args()
+    reproducible()
+    apart(args.text, "apart", args.results / "apart.json", args.work.resolve(), args.published)
+
+
+if __name__ == "__main__":
+    main()

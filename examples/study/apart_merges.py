@@ -22,6 +22,7 @@ from .store import Row
 
 NONE, LEARNED = "none", "learned"
 START = "general"  # of the descent
+SECONDS = "seconds.txt"  # that an alignment took, beside the aligned model
 POINTS = 11  # on the line, both ends included
 
 
@@ -31,6 +32,7 @@ class Pair:
 
     Attributes:
         text: a file of training text, for activations and for the descent.
+        length: tokens that the models read at most.
         work: where configurations, alignments and aligned models are written.
         learning: options of ``mergekit-symalign learn``.
     """
@@ -39,6 +41,7 @@ class Pair:
     model: Path
     text: Path
     work: Path
+    length: int
     learning: Mapping[str, Any] = field(default_factory=dict)
 
     def aligned(self, arm: str) -> Path:
@@ -47,16 +50,19 @@ class Pair:
             return self.model
         folder = self.work / arm
         if not folder.exists():
+            started = time.perf_counter()
             if arm == LEARNED:
                 self._learn()
             unfinished = run(self.config(arm), self.work, folder.with_name(f"{arm}.unfinished"))
+            (unfinished / SECONDS).write_text(f"{time.perf_counter() - started:.1f}", "utf-8")
             unfinished.rename(folder)
         return folder
 
     def config(self, arm: str) -> dict[str, Any]:
         """The configuration that writes it."""
         asked = {"alignment": str(self._learned)} if arm == LEARNED else _described()[arm]
-        filled = {name: str(self.text) if x == "text" else x for name, x in asked.items()}
+        given = {"text": str(self.text), "length": self.length}
+        filled = {name: given.get(x, x) if isinstance(x, str) else x for name, x in asked.items()}
         models = [{"model": str(self.model)}]
         merge = {"merge_method": "rotation_match", "base_model": str(self.anchor), "models": models}
         return {**merge, "parameters": filled, "dtype": "float32"}
@@ -78,9 +84,8 @@ class Pair:
 
     def barrier(self, arm: str, loss: Callable[[State], float]) -> Row:
         """Losses on the line from the anchor to the aligned model, and how far they rise above that line's ends."""
-        started = time.perf_counter()
         aligned = self.aligned(arm)
-        seconds = time.perf_counter() - started
+        seconds = 0.0 if arm == NONE else float((aligned / SECONDS).read_text("utf-8"))
         losses = path(load_state(self.anchor), load_state(aligned), loss)
         return {"barrier": rise(losses), "path": [round(x, 5) for x in losses], "seconds": seconds}
 

@@ -33,4 +33,4 @@ def _pair(settings: Apart, full: Settings, lineage: Lineage) -> Pair:
     drift = next(x for x in drifts(full) if x.branch is None)
     text = prompts(full, lineage)
     work = lineage.work / "apart"
-    return Pair(lineage.reference(), lineage.target(drift), text, work, settings.older_learning)
+    return Pair(lineage.reference(), lineage.target(drift), text, work, full.length, settings.older_learning)

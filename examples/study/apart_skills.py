@@ -22,7 +22,7 @@ SHARES = {"into": 1.0, "midpoint": 0.5}  # of the second model in what the skill
 GRADFIX, THESEUS = "gradfix", "theseus"
 MASKED = (NONE, "rotation", LEARNED)  # arms that GradFix is tried on
 EXAMPLES = 8  # windows of the skill for GradFix
-MAPPED = 64  # windows of the first text for Theseus
+MAPPED = 32  # windows of the first text for Theseus
 
 
 @dataclass(frozen=True)

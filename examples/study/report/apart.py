@@ -1,0 +1,124 @@
+"""Section 9: models without a common base."""
+
+from __future__ import annotations
+
+from ..apart_merges import LEARNED, NONE
+from ..apart_older import OLDER
+from ..apart_published import LEARNED as THEIRS_LEARNED
+from ..apart_published import MATCHED as THEIRS
+from ..findings import Findings, plain_number
+from .apart_skills import skills
+from .markdown import judged, listing, paragraphs, table
+
+TITLES = {
+    NONE: "none",
+    "blocks": "blocks only",
+    "git-rebasin": "Git Re-Basin",
+    "permutation": "`residual: permutation`",
+    "rotation": "`residual: rotation`",
+    "activations": "`residual: rotation`, `objective: activations`",
+    "general": "`residual: rotation`, `value_output: general`",
+    LEARNED: "`mergekit-symalign learn`",
+    THEIRS: "published code, from weights (no checkpoint)",
+    THEIRS_LEARNED: "published code, learned (no checkpoint)",
+}
+SHAPES = {"gpt2": "GPT-2", "llama": "Llama"}
+PUBLISHED = {NONE: "2.02", "activations": "1.43", THEIRS: "0.34", THEIRS_LEARNED: "0.02"}  # Theus et al., table 2
+BARRIER, SECONDS = plain_number("barrier"), plain_number("seconds")
+GOALS = {"rotation": 0.30, LEARNED: 0.02}
+
+
+def finished(findings: Findings) -> bool:
+    """Whether the pairs of one shape were measured without alignment and with the rotation."""
+    return any(findings.has(shape, arm) for shape in SHAPES for arm in ("rotation",) if findings.has(shape, NONE))
+
+
+def section(findings: Findings) -> str:
+    return paragraphs(
+        "## 9 Models without a common base",
+        _verdict(findings),
+        _models(findings),
+        *(part for shape in SHAPES if findings.has(shape, NONE) for part in _shape(findings, shape)),
+        _goals(findings),
+        *_older(findings),
+        *skills(findings, SHAPES, TITLES),
+    )
+
+
+def _verdict(findings: Findings) -> str:
+    """The lowest barrier from weights, and the learned one, by shape."""
+    said = []
+    for shape, title in SHAPES.items():
+        if findings.has(shape, NONE):
+            found = {arm: findings.estimate(shape, arm, "-", BARRIER) for arm in measured(findings, shape)}
+            numbers = [f"{TITLES[arm]} {found[arm].text(3)}" for arm in (NONE, "rotation", LEARNED) if arm in found]
+            said.append(f"{title}: {listing(numbers)}")
+    return f"""\
+**Without a common base the residual stream has to be aligned.** Models of two initialisations, averaged, are worse than
+either. This is the barrier in nats, the largest rise of the loss above the straight line between the two (lower is
+better). {". ".join(said)}."""
+
+
+def measured(findings: Findings, part: str) -> list[str]:
+    """Arms of a part, in the order of the tables."""
+    return [arm for arm in TITLES if findings.has(part, arm)]
+
+
+def _models(findings: Findings) -> str:
+    settings = findings.settings
+    gpt2, llama, training = settings["shapes"]["gpt2"], settings["shapes"]["llama"], settings["training"]
+    return f"""\
+Two shapes, each trained from {len(settings["seeds"])} initialisations on Tiny Shakespeare with a tokenizer of
+{settings["vocabulary"]} tokens, embeddings untied: GPT-2 with {gpt2["n_layer"]} layers, width {gpt2["n_embd"]},
+{gpt2["n_head"]} heads and {gpt2["n_inner"]} neurons, and Llama with {llama["num_hidden_layers"]} layers, width
+{llama["hidden_size"]}, {llama["num_attention_heads"]} query heads, {llama["num_key_value_heads"]} KV heads and
+{llama["intermediate_size"]} neurons. Each took at most {training["steps"]} steps of {training["batch"]} windows of
+{training["length"]} tokens, and keeps its weights with the lowest loss on {settings["held_out"]:.0%} of the text.
+Losses are of another {settings["held_out"]:.0%}, at 11 points from one model to the other. Three models give three
+pairs, so pairs share models, and a standard error over pairs is smaller than one over independent pairs would be. Every
+aligned model is an ordinary checkpoint that `mergekit-yaml` wrote, and computes what it did. Activations and the descent read
+{settings["prompts"]} pieces of the training text."""
+
+
+def _shape(findings: Findings, shape: str) -> list[str]:
+    alone = [f"{x:.3f}" for x in findings.per_seed("alone", shape, "-", plain_number("loss")).values()]
+    lead = f"**{SHAPES[shape]}.** Barrier in nats (lower is better); the models alone have losses of {listing(alone)}."
+    return [lead, _table(findings, shape, published=shape == "gpt2")]
+
+
+def _table(findings: Findings, part: str, *, published: bool) -> str:
+    numbers = sorted({seed for p, seed, *_ in findings.rows if p == part})
+    rows = []
+    for arm in measured(findings, part):
+        found = findings.per_seed(part, arm, "-", BARRIER)
+        cells = [f"{found[n]:.3f}" if n in found else "" for n in numbers]
+        difference = "" if arm == NONE else judged(findings.difference(part, arm, "-", BARRIER, NONE), -1, 3)
+        timed = "" if arm == NONE else findings.estimate(part, arm, "-", SECONDS).text(0)
+        mean = findings.estimate(part, arm, "-", BARRIER).text(3)
+        rows.append((TITLES[arm], *cells, mean, difference, timed, *((PUBLISHED.get(arm, ""),) if published else ())))
+    head = ("alignment", *(f"pair {n + 1}" for n in numbers), "mean", "against none", "s")
+    return table((*head, *(("published",) if published else ())), rows)
+
+
+def _goals(findings: Findings) -> str:
+    """What was wanted of the first shape, and what came out."""
+    said = []
+    for arm, goal in GOALS.items():
+        if findings.has("gpt2", arm):
+            found = findings.estimate("gpt2", arm, "-", BARRIER)
+            said.append(
+                f"{TITLES[arm]} {found.text(3)} (at most {goal:.2f}: {'met' if found.mean <= goal else 'missed'})"
+            )
+    return f"""\
+*Published* is table 2 of Theus et al. 2025, for GPT-2 models of this shape with the vocabulary of GPT-2 and longer
+training. Their merge replaces the norms and multiplies query with key and value with output, so no checkpoint of the
+architecture comes out. The goals were {"; ".join(said)}."""
+
+
+def _older(findings: Findings) -> list[str]:
+    if not findings.has(OLDER, NONE):
+        return []
+    lead = """\
+**The arm *another initialisation* of section 2**, whose models read digits and text by characters. Barrier in nats per
+character on the base's mixture (lower is better); a column is a seed."""
+    return [lead, _table(findings, OLDER, published=False)]
