@@ -42,7 +42,7 @@ ROOMS: dict[str, str] = {
     "symmetry/solve": f"errors {ELEMENTS} symmetry/solved symmetry/blocks symmetry/describe symmetry/consensus",
     "symmetry/admitted": f"{ELEMENTS} symmetry/heads",
     "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/admitted",
-    "symmetry/residual": f"errors {ELEMENTS} symmetry/assignment symmetry/heads symmetry/solve "
+    "symmetry/residual": f"errors {ELEMENTS} symmetry/distance symmetry/assignment symmetry/heads symmetry/solve "
     "symmetry/admitted symmetry/membership",
     "families": "errors symmetry/options symmetry/element symmetry/residual",
     "planting": f"families {ELEMENTS} symmetry/heads symmetry/residual",

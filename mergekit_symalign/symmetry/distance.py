@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -72,6 +74,27 @@ def total_distance(pair: Pair, action: AxisAction | None = None) -> float:
     width = max(1, _BLOCK // len(anchor))
     blocks = list(zip(anchor.split(width, dim=1), model.split(width, dim=1), strict=True))
     return float(torch.stack(in_parallel(of_block, blocks, anchor.device)).sum())
+
+
+def squared_norm(x: Tensor) -> float:
+    """Of all numbers of a tensor, summed in float64."""
+    parts = in_parallel(lambda piece: piece.double().square().sum(), _pieces(x, x), x.device)
+    return float(torch.stack(parts).sum())
+
+
+def squared_difference(anchor: Tensor, model: Tensor) -> float:
+    """Squared distance of two tensors of one shape, in float64."""
+    pairs = list(zip(_pieces(anchor, anchor), _pieces(model, anchor), strict=True))
+    parts = in_parallel(lambda pair: (pair[0].double() - pair[1].double()).square().sum(), pairs, anchor.device)
+    return float(torch.stack(parts).sum())
+
+
+def _pieces(x: Tensor, like: Tensor) -> Sequence[Tensor]:
+    """Ranges along the axis that is the outermost in how ``like`` is stored."""
+    if x.ndim == 0 or x.numel() == 0:
+        return (x,)
+    dim = max(range(x.ndim), key=lambda i: (x.shape[i] > 1, like.stride(i)))
+    return x.split(max(1, _BLOCK * x.shape[dim] // x.numel()), dim=dim)
 
 
 def _selection(index: Tensor) -> Selection:

@@ -187,6 +187,14 @@ class Rotation(AxisAction):
     def size(self) -> int:
         return self.matrix.shape[0]
 
+    def __call__(self, x: Tensor, dim: int) -> Tensor:
+        """Apply to axis ``dim`` of ``x``; along the last one rows stay rows as they are stored."""
+        if x.ndim < 2 or dim not in (-1, x.ndim - 1):
+            return super().__call__(x, dim)
+        self._require_size(x, dim)
+        rows = x.to(compute_dtype(x.dtype))
+        return rows @ self.matrix.to(rows).mT
+
     def transform(self, x: Tensor) -> Tensor:
         return self.matrix.to(x) @ x
 

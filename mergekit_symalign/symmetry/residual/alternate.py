@@ -8,23 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 
 from torch import Tensor
 
+from mergekit_symalign.symmetry.distance import squared_difference
 from mergekit_symalign.symmetry.element import BlockElement, rows_by_axis
 from mergekit_symalign.symmetry.options import Sides
-from mergekit_symalign.symmetry.residual.cross import (
-    StreamSums,
-    rows,
-    standing_distance,
-    stream_sums,
-    sums_in_units,
-)
+from mergekit_symalign.symmetry.residual.cross import StreamSums, hidden_size, standing_distance, stream_sums
 from mergekit_symalign.symmetry.residual.kinds import STREAM, ResidualKind
 from mergekit_symalign.symmetry.residual.move import Elements, comparable, moved_along
-from mergekit_symalign.symmetry.residual.scope import Block, Scope, Tensors, stream_axes
+from mergekit_symalign.symmetry.residual.outside import outside_sums
+from mergekit_symalign.symmetry.residual.scope import Block, Scope, Tensors
 from mergekit_symalign.symmetry.solve import align_block, without_identities
 from mergekit_symalign.symmetry.threads import one_thread
 
@@ -54,10 +48,16 @@ class StreamAlignment:
 
 
 @dataclass(frozen=True)
-class _Round:
-    """What one reading of all scopes gave: blocks for a given stream, and sums for the next one."""
+class _Aligned:
+    """What one reading of a layer gave: its blocks for a given stream, and sums for the next stream.
 
-    blocks: tuple[Elements, ...]
+    Attributes:
+        blocks: their elements.
+        sums: under these elements.
+        standing: squared distance without any, if that was asked for.
+    """
+
+    blocks: Elements
     sums: StreamSums
     standing: float
 
@@ -69,23 +69,28 @@ def align_stream(scopes: Sequence[Scope], read: Read, kind: ResidualKind, rounds
 
     Args:
         scopes: what lies outside the layers, then every layer.
-        read: their tensors; called once for each in every round, and once for the first before.
+        read: their tensors; called once for the first, and once for each of the others in every round.
         kind: of the stream's element.
         rounds: at most; at least 1.
     """
-    stream = from_vocabulary(scopes[0], *read(0), kind)
+    outside = outside_sums(scopes[0], *read(0), kind)
+    stream = outside.start(kind)
     blocks: tuple[Elements, ...] = ({},) * len(scopes)
     distances: list[float] = []
     for _ in range(rounds):
-        found = _round(scopes, read, kind, (stream, blocks))
-        after = found.sums.best(kind)
-        distance = found.sums.distance(after)
-        distances = distances or [found.standing]
+        sums, found, standing = outside.sums, [blocks[0]], outside.standing
+        for i in range(1, len(scopes)):
+            layer = _aligned(scopes[i], read(i), kind, (stream, blocks[i]), first=not distances)
+            sums, standing = sums + layer.sums, standing + layer.standing
+            found.append(layer.blocks)
+        after = sums.best(kind)
+        distance = sums.distance(after)
+        distances = distances or [standing]
         if len(distances) > 1 and distance >= distances[-1] * (1 - _STILL):
             break
-        stream, blocks = after, found.blocks
+        stream, blocks = after, tuple(found)
         distances.append(distance)
-    return StreamAlignment(kind, stream, blocks, tuple(distances), len(found.sums.cross))
+    return StreamAlignment(kind, stream, blocks, tuple(distances), len(outside.sums.cross))
 
 
 def from_vocabulary(outside: Scope, anchor: Tensors, model: Tensors, kind: ResidualKind) -> BlockElement:
@@ -96,14 +101,7 @@ def from_vocabulary(outside: Scope, anchor: Tensors, model: Tensors, kind: Resid
         anchor, model: its tensors as stored; rows of embeddings and heads belong to the same tokens.
         kind: of the element.
     """
-    a, b = (comparable(outside, x, kind) for x in (anchor, model))
-    return sums_in_units(outside, a, b, hidden_size(outside, anchor)).best(kind)
-
-
-def hidden_size(scope: Scope, tensors: Tensors) -> int:
-    """Size of the stream."""
-    name = next(name for name in tensors if stream_axes(scope.axes[name]) == 1)
-    return len(rows(tensors[name], scope.axes[name]))
+    return outside_sums(outside, anchor, model, kind).start(kind)
 
 
 def block_sides(scope: Scope, block: Block, anchor: Tensors, model: Tensors) -> Sides:
@@ -122,34 +120,37 @@ def solve_blocks(scope: Scope, anchor: Tensors, model: Tensors, before: Elements
     for kind, block in scope.blocks.items():
         with one_thread():
             solved = align_block(block_sides(scope, block, anchor, model), block.shape, block.use)
-        new = without_identities(solved.element)
-        parts = {part: model[part] for part in block.parts}
-
-        def distance(element: BlockElement, kind: str = kind, parts: Tensors = parts) -> float:
-            return standing_distance(_some(anchor, parts), moved_along(scope, parts, BlockElement({}), {kind: element}))
-
-        known = before.get(kind)
-        found[kind] = new if known is None or distance(new) <= distance(known) else known
+            new, known = without_identities(solved.element), before.get(kind)
+            if known is not None and _left(scope, kind, anchor, model, known) < _left(scope, kind, anchor, model, new):
+                new = known
+        found[kind] = new
     return found
 
 
-def _some(tensors: Tensors, names: Tensors) -> dict[str, Tensor]:
-    return {name: tensors[name] for name in names}
+def _left(scope: Scope, kind: str, anchor: Tensors, model: Tensors, element: BlockElement) -> float:
+    """Squared distance of a block under an element, one tensor after the other."""
+    return sum(
+        squared_difference(
+            anchor[part], moved_along(scope, {part: model[part]}, BlockElement({}), {kind: element})[part]
+        )
+        for part in scope.blocks[kind].parts
+    )
 
 
-def _round(
-    scopes: Sequence[Scope],
-    read: Read,
-    kind: ResidualKind,
-    last: tuple[BlockElement, Sequence[Elements]],
-) -> _Round:
+def _aligned(
+    scope: Scope, both: tuple[Tensors, Tensors], kind: ResidualKind, last: tuple[BlockElement, Elements], *, first: bool
+) -> _Aligned:
+    """One layer, from its tensors as stored; the model's are brought into comparable form twice, and never kept."""
     stream, before = last
-    found: list[tuple[Elements, StreamSums, float]] = []
-    for number, scope in enumerate(scopes):
-        anchor, model = (comparable(scope, x, kind) for x in read(number))
-        blocks = solve_blocks(scope, anchor, moved_along(scope, model, stream), before[number])
-        moved = moved_along(scope, model, BlockElement({}), blocks)
-        sums = stream_sums(scope, anchor, moved, hidden_size(scope, anchor))
-        found.append((blocks, sums, standing_distance(anchor, model)))
-    blocks_of, sums_of, standing = zip(*found, strict=True)
-    return _Round(blocks_of, reduce(add, sums_of), sum(standing))
+    anchor = comparable(scope, both[0], kind)
+    blocks = solve_blocks(scope, anchor, _moved(scope, both[1], kind, stream), before)
+    model = comparable(scope, both[1], kind)
+    sums = stream_sums(scope, anchor, model, hidden_size(scope, anchor), blocks)
+    return _Aligned(blocks, sums, standing_distance(anchor, model) if first else 0.0)
+
+
+def _moved(scope: Scope, model: Tensors, kind: ResidualKind, stream: BlockElement) -> dict[str, Tensor]:
+    """The tensors of the blocks under the stream's element; each is forgotten once it is moved."""
+    form = comparable(scope, model, kind)
+    parts = [part for block in scope.blocks.values() for part in block.parts]
+    return {part: moved_along(scope, {part: form.pop(part)}, stream)[part] for part in parts}

@@ -11,12 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry.distance import squared_difference, squared_norm
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes
 from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind, best_element
+from mergekit_symalign.symmetry.residual.move import Elements, moved_along
 from mergekit_symalign.symmetry.residual.scope import Scope, Tensors, stream_axes
 from mergekit_symalign.symmetry.rows import compute_dtype
+from mergekit_symalign.symmetry.threads import in_parallel
 
+_ROWS = 256  # of a product, for one thread
+_COLUMNS = 2048  # that are multiplied at once: sums of more would lose digits in float32
 _ROUNDING = 64 * torch.finfo(torch.float64).eps  # of the squared norms: what a distance may be off by
 
 
@@ -55,50 +60,86 @@ def _inner(element: BlockElement, axis: str, cross: Tensor) -> float:
     return float((cross if g is None else g.inverse()(cross, 0)).diagonal().sum())
 
 
-def stream_sums(scope: Scope, anchor: Tensors, model: Tensors, hidden: int) -> StreamSums:
+@dataclass(frozen=True)
+class TensorSums:
+    """Of one tensor of anchor A and model B, or of a range of its tokens.
+
+    Attributes:
+        cross: ``X_A X_Bᵀ`` [hidden, hidden], float64.
+        anchor, model: squared norms.
+    """
+
+    cross: Tensor
+    anchor: float
+    model: float
+
+    @staticmethod
+    def of_rows(anchor: Tensor, model: Tensor) -> TensorSums:
+        """Of `rows`."""
+        cross = anchor.new_zeros(len(anchor), len(anchor), dtype=torch.float64)
+        add_product(cross, anchor, model)
+        return TensorSums(cross, squared_norm(anchor.mT), squared_norm(model.mT))
+
+    def __add__(self, other: TensorSums) -> TensorSums:
+        return TensorSums(self.cross + other.cross, self.anchor + other.anchor, self.model + other.model)
+
+
+def stream_sums(
+    scope: Scope, anchor: Tensors, model: Tensors, hidden: int, blocks: Elements | None = None
+) -> StreamSums:
     """Of the tensors of one scope, in comparable form.
 
     Args:
         scope: of the tensors.
-        anchor, model: the tensors, the model's blocks already moved.
+        anchor, model: the tensors.
         hidden: size of the stream.
+        blocks: what moves the model's blocks; one tensor after the other is moved, and forgotten.
 
     Raises:
         ShapeError: if anchor and model differ in shape.
     """
     sums = _nothing(hidden, anchor)
     constant = 0.0
-    for name in anchor:
-        axes, a, b = scope.axes[name], anchor[name], model[name]
+    for name, a in anchor.items():
+        axes, b = scope.axes[name], _in_blocks(scope, name, model[name], blocks)
         require_shape(f"tensor {name} of the model", b, a.shape)
         if stream_axes(axes):
             a, b = rows(a, axes), rows(b, axes)
-            (sums.gains if GAIN in axes.names else sums.cross).add_((a @ b.mT).double())
-            constant += squared_norm(a) + squared_norm(b)
+            add_product(sums.gains if GAIN in axes.names else sums.cross, a, b)
+            constant += squared_norm(a.mT) + squared_norm(b.mT)
         else:
-            constant += squared_norm(a.double() - b.double())
+            constant += squared_difference(a, b)
     return StreamSums(sums.cross, sums.gains, constant)
-
-
-def sums_in_units(scope: Scope, anchor: Tensors, model: Tensors, hidden: int) -> StreamSums:
-    """The same of matrices alone, each in units of its norm: a large one does not drown the others."""
-    sums = _nothing(hidden, anchor)
-    for name in anchor:
-        axes, a, b = scope.axes[name], anchor[name], model[name]
-        require_shape(f"tensor {name} of the model", b, a.shape)
-        unit = (squared_norm(a) * squared_norm(b)) ** 0.5
-        if stream_axes(axes) and a.numel() > hidden and unit > 0:
-            sums.cross.add_((rows(a, axes) @ rows(b, axes).mT).double(), alpha=1 / unit)
-    return sums
 
 
 def standing_distance(anchor: Tensors, model: Tensors) -> float:
     """Squared distance of tensors as they are."""
-    return sum(squared_norm(x.double() - model[name].double()) for name, x in anchor.items())
+    return sum(squared_difference(x, model[name]) for name, x in anchor.items())
 
 
-def squared_norm(x: Tensor) -> float:
-    return float(x.double().square().sum())
+def add_product(total: Tensor, anchor: Tensor, model: Tensor) -> None:
+    """Add ``A Bᵀ`` to ``total`` [hidden, hidden], float64.
+
+    Products are of the compute dtype, some columns at a time, and in one thread for some rows each.
+
+    Args:
+        total: what is added to.
+        anchor, model: [hidden, columns].
+    """
+    few = len(total) if total.device.type != "cpu" else _ROWS
+
+    for a, b in zip(anchor.split(_COLUMNS, dim=1), model.split(_COLUMNS, dim=1), strict=True):
+        wide = b.to(compute_dtype(b.dtype))
+
+        def add(piece: tuple[Tensor, Tensor], wide: Tensor = wide) -> None:
+            to, some = piece
+            to.add_(some.to(wide.dtype) @ wide.mT)
+
+        in_parallel(add, list(zip(total.split(few), a.split(few), strict=True)), total.device)
+
+
+def _in_blocks(scope: Scope, name: str, x: Tensor, blocks: Elements | None) -> Tensor:
+    return moved_along(scope, {name: x}, BlockElement({}), blocks)[name] if blocks else x
 
 
 def _nothing(hidden: int, like: Tensors) -> StreamSums:
@@ -107,8 +148,14 @@ def _nothing(hidden: int, like: Tensors) -> StreamSums:
     return StreamSums(cross, gains)
 
 
+def hidden_size(scope: Scope, tensors: Tensors) -> int:
+    """Size of the stream."""
+    name = next(name for name in tensors if stream_axes(scope.axes[name]) == 1)
+    return len(rows(tensors[name], scope.axes[name]))
+
+
 def rows(x: Tensor, axes: TensorAxes) -> Tensor:
-    """A tensor's weights with its stream axis first [hidden, columns], in the compute dtype."""
+    """A tensor's weights with its stream axis first [hidden, columns], in their own dtype."""
     weights = axes.read(x)
     dim = next(i for i, axis in enumerate(axes.names) if axis in (STREAM, GAIN))
-    return weights.to(compute_dtype(weights.dtype)).movedim(dim, 0).reshape(weights.shape[dim], -1)
+    return weights.movedim(dim, 0).reshape(weights.shape[dim], -1)

@@ -16,6 +16,7 @@ from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import require_shape, require_square
 from mergekit_symalign.symmetry.groups import Chain, Permutation, Rotation, Scaling
 from mergekit_symalign.symmetry.heads.joint import towards_identity
+from mergekit_symalign.symmetry.threads import one_thread
 
 STREAM, GAIN = "residual", "residual_gain"  # axes: gains of norms move as the stream does, without its signs
 
@@ -115,5 +116,6 @@ def centred_basis(size: int) -> Tensor:
 
 def _polar(cross: Tensor) -> Tensor:
     """The orthogonal matrix with the largest inner product; where ``cross`` says nothing, near the identity."""
-    u, _, vh = torch.linalg.svd(towards_identity(cross))
-    return u @ vh
+    with one_thread():  # a second thread would wait more than it works
+        u, _, vh = torch.linalg.svd(towards_identity(cross))
+        return u @ vh

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.residual.kinds import ResidualKind
+from mergekit_symalign.symmetry.residual.pieces import moved_in_pieces
 from mergekit_symalign.symmetry.residual.scope import NormWeights, Scope, Tensors, folded, stream_axes, unfolded
 
 Elements = Mapping[str, BlockElement]  # of the blocks of a scope, by kind
@@ -53,8 +54,8 @@ def moved_along(
     """Tensors under the stream's element and those of blocks, their norms left alone."""
     element = {part: element for kind, element in (blocks or {}).items() for part in scope.blocks[kind].parts}
     return {
-        name: BlockElement({**stream.actions, **(element[name].actions if name in element else {})})(
-            x, scope.axes[name]
+        name: moved_in_pieces(
+            BlockElement({**stream.actions, **(element[name].actions if name in element else {})}), x, scope.axes[name]
         )
         for name, x in tensors.items()
     }

@@ -21,7 +21,7 @@ from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Symmetries
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM
 from mergekit_symalign.symmetry.rows import compute_dtype
 
-_VOCABULARY = "vocabulary"
+VOCABULARY = "vocabulary"
 FLOOR = 1e-2  # of a gain's root mean square: smaller gains are no divisors
 
 Tensors = Mapping[str, Tensor]
@@ -120,8 +120,8 @@ def at_tokens(scope: Scope, tensors: Tensors, rows: Tensor) -> dict[str, Tensor]
     """
     result = dict(tensors)
     for name, x in tensors.items():
-        if _VOCABULARY in scope.axes[name].names:
-            result[name] = x.index_select(scope.axes[name].names.index(_VOCABULARY), rows.to(x.device))
+        if VOCABULARY in scope.axes[name].names:
+            result[name] = x.index_select(scope.axes[name].names.index(VOCABULARY), rows.to(x.device))
     return result
 
 
