@@ -63,9 +63,6 @@ class Study:
                 self._measure(shape, number, arm, "-", lambda found=row: found)
 
     def run(self) -> None:
-        for shape in self.models.settings.shapes:
-            for seed in self.models.settings.seeds:
-                self._measure("alone", seed, shape, "-", lambda s=shape, i=seed: {"loss": self._alone(s, i)})
         for shape, number, seeds in self.pairs():
             pair = self.pair(shape, seeds)
             for arm in arms():
@@ -91,9 +88,6 @@ class Study:
 
     def _measure(self, part: str, seed: int, arm: str, variant: str, measure: Callable[[], Row]) -> Row:
         return self.store.measure({"part": part, "seed": seed, "arm": arm, "variant": variant}, measure)
-
-    def _alone(self, shape: str, seed: int) -> float:
-        return loss(load(self.models.plain(shape, seed))[0], self._windows)
 
     def _loss(self, pair: Pair) -> Callable[[State], float]:
         """Of states of the anchor."""

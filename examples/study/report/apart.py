@@ -6,9 +6,10 @@ from ..apart_merges import LEARNED, NONE
 from ..apart_older import OLDER
 from ..apart_published import LEARNED as THEIRS_LEARNED
 from ..apart_published import MATCHED as THEIRS
+from ..estimates import Estimate
 from ..findings import Findings, plain_number
 from .apart_skills import skills
-from .markdown import judged, listing, paragraphs, table
+from .markdown import judged, listing, opening, paragraphs, table
 
 TITLES = {
     NONE: "none",
@@ -29,8 +30,8 @@ GOALS = {"rotation": 0.30, LEARNED: 0.02}
 
 
 def finished(findings: Findings) -> bool:
-    """Whether the pairs of one shape were measured without alignment and with the rotation."""
-    return any(findings.has(shape, arm) for shape in SHAPES for arm in ("rotation",) if findings.has(shape, NONE))
+    """Whether a pair of one shape was measured without alignment and with the rotation."""
+    return any(findings.has(shape, NONE) and findings.has(shape, "rotation") for shape in SHAPES)
 
 
 def section(findings: Findings) -> str:
@@ -46,17 +47,27 @@ def section(findings: Findings) -> str:
 
 
 def _verdict(findings: Findings) -> str:
-    """The lowest barrier from weights, and the learned one, by shape."""
+    """What the rotation does to the barrier, and the numbers by shape."""
+    shapes = [shape for shape in SHAPES if findings.has(shape, "rotation")]
+    words = opening(_gain(findings, shape, "rotation").verdict(-1) for shape in shapes)
     said = []
-    for shape, title in SHAPES.items():
-        if findings.has(shape, NONE):
-            found = {arm: findings.estimate(shape, arm, "-", BARRIER) for arm in measured(findings, shape)}
-            numbers = [f"{TITLES[arm]} {found[arm].text(3)}" for arm in (NONE, "rotation", LEARNED) if arm in found]
-            said.append(f"{title}: {listing(numbers)}")
+    for shape in shapes:
+        numbers = [
+            f"{TITLES[arm]} {findings.estimate(shape, arm, '-', BARRIER).text(3)}"
+            for arm in (NONE, "blocks", "rotation", LEARNED)
+            if findings.has(shape, arm)
+        ]
+        said.append(f"{SHAPES[shape]}: {listing(numbers)}")
     return f"""\
-**Without a common base the residual stream has to be aligned.** Models of two initialisations, averaged, are worse than
-either. This is the barrier in nats, the largest rise of the loss above the straight line between the two (lower is
-better). {". ".join(said)}."""
+{words} Models of two initialisations, averaged, are worse than either, and aligning blocks changes little. This is the
+barrier by alignment in nats, the largest rise of the loss above the straight line between the two (lower is better).
+{". ".join(said)}."""
+
+
+def _gain(findings: Findings, part: str, arm: str) -> Estimate:
+    """Barrier of an arm minus the one without alignment, pair by pair."""
+    ours, plain = (findings.per_seed(part, x, "-", BARRIER) for x in (arm, NONE))
+    return Estimate.of([x - plain[n] for n, x in ours.items() if n in plain])
 
 
 def measured(findings: Findings, part: str) -> list[str]:
@@ -76,13 +87,16 @@ Two shapes, each trained from {len(settings["seeds"])} initialisations on Tiny S
 {training["length"]} tokens, and keeps its weights with the lowest loss on {settings["held_out"]:.0%} of the text.
 Losses are of another {settings["held_out"]:.0%}, at 11 points from one model to the other. Three models give three
 pairs, so pairs share models, and a standard error over pairs is smaller than one over independent pairs would be. Every
-aligned model is an ordinary checkpoint that `mergekit-yaml` wrote, and computes what it did. Activations and the descent read
+aligned model is an ordinary checkpoint, written by a merge, and computes what it did. Activations and the descent read
 {settings["prompts"]} pieces of the training text."""
 
 
 def _shape(findings: Findings, shape: str) -> list[str]:
-    alone = [f"{x:.3f}" for x in findings.per_seed("alone", shape, "-", plain_number("loss")).values()]
-    lead = f"**{SHAPES[shape]}.** Barrier in nats (lower is better); the models alone have losses of {listing(alone)}."
+    plain = [row for (part, _, arm, _), row in findings.rows.items() if (part, arm) == (shape, NONE)]
+    ends = {row["path"][end] for row in plain for end in (0, -1)}
+    lead = f"""\
+**{SHAPES[shape]}.** Barrier in nats (lower is better). The models alone have losses of
+{listing([f"{x:.3f}" for x in sorted(ends)])}."""
     return [lead, _table(findings, shape, published=shape == "gpt2")]
 
 
@@ -92,7 +106,7 @@ def _table(findings: Findings, part: str, *, published: bool) -> str:
     for arm in measured(findings, part):
         found = findings.per_seed(part, arm, "-", BARRIER)
         cells = [f"{found[n]:.3f}" if n in found else "" for n in numbers]
-        difference = "" if arm == NONE else judged(findings.difference(part, arm, "-", BARRIER, NONE), -1, 3)
+        difference = "" if arm == NONE else judged(_gain(findings, part, arm), -1, 3)
         timed = "" if arm == NONE else findings.estimate(part, arm, "-", SECONDS).text(0)
         mean = findings.estimate(part, arm, "-", BARRIER).text(3)
         rows.append((TITLES[arm], *cells, mean, difference, timed, *((PUBLISHED.get(arm, ""),) if published else ())))

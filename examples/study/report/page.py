@@ -68,7 +68,7 @@ def page(study: Study) -> str:
         *_skills(study),
         *([] if study.apart is None else [apart.section(study.apart)]),
         _limits(study),
-        _again(),
+        _again(study),
     ]
     return paragraphs(*parts) + "\n"
 
@@ -162,11 +162,12 @@ def _has_activations(findings: Findings | None) -> bool:
     return findings is not None and "activations" in smollm2.tried(findings)
 
 
-def _again() -> str:
-    return """\
+def _again(study: Study) -> str:
+    apart = "`make study-apart TEXT=FILE` measures section 9 from a file of text." if study.apart is not None else ""
+    return f"""\
 ## Measure it again
 
 `make study` measures everything on this page. It goes on with what is missing in `examples/study/results/`; delete a
 file there to measure it anew. `make study-again` measures the first seed of sections 1 and 3 again from nothing
 and compares every number with the results. `make study-small` runs the same code on a fraction of the training, in
-minutes."""
+minutes. {apart}"""
