@@ -22,6 +22,7 @@ from .store import Row
 
 NONE, LEARNED = "none", "learned"
 START = "general"  # of the descent
+SAVED = "alignments"
 SECONDS = "seconds.txt"  # that an alignment took, beside the aligned model
 POINTS = 11  # on the line, both ends included
 
@@ -50,6 +51,8 @@ class Pair:
             return self.model
         folder = self.work / arm
         if not folder.exists():
+            if arm == LEARNED:
+                self.aligned(START)
             started = time.perf_counter()
             if arm == LEARNED:
                 self._learn()
@@ -59,35 +62,37 @@ class Pair:
         return folder
 
     def config(self, arm: str) -> dict[str, Any]:
-        """The configuration that writes it."""
+        """The configuration that writes it; the start of the descent is saved as an alignment too."""
         asked = {"alignment": str(self._learned)} if arm == LEARNED else _described()[arm]
         given = {"text": str(self.text), "length": self.length}
         filled = {name: given.get(x, x) if isinstance(x, str) else x for name, x in asked.items()}
+        saved = {"save_alignment": str(self.work / SAVED)} if arm == START else {}
         models = [{"model": str(self.model)}]
         merge = {"merge_method": "rotation_match", "base_model": str(self.anchor), "models": models}
-        return {**merge, "parameters": filled, "dtype": "float32"}
+        return {**merge, "parameters": filled | saved, "dtype": "float32"}
 
     @property
     def _learned(self) -> Path:
         return self.work / f"{LEARNED}.safetensors"
 
     def _learn(self) -> None:
-        if self._learned.exists():
-            return
-        options = [
-            x
-            for name, value in {**_options(_described()[START]), **self.learning}.items()
-            for x in (f"--{name}", str(value))
-        ]
-        command = ("learn", str(self.anchor), str(self.model), "--data", str(self.text), "-o", str(self._learned))
-        symalign([*command, *options, "--quiet"], standalone_mode=False)
+        """From the start that was saved."""
+        if not self._learned.exists():
+            init = self.work / SAVED / f"{self.model.name}.safetensors"
+            options = [x for name, value in self.learning.items() for x in (f"--{name}", str(value))]
+            files = ("--data", str(self.text), "--init", str(init), "-o", str(self._learned))
+            symalign(["learn", str(self.anchor), str(self.model), *files, *options, "--quiet"], standalone_mode=False)
+
+    def seconds(self, arm: str) -> float:
+        """That the alignment took; of the descent with its start."""
+        before = self.seconds(START) if arm == LEARNED else 0.0
+        return 0.0 if arm == NONE else before + float((self.aligned(arm) / SECONDS).read_text("utf-8"))
 
     def barrier(self, arm: str, loss: Callable[[State], float]) -> Row:
         """Losses on the line from the anchor to the aligned model, and how far they rise above that line's ends."""
         aligned = self.aligned(arm)
-        seconds = 0.0 if arm == NONE else float((aligned / SECONDS).read_text("utf-8"))
         losses = path(load_state(self.anchor), load_state(aligned), loss)
-        return {"barrier": rise(losses), "path": [round(x, 5) for x in losses], "seconds": seconds}
+        return {"barrier": rise(losses), "path": [round(x, 5) for x in losses], "seconds": self.seconds(arm)}
 
 
 def arms() -> tuple[str, ...]:
@@ -98,10 +103,6 @@ def arms() -> tuple[str, ...]:
 @cache
 def _described() -> dict[str, dict[str, Any]]:
     return dict(yaml.safe_load((MERGES / "apart.yml").read_text("utf-8")))
-
-
-def _options(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.replace("_", "-"): x for name, x in parameters.items()}
 
 
 def path(start: Mapping[str, Tensor], end: Mapping[str, Tensor], loss: Callable[[State], float]) -> list[float]:
