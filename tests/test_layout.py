@@ -48,6 +48,8 @@ ROOMS: dict[str, str] = {
     "planting": f"families {ELEMENTS} symmetry/heads symmetry/residual",
     "fusion": f"errors families {ELEMENTS} symmetry/assignment symmetry/heads symmetry/by_activations symmetry/solve",
     "activations": "errors families fusion symmetry/element symmetry/by_activations",
+    "learning": f"errors whole_file sealed activations {ELEMENTS} symmetry/assignment symmetry/heads symmetry/solve "
+    "symmetry/admitted symmetry/residual",
     "alignments": f"errors families whole_file sealed {ELEMENTS} symmetry/admitted symmetry/membership "
     "symmetry/residual",
     "planned_methods": "errors families activations",
@@ -60,8 +62,8 @@ ROOMS: dict[str, str] = {
     "card": "methods graph",
     "hook": "errors host method_names aligned_methods data_methods graph card",
     "demo": "errors families planting whole_file",
-    "commands": "errors host method_names families whole_file sealed statistics activations alignments methods graph "
-    "card hook demo",
+    "commands": "errors host method_names families whole_file sealed statistics activations alignments learning "
+    "methods graph card hook demo symmetry/options symmetry/element symmetry/describe symmetry/membership symmetry/residual",
     "cli": "errors hook commands",
 }
 ONE_ROOM = {"alignment_file": "alignments", "autoload": "hook"}

@@ -6,7 +6,7 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from mergekit_symalign.learning.progress import load_state, save_state
 from mergekit_symalign.learning.texts import Data, windows
 from mergekit_symalign.whole_file import require_writable
 
+DEFAULT_LENGTH = 256  # tokens
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STATE = "state.safetensors"
 _UNSET = {
@@ -54,16 +55,19 @@ class Asked:
     Attributes:
         plan: of the descent.
         batch_size: texts of a step.
-        length: tokens of a text; longer ones are cut in pieces.
+        length: tokens of a text; longer ones are cut in pieces. None: `DEFAULT_LENGTH`, or as many as the models have
+            positions.
         dtype: in which the models compute.
         checkpoints: whether layers run once more on the way back.
+        orders: whether permutations are learned too.
     """
 
     plan: Plan = field(default_factory=Plan)
     batch_size: int = 8
-    length: int = 256
+    length: int | None = None
     dtype: str = "float32"
     checkpoints: bool = False
+    orders: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,12 @@ class Outcome:
 @click.option("--init", type=click.Path(path_type=Path), help="Start from this alignment file instead of solving one.")
 @click.option("--steps", type=click.IntRange(1), default=Plan().steps, show_default=True, help="At most.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Texts of a step.")
-@click.option("--sequence-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a text.")
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(2),
+    show_default=f"{DEFAULT_LENGTH}, or as many as the models have positions",
+    help="Tokens of a text; longer ones are cut in pieces.",
+)
 @click.option(
     "--rate", type=click.FloatRange(0, min_open=True), default=Plan().rate, show_default=True, help="Of learning."
 )
@@ -124,6 +133,9 @@ class Outcome:
 @click.option(
     "--gradient-checkpointing", is_flag=True, help="Run each layer twice, which takes far less memory and more time."
 )
+@click.option(
+    "--permutations", is_flag=True, help="Learn orders of neurons and heads too, by a straight-through estimator."
+)
 @functools.partial(alignment_options, unset=_UNSET)
 @functools.partial(model_options, device="auto")
 @click.option("--quiet", is_flag=True, help="Only the name of the file, and no progress bars.")
@@ -135,12 +147,13 @@ def learn(
     init: Path | None,
     steps: int,
     batch_size: int,
-    sequence_length: int,
+    sequence_length: int | None,
     rate: float,
     patience: int,
     dtype: str,
     seed: int,
     gradient_checkpointing: bool,
+    permutations: bool,
     models: dict[str, Any],
     quiet: bool,
     **parameters: Any,
@@ -157,7 +170,7 @@ def learn(
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     options = MergeOptions(**models, device=device, quiet=quiet)
     plan = Plan(steps=steps, rate=rate, seed=seed, patience=patience)
-    asked = Asked(plan, batch_size, sequence_length, dtype, gradient_checkpointing)
+    asked = Asked(plan, batch_size, sequence_length, dtype, gradient_checkpointing, permutations)
     say = (lambda _: None) if quiet else click.echo
     outcome = run_learn(anchor, model, data, out, options, asked, parameters=parameters, init=init, say=say)
     if not quiet:
@@ -206,15 +219,29 @@ def run_learn(
     require_comparable(pair.anchor, pair.model)
     if parameters.get("residual") is not None:
         pair.kind(parameters["residual"])
+    asked = replace(asked, length=_length(pair, asked.length))
     read = _data(pair, data, asked, options)
     _require_memory(pair, asked, say)
     with _progress_beside(out) as folder:
-        start = _start(pair, folder, init, options, parameters)
+        start = _start(pair, folder, init, options, parameters, orders=asked.orders)
         found = between(pair, start, DTYPES[asked.dtype], checkpoints=asked.checkpoints)
         state, outcome = _learned(pair, found, read, folder, asked, start, quiet=options.quiet)
         told = {"learned_steps": state.step, "loss_before": outcome.before, "loss_after": outcome.after}
         save_learned(out, pair, start, found, state, told, told)
     return outcome
+
+
+def _length(pair: Pair, wanted: int | None) -> int:
+    """Tokens of a text.
+
+    Raises:
+        ConfigError: if the models have no positions for so many.
+    """
+    known = [positions for of in (pair.anchor, pair.model) if (positions := of.positions()) is not None]
+    if wanted is not None and known and wanted > min(known):
+        reason = f"the models have {min(known)} positions"
+        raise ConfigError(f"--sequence-length {wanted}", reason, f"Give at most {min(known)}")
+    return wanted or min(DEFAULT_LENGTH, *known)
 
 
 def _data(pair: Pair, path: Path, asked: Asked, options: MergeOptions) -> Data:
@@ -226,7 +253,8 @@ def _data(pair: Pair, path: Path, asked: Asked, options: MergeOptions) -> Data:
     """
     objective = _objective(pair)
     tokenizers = [tokenizer_of(of.checkpoint.model, options) for of in (pair.anchor, pair.model)]
-    most = (asked.plan.steps * asked.batch_size + 64) * asked.length
+    length = asked.length or DEFAULT_LENGTH
+    most = (asked.plan.steps * asked.batch_size + 64) * length
     first, second = (calibrate(path, tokenizer, {}, tokens=most, length=most).sequences for tokenizer in tokenizers)
     if first != second:
         at = next(
@@ -238,7 +266,7 @@ def _data(pair: Pair, path: Path, asked: Asked, options: MergeOptions) -> Data:
             "the models between them have no tokenizer",
             "Give the models one tokenizer first",
         )
-    pieces = windows(first, asked.length)
+    pieces = windows(first, length)
     if len(pieces) < 2:
         raise CalibrationError(
             f"--data {path}", f"it gives {len(pieces)} texts of two tokens or more", "Give more texts, one on each line"
@@ -304,7 +332,7 @@ def _sizes(pair: Pair, asked: Asked) -> Sizes:
         heads=geometry.query_heads,
         vocabulary=runner.model.config.vocab_size,
         inputs=asked.batch_size,
-        length=asked.length,
+        length=asked.length or DEFAULT_LENGTH,
         checkpoints=asked.checkpoints,
     )
 
@@ -323,15 +351,23 @@ def _progress_beside(out: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(pair: Pair, folder: Path, init: Path | None, options: MergeOptions, parameters: Mapping[str, Any]) -> Start:
+def _start(
+    pair: Pair,
+    folder: Path,
+    init: Path | None,
+    options: MergeOptions,
+    parameters: Mapping[str, Any],
+    *,
+    orders: bool,
+) -> Start:
     """The file to start from, solved if need be."""
     if init is not None:
-        return started(pair, init, parameters)
+        return started(pair, init, parameters, orders=orders)
     solved, residual = folder / "start.safetensors", parameters.get("residual") or pair.strongest().value
     if not solved.exists():
         closed = {**parameters, "residual": residual, "neuron_scaling": False}
         run_solve(pair.anchor.name, pair.model.name, solved, options, closed, say=lambda _: None)
-    return started(pair, solved, {**parameters, "residual": residual})
+    return started(pair, solved, {**parameters, "residual": residual}, orders=orders)
 
 
 def _learned(
@@ -366,6 +402,11 @@ def _what(pair: Pair, read: Data, asked: Asked, start: Start) -> dict[str, Any]:
         for role, of in (("anchor", pair.anchor), ("model", pair.model))
     }
     plan = {name.replace("_", "-"): x for name, x in asdict(asked.plan).items()}
-    how = {"batch-size": asked.batch_size, "sequence-length": asked.length, "dtype": asked.dtype}
+    how = {
+        "batch-size": asked.batch_size,
+        "sequence-length": asked.length,
+        "dtype": asked.dtype,
+        "permutations": asked.orders,
+    }
     use = {name: str(x) for name, x in asdict(start.use).items()}
     return {**prints, **plan, **how, **use, "residual": start.residual.value, "texts": read.digest}

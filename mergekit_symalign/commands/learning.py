@@ -76,11 +76,13 @@ class Start:
         file: an alignment that was solved, or given.
         residual: what the stream is to be.
         use: which symmetries are learned.
+        orders: whether permutations are.
     """
 
     file: AlignmentFile
     residual: Residual
     use: Symmetries
+    orders: bool = False
 
 
 def symmetries(parameters: Mapping[str, Any]) -> Symmetries:
@@ -99,7 +101,7 @@ def symmetries(parameters: Mapping[str, Any]) -> Symmetries:
     return Symmetries(**chosen)
 
 
-def started(pair: Pair, path: Path, parameters: Mapping[str, Any]) -> Start:
+def started(pair: Pair, path: Path, parameters: Mapping[str, Any], *, orders: bool = False) -> Start:
     """An alignment file as a start.
 
     Raises:
@@ -124,7 +126,7 @@ def started(pair: Pair, path: Path, parameters: Mapping[str, Any]) -> Start:
     if order.index(wanted) < order.index(solved):
         reason = f"it is {wanted.value}, but {path} starts from {solved.value}"
         raise ParameterError("parameter residual", reason, "Leave it out, or start from another alignment")
-    return Start(AlignmentFile.open(path), wanted, symmetries(parameters))
+    return Start(AlignmentFile.open(path), wanted, symmetries(parameters), orders)
 
 
 def between(pair: Pair, start: Start, dtype: torch.dtype | None = None, *, checkpoints: bool = False) -> Between:
@@ -132,7 +134,7 @@ def between(pair: Pair, start: Start, dtype: torch.dtype | None = None, *, check
     layout, file = pair.anchor.checkpoint.layout, start.file
     kind, hidden = pair.kind(start.residual), layout.geometry.hidden
     element = file.element(STREAM_BLOCK) if STREAM_BLOCK in file.blocks else BlockElement({})
-    stream = LearnedStream.of(element, kind, hidden)
+    stream = LearnedStream.of(element, kind, hidden, orders=start.orders)
     first, second = _outside(pair.anchor), _outside(pair.model)
     outside = Place.of(outside_scope(layout, first), first, second, kind, stream, {})
     layers = []
@@ -140,7 +142,7 @@ def between(pair: Pair, start: Start, dtype: torch.dtype | None = None, *, check
         a, b = pair.anchor.layer(i), pair.model.layer(i)
         scope = layer_scope(layout, i, {layout.name(i, part) for part in a})
         blocks = {
-            of: learned_block(file.element(block_name(i, of)), block.shape, start.use)
+            of: learned_block(file.element(block_name(i, of)), block.shape, start.use, orders=start.orders)
             for of, block in scope.blocks.items()
         }
         layers.append(Place.of(scope, a, b, kind, stream, blocks, f"layer {i}"))

@@ -80,6 +80,16 @@ class StoredModel:
         dtypes = {header.dtype for header in self.checkpoint.headers.values() if header.dtype is not None}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
+    def positions(self) -> int | None:
+        """How many tokens a text may have, where the model has an embedding for each position; None elsewhere."""
+        layout, config = self.checkpoint.layout, self.checkpoint.config
+        for name, spec in layout.outside.items():
+            header = self.checkpoint.stored(WeightInfo(name=name))
+            if "position" in spec.axes and header is not None:
+                taken = (config.pad_token_id or 0) + 1 if layout.family.positions_after_padding else 0
+                return header.shape[spec.axes.index("position")] - taken
+        return None
+
     def _inside(self, index: int) -> list[str]:
         layer = self.runner.layers[index]
         return [self.checkpoint.layout.name(index, part) for part, _ in layer.named_parameters()]

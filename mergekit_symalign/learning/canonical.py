@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_symalign.learning.orders import SoftOrder
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
     Chain,
@@ -43,12 +44,20 @@ def canonical(action: AxisAction | None, size: int) -> Canonical:
     """
     order, step = torch.arange(size), None
     for one in _steps(action):
+        if isinstance(one, SoftOrder):
+            one = one.hardened()
         if isinstance(one, Permutation):
             order = order[one.index]
             step = None if step is None else _reordered(step, one.index)
         else:
             step = one if step is None else _product(step, one)
     return Canonical(Permutation(order), step)
+
+
+def shortest(action: AxisAction) -> AxisAction:
+    """The same action as `canonical` gives it."""
+    found = canonical(action, action.size)
+    return found.order if found.step is None else Chain((found.order, found.step)).simplified()
 
 
 def _steps(action: AxisAction | None) -> list[AxisAction]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.learning.adam import Leaf
-from mergekit_symalign.learning.canonical import canonical
+from mergekit_symalign.learning.canonical import canonical, shortest
 from mergekit_symalign.learning.manifolds import Flat, Invertible, Log, Manifold, MeanKeeping, Orthogonal
+from mergekit_symalign.learning.orders import Scores, SoftOrder, first_scores, straight_through
 from mergekit_symalign.symmetry.admitted import gain_heads
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import (
@@ -30,13 +31,15 @@ from mergekit_symalign.symmetry.groups import (
     Scaling,
     rotary_action,
 )
+from mergekit_symalign.symmetry.heads.order import moved_axes
 from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, per_query_head
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Symmetries, ValueOutput
 from mergekit_symalign.symmetry.options import Rotation as Turns
-from mergekit_symalign.symmetry.residual.kinds import STREAM, ResidualKind
+from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind
 from mergekit_symalign.symmetry.solve import without_identities
 
 Numbers = Mapping[str, Tensor]
+_QUERIES = ("query", "attended", "query_gain")  # axes that have every query head
 
 
 class Learned(ABC):
@@ -70,10 +73,9 @@ class Learned(ABC):
         """The whole element, exactly a member of its group, float64 on the CPU."""
         exact = {name: manifold.exact(numbers[name].cpu()) for name, manifold in self.manifolds.items()}
         acting = self.acting(exact).actions
-        axes = [*self.fixed.actions, *(axis for axis in acting if axis not in self.fixed.actions)]
-        steps = {axis: [of[axis] for of in (self.fixed.actions, acting) if axis in of] for axis in axes}
-        chained = {axis: of[0] if len(of) == 1 else Chain(tuple(of)).simplified() for axis, of in steps.items()}
-        return without_identities(BlockElement(chained))
+        axes = dict.fromkeys((*self.fixed.actions, *acting))
+        steps = {axis: tuple(of[axis] for of in (self.fixed.actions, acting) if axis in of) for axis in axes}
+        return without_identities(BlockElement({axis: shortest(Chain(of)) for axis, of in steps.items()}))
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,18 @@ class LearnedStream(Learned):
     manifolds: Mapping[str, Manifold] = field(default_factory=dict)
 
     @staticmethod
-    def of(element: BlockElement, kind: ResidualKind, hidden: int) -> LearnedStream:
+    def of(element: BlockElement, kind: ResidualKind, hidden: int, *, orders: bool = False) -> LearnedStream:
         """
         Args:
             element: where to start; a permutation is a rotation too.
             kind: what it is to be.
             hidden: size of the stream.
+            orders: whether a permutation is learned.
         """
         if not kind.rotates:
-            return LearnedStream(element)
+            learned = orders and kind is not ResidualKind.none
+            numbers = {"scores": first_scores(1, hidden)} if learned else {}
+            return LearnedStream(element, numbers, {"scores": Scores()} if learned else {})
         eye = torch.eye(hidden, dtype=torch.float64)
         action = element.actions.get(STREAM)
         start = eye if action is None else action(eye, 0)
@@ -101,6 +106,9 @@ class LearnedStream(Learned):
         return LearnedStream(BlockElement({}), {"matrix": start}, {"matrix": manifold})
 
     def element(self, numbers: Numbers) -> BlockElement:
+        if "scores" in numbers:
+            order = SoftOrder(straight_through(numbers["scores"]))
+            return BlockElement({STREAM: order, GAIN: order})
         return BlockElement({STREAM: Rotation(numbers["matrix"])} if numbers else {})
 
 
@@ -120,11 +128,11 @@ class LearnedHeads(Learned):
     manifolds: Mapping[str, Manifold]
 
     @staticmethod
-    def of(element: BlockElement, shape: HeadShape, use: Symmetries) -> LearnedHeads:
-        sizes = {axis: shape.heads(axis) * shape.head_dim for axis in HEAD_AXES}
+    def of(element: BlockElement, shape: HeadShape, use: Symmetries, *, orders: bool = False) -> LearnedHeads:
+        lengths = {axis: shape.heads(axis) * shape.head_dim for axis in HEAD_AXES}
         if shape.qk_norm:
-            sizes |= {axis: gain_heads(axis, shape) * shape.head_dim for axis in GAIN_AXES}
-        parts = {axis: canonical(element.actions.get(axis), size) for axis, size in sizes.items()}
+            lengths |= {axis: gain_heads(axis, shape) * shape.head_dim for axis in GAIN_AXES}
+        parts = {axis: canonical(element.actions.get(axis), size) for axis, size in lengths.items()}
         fixed: dict[str, AxisAction] = {axis: part.order for axis, part in parts.items()}
         value = parts["value"].step
         general = use.value_output is ValueOutput.general or isinstance(value, HeadMatrix)
@@ -133,10 +141,13 @@ class LearnedHeads(Learned):
             for axis in ("query", "key"):
                 step = parts[axis].step
                 fixed[axis] = fixed[axis] if step is None else Chain((fixed[axis], step))
-            numbers |= _factors(parts["key_gain"].step, sizes["key_gain"], shape)
+            numbers |= _factors(parts["key_gain"].step, lengths["key_gain"], shape)
         else:
             key = parts["key"].step
             numbers |= _queries(None if key is None else key.dual(), shape)
+        if orders and use.heads:
+            sizes = {"kv_scores": (1, shape.kv_heads), "query_scores": (shape.kv_heads, shape.queries_per_kv)}
+            numbers |= {name: first_scores(*size) for name, size in sizes.items() if size[1] > 1}
         found = {name: _manifold(name, use, general=general) for name in numbers}
         manifolds = {name: manifold for name, manifold in found.items() if manifold is not None}
         return LearnedHeads(shape, general, BlockElement(fixed), numbers, manifolds)
@@ -146,7 +157,23 @@ class LearnedHeads(Learned):
         if not self.general:
             value = HeadRotation(numbers["value_matrix"], numbers["value_scale"].exp())
         actions: dict[str, AxisAction] = {"value": value, "attended": per_query_head(value.dual(), self.shape)}
-        return BlockElement(actions | (self._gains(numbers) if self.shape.qk_norm else self._queries(numbers)))
+        actions |= self._gains(numbers) if self.shape.qk_norm else self._queries(numbers)
+        orders = self._orders(numbers)
+        axes = dict.fromkeys((*orders, *actions))
+        steps = {axis: tuple(of[axis] for of in (orders, actions) if axis in of) for axis in axes}
+        return BlockElement({axis: of[0] if len(of) == 1 else Chain(of) for axis, of in steps.items()})
+
+    def _orders(self, numbers: Numbers) -> dict[str, AxisAction]:
+        """KV heads move as wholes with their group; query heads move within it."""
+        scores = [numbers.get(name) for name in ("kv_scores", "query_scores")]
+        if all(x is None for x in scores):
+            return {}
+        group, d = self.shape.queries_per_kv, self.shape.head_dim
+        still = [torch.ones_like(numbers["value_matrix"][:n, :1, :1]) for n in (1, self.shape.kv_heads)]
+        kv, inner = (one if x is None else straight_through(x) for x, one in zip(scores, still, strict=True))
+        query = (kv.reshape(len(inner), 1, -1, 1) * inner.unsqueeze(2)).reshape(1, len(inner) * group, -1)
+        of_axis = {axis: SoftOrder(query if axis in _QUERIES else kv, d) for axis in moved_axes(self.shape)}
+        return dict(of_axis)
 
     def _queries(self, numbers: Numbers) -> dict[str, AxisAction]:
         rest = HeadRotation(numbers["matrix"], numbers["scale"].exp()) if "matrix" in numbers else None
@@ -174,32 +201,49 @@ class LearnedNeurons(Learned):
     fixed: BlockElement
     numbers: Numbers = field(default_factory=dict)
     manifolds: Mapping[str, Manifold] = field(default_factory=dict)
+    gated: bool = True
 
     @staticmethod
-    def of(element: BlockElement, shape: MlpShape, use: Symmetries) -> LearnedNeurons:
+    def of(element: BlockElement, shape: MlpShape, use: Symmetries, *, orders: bool = False) -> LearnedNeurons:
         size = shape.experts * shape.neurons
         fixed: dict[str, AxisAction] = {}
         for axis in element.actions:
             fixed[axis] = canonical(element.actions[axis], shape.experts if axis == "expert" else size).order
-        if shape.scale is NeuronScale.none:
-            return LearnedNeurons(BlockElement(fixed))
-        step = canonical(element.actions.get("up"), size).step
-        factor = step.factor.double() if isinstance(step, Scaling) else torch.ones(size, dtype=torch.float64)
-        numbers = {"scale": factor.abs().log(), "sign": factor.sign()}
-        return LearnedNeurons(BlockElement(fixed), numbers, {"scale": Log()} if use.neuron_scaling else {})
+        numbers: dict[str, Tensor] = {}
+        manifolds: dict[str, Manifold] = {}
+        if shape.scale is not NeuronScale.none:
+            step = canonical(element.actions.get("up"), size).step
+            factor = step.factor.double() if isinstance(step, Scaling) else torch.ones(size, dtype=torch.float64)
+            numbers |= {"scale": factor.abs().log(), "sign": factor.sign()}
+            manifolds |= {"scale": Log()} if use.neuron_scaling else {}
+        if orders and use.permutation:
+            numbers |= {"scores": first_scores(shape.experts, shape.neurons)}
+            manifolds |= {"scores": Scores()}
+        return LearnedNeurons(BlockElement(fixed), numbers, manifolds, shape.gated)
 
     def element(self, numbers: Numbers) -> BlockElement:
-        if not numbers:
-            return BlockElement({})
-        up = Scaling(numbers["scale"].exp() * numbers["sign"])
-        return BlockElement({"up": up, "down": up.dual()})
+        order = SoftOrder(straight_through(numbers["scores"])) if "scores" in numbers else None
+        scale = Scaling(numbers["scale"].exp() * numbers["sign"]) if "scale" in numbers else None
+        of_axis = {"gate": (order,) if self.gated else (), "up": (order, scale)}
+        of_axis["down"] = (order, None if scale is None else scale.dual())
+        steps = {axis: tuple(step for step in of if step is not None) for axis, of in of_axis.items()}
+        return BlockElement({axis: Chain(of) for axis, of in steps.items() if of})
 
 
-def learned_block(element: BlockElement, shape: HeadShape | MlpShape, use: Symmetries) -> Learned:
-    """What is learned of a block's element, by the symmetries that ``use`` admits."""
+def learned_block(
+    element: BlockElement, shape: HeadShape | MlpShape, use: Symmetries, *, orders: bool = False
+) -> Learned:
+    """What is learned of a block's element.
+
+    Args:
+        element: where to start.
+        shape: of the block.
+        use: which symmetries are learned.
+        orders: whether orders of heads and neurons are.
+    """
     if isinstance(shape, MlpShape):
-        return LearnedNeurons.of(element, shape, use)
-    return LearnedHeads.of(element, shape, use)
+        return LearnedNeurons.of(element, shape, use, orders=orders)
+    return LearnedHeads.of(element, shape, use, orders=orders)
 
 
 def _values(step: AxisAction | None, shape: HeadShape, *, general: bool) -> dict[str, Tensor]:
@@ -243,6 +287,8 @@ def _manifold(name: str, use: Symmetries, *, general: bool) -> Manifold | None:
     """Where a number of a head lives; None if it is not learned."""
     if name == "value_matrix" and general:
         return Invertible(use.condition)
+    if name.endswith("scores"):
+        return Scores()
     if name.endswith("matrix"):
         return Orthogonal() if use.rotation is not Turns.none else None
     if name == "angle":
