@@ -109,7 +109,8 @@ ALIGNMENT_PARAMETERS = (
         int,
         ParameterScope.SHARED,
         default=10,
-        description="with residual: at most this many rounds over all layers; each reads the models once",
+        description="with residual: at most this many rounds over all layers; each reads the models once. No effect "
+        "with objective: activations, where one run gives everything",
     ),
     ParameterSpec(
         "objective",

@@ -42,12 +42,12 @@ ROOMS: dict[str, str] = {
     "symmetry/solve": f"errors {ELEMENTS} symmetry/solved symmetry/blocks symmetry/describe symmetry/consensus",
     "symmetry/admitted": f"{ELEMENTS} symmetry/heads",
     "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/admitted",
-    "symmetry/residual": f"errors {ELEMENTS} symmetry/distance symmetry/assignment symmetry/heads symmetry/solve "
-    "symmetry/admitted symmetry/membership",
+    "symmetry/residual": f"errors {ELEMENTS} symmetry/distance symmetry/assignment symmetry/heads "
+    "symmetry/by_activations symmetry/solve symmetry/admitted symmetry/membership",
     "families": "errors symmetry/options symmetry/element symmetry/residual",
     "planting": f"families {ELEMENTS} symmetry/heads symmetry/residual",
     "fusion": f"errors families {ELEMENTS} symmetry/assignment symmetry/heads symmetry/by_activations symmetry/solve",
-    "activations": "errors families fusion symmetry/element symmetry/by_activations",
+    "activations": "errors families fusion symmetry/element symmetry/by_activations symmetry/residual",
     "learning": f"errors whole_file sealed activations {ELEMENTS} symmetry/assignment symmetry/heads symmetry/solve "
     "symmetry/admitted symmetry/residual",
     "alignments": f"errors families whole_file sealed {ELEMENTS} symmetry/admitted symmetry/membership "

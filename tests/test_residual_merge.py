@@ -172,10 +172,6 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda t, _: {"residual": [{"filter": "mlp", "value": "permutation"}, {"value": "rotation"}]},
         "parameter residual: it is .*one for the whole merge",
     ),
-    "activations": (
-        lambda t, _: {"residual": "rotation", "objective": "activations", "calibration": "default"},
-        "parameter residual: .*objective is activations",
-    ),
     "consensus": (lambda t, _: {"residual": "rotation", "anchor": "consensus"}, "anchor is consensus"),
     "no rounds": (lambda t, _: {"residual": "rotation", "residual_rounds": 0}, "residual_rounds: it is 0"),
     "a file without a stream": (

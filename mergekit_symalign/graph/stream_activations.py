@@ -20,6 +20,8 @@ from mergekit.graph import Task
 from mergekit.options import MergeOptions
 
 from mergekit_symalign.activations.statistics import LEAVING
+from mergekit_symalign.errors import ConfigError
+from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.graph.activations import Part, RunLayer, SolveActivations
 from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
@@ -232,6 +234,7 @@ def plan_seen_streams(
     """
     anchor = anchor_of(planned[0][1])
     layout = checkpoints[anchor].layout
+    _require_all_layers(planned, layout)
     both = (anchor, *models)
     run = start_run(planned, both, layout.layers - 1, checkpoints, options)
     found = {m: _Chain(m, anchor, i, of, run, options.trust_remote_code) for i, (m, of) in enumerate(models.items())}
@@ -245,6 +248,22 @@ def plan_seen_streams(
         for m, chain in found.items():
             chain.go_on(layer, step, here[m])
     return {m: chain.end() for m, chain in found.items()}
+
+
+def _require_all_layers(planned: Sequence[Planned], layout: ModelLayout) -> None:
+    """
+    Raises:
+        ConfigError: if the merge leaves out layers.
+    """
+    there = {layout.layer_of(weight.name) for weight, _ in planned}
+    if missing := [layer for layer in range(layout.layers) if layer not in there]:
+        raise ConfigError(
+            "parameter residual",
+            "with objective: activations the residual stream is compared in all layers, and the merge leaves out layer "
+            f"{missing[0]}",
+            "Solve whole models first (mergekit-symalign solve) and use alignment: with the file, or use objective: "
+            "weights",
+        )
 
 
 class _Chain:
