@@ -11,6 +11,7 @@ from ..findings import Findings, percent, plain_number
 from .markdown import judged, paragraphs, table
 
 ACCURACY, SKILL, KEPT = percent("skill_accuracy"), plain_number("skill_loss"), plain_number("text_loss")
+ALIGNED = "rotation"
 HOME = {
     "anchor": "A",
     "skilled": "A + skill, fine-tuned",
@@ -45,7 +46,19 @@ def _one(findings: Findings, shape: str, title: str, titles: Mapping[str, str]) 
 **Skills across initialisations, {title}.** A learns the installed Python's language reference beside its own text, and
 what changed is added to B, which has another initialisation ({pairs} models B). Numbers are of held-out text: the share
 of tokens that are the likeliest, their loss, and the loss of Tiny Shakespeare. B is in A's coordinates."""
-    return [paragraphs(lead), _table(findings, part, titles)]
+    return [paragraphs(lead), _table(findings, part, titles), *_worth(findings, part, titles)]
+
+
+def _worth(findings: Findings, part: str, titles: Mapping[str, str]) -> list[str]:
+    """What the two experiments of the literature add to an alignment."""
+    said = []
+    for arm in (x for x in titles if findings.has(part, x, GRADFIX)):
+        gain = _difference(findings, part, (arm, GRADFIX), (arm, "into"))
+        said.append(f"the mask of GradFix, alignment {titles[arm]}: {judged(gain, 1, unit=' points')}")
+    if findings.has(part, THESEUS) and findings.has(part, ALIGNED, "into"):
+        gain = _difference(findings, part, (THESEUS, "into"), (ALIGNED, "into"))
+        said.append(f"Theseus against {titles[ALIGNED]}: {judged(gain, 1, unit=' points')}")
+    return [f"What the experiments add, in points of right tokens: {'; '.join(said)}."] if said else []
 
 
 def _table(findings: Findings, part: str, titles: Mapping[str, str]) -> str:
@@ -81,5 +94,10 @@ def _against(findings: Findings, part: str, arm: str, variant: str) -> str:
 
 
 def _judged(findings: Findings, part: str, arm: str, variant: str) -> str:
-    plain, ours = (findings.per_seed(part, a, v, ACCURACY) for a, v in ((NONE, "into"), (arm, variant)))
-    return judged(Estimate.of([x - plain[n] for n, x in ours.items() if n in plain]), 1)
+    return judged(_difference(findings, part, (arm, variant), (NONE, "into")), 1)
+
+
+def _difference(findings: Findings, part: str, ours: tuple[str, str], other: tuple[str, str]) -> Estimate:
+    """Points of right tokens, pair by pair."""
+    one, plain = (findings.per_seed(part, *which, ACCURACY) for which in (ours, other))
+    return Estimate.of([x - plain[n] for n, x in one.items() if n in plain])
