@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..apart_merges import NONE
-from ..apart_skills import GRADFIX, THESEUS
+from ..apart_skills import GRADFIX, SHARES, THESEUS
 from ..estimates import Estimate
-from ..findings import Findings, percent, plain_number
+from ..findings import Findings, Metric, percent, plain_number
 from .markdown import judged, paragraphs, table
 
 ACCURACY, SKILL, KEPT = percent("skill_accuracy"), plain_number("skill_loss"), plain_number("text_loss")
 ALIGNED = "rotation"
+WORTH, COSTLY = 3.0, 0.1  # points of right tokens; nats of the first text
 HOME = {
     "anchor": "A",
     "skilled": "A + skill, fine-tuned",
@@ -42,23 +43,45 @@ def _part(shape: str) -> str:
 def _one(findings: Findings, shape: str, title: str, titles: Mapping[str, str]) -> list[str]:
     part = _part(shape)
     pairs = len(findings.per_seed(part, NONE, "into", ACCURACY))
+    number = "one model B" if pairs == 1 else f"{pairs} models B"
     lead = f"""\
 **Skills across initialisations, {title}.** A learns the installed Python's language reference beside its own text, and
-what changed is added to B, which has another initialisation ({pairs} models B). Numbers are of held-out text: the share
+what changed is added to B, which has another initialisation ({number}). Numbers are of held-out text: the share
 of tokens that are the likeliest, their loss, and the loss of Tiny Shakespeare. B is in A's coordinates."""
     return [paragraphs(lead), _table(findings, part, titles), *_worth(findings, part, titles)]
 
 
 def _worth(findings: Findings, part: str, titles: Mapping[str, str]) -> list[str]:
-    """What the two experiments of the literature add to an alignment."""
-    said = []
-    for arm in (x for x in titles if findings.has(part, x, GRADFIX)):
-        gain = _difference(findings, part, (arm, GRADFIX), (arm, "into"))
-        said.append(f"the mask of GradFix, alignment {titles[arm]}: {judged(gain, 1, unit=' points')}")
+    """Where the vector is worth adding, and what the two experiments of the literature add to an alignment."""
+    best = [_best(findings, part, variant, titles) for variant in SHARES]
+    ceiling = findings.estimate(part, "version-skilled", "home", ACCURACY).text()
+    said = f"Right tokens at best: in the midpoint {best[1]}, in B {best[0]}; the ceiling is {ceiling} %."
+    masks = [f"{titles[arm]} {_mask(findings, part, arm)}" for arm in titles if findings.has(part, arm, GRADFIX)]
+    if masks:
+        said += f" The mask of GradFix, against the vector without it: {'; '.join(masks)}."
     if findings.has(part, THESEUS) and findings.has(part, ALIGNED, "into"):
         gain = _difference(findings, part, (THESEUS, "into"), (ALIGNED, "into"))
-        said.append(f"Theseus against {titles[ALIGNED]}: {judged(gain, 1, unit=' points')}")
-    return [f"What the experiments add, in points of right tokens: {'; '.join(said)}."] if said else []
+        said += f" Theseus against {titles[ALIGNED]}: {judged(gain, 1, unit=' points')}."
+        said += " Neither is worth a feature by these numbers." if gain.mean < WORTH and _costly(findings, part) else ""
+    return [said]
+
+
+def _best(findings: Findings, part: str, variant: str, titles: Mapping[str, str]) -> str:
+    """The alignment with which most tokens are right, and their share."""
+    found = {arm: findings.estimate(part, arm, variant, ACCURACY) for arm in titles if findings.has(part, arm, variant)}
+    arm = max(found, key=lambda name: found[name].mean)
+    return f"{titles[arm]}, {found[arm].text()} %"
+
+
+def _mask(findings: Findings, part: str, arm: str) -> str:
+    gain, cost = (_difference(findings, part, (arm, GRADFIX), (arm, "into"), x) for x in (ACCURACY, KEPT))
+    return f"{gain.text(signed=True)} points, and {cost.text(2, signed=True)} nats on Tiny Shakespeare"
+
+
+def _costly(findings: Findings, part: str) -> bool:
+    """Whether every mask makes the first text worse by more than `COSTLY`."""
+    arms = [arm for p, _, arm, variant in findings.rows if (p, variant) == (part, GRADFIX)]
+    return all(_difference(findings, part, (arm, GRADFIX), (arm, "into"), KEPT).mean > COSTLY for arm in arms)
 
 
 def _table(findings: Findings, part: str, titles: Mapping[str, str]) -> str:
@@ -78,7 +101,7 @@ def _table(findings: Findings, part: str, titles: Mapping[str, str]) -> str:
         "right tokens, %",
         "skill, nats",
         "Tiny Shakespeare, nats",
-        "right tokens against plain",
+        "right tokens against none",
     )
     return table(head, rows, text=2)
 
@@ -89,15 +112,14 @@ def _cells(findings: Findings, part: str, arm: str, variant: str) -> tuple[str, 
 
 
 def _against(findings: Findings, part: str, arm: str, variant: str) -> str:
-    """Points more than the plain copy, pair by pair."""
-    return "" if (arm, variant) == (NONE, "into") else _judged(findings, part, arm, variant)
+    """Points more than the plain vector in the same place, pair by pair."""
+    plain = (NONE, variant if variant in SHARES else "into")
+    return "" if (arm, variant) == plain else judged(_difference(findings, part, (arm, variant), plain), 1)
 
 
-def _judged(findings: Findings, part: str, arm: str, variant: str) -> str:
-    return judged(_difference(findings, part, (arm, variant), (NONE, "into")), 1)
-
-
-def _difference(findings: Findings, part: str, ours: tuple[str, str], other: tuple[str, str]) -> Estimate:
-    """Points of right tokens, pair by pair."""
-    one, plain = (findings.per_seed(part, *which, ACCURACY) for which in (ours, other))
+def _difference(
+    findings: Findings, part: str, ours: tuple[str, str], other: tuple[str, str], metric: Metric = ACCURACY
+) -> Estimate:
+    """One arm and variant minus another, pair by pair."""
+    one, plain = (findings.per_seed(part, *which, metric) for which in (ours, other))
     return Estimate.of([x - plain[n] for n, x in one.items() if n in plain])
