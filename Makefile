@@ -9,7 +9,7 @@ INSTALL = $(PIP) install --quiet $(UPGRADE) --constraint $(CONSTRAINTS)
 SOURCES := pyproject.toml $(CONSTRAINTS) $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
 .PHONY: demo test tests test-oldest test-newest lint types suite fuzz host-names host-names-tried timings architectures methods
-.PHONY: bench bench-statistics bench-stream study study-again study-skills study-small docs clean
+.PHONY: bench bench-statistics bench-stream study study-again study-skills study-apart study-small docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -94,6 +94,12 @@ study: $(VENV)/installed
 study-skills: $(VENV)/installed
 	$(STUDY).skills language $(SKILLS)
 	$(STUDY).skills encoders
+
+# Section 9: models without a common base, about two hours on one core: make study-apart TEXT=tinyshakespeare.txt
+study-apart: $(VENV)/installed
+	@test -n "$(TEXT)" || { echo "TEXT is missing. Give a file of text: make study-apart TEXT=tinyshakespeare.txt"; exit 2; }
+	$(STUDY).apart --text "$(TEXT)" $(APART)
+	$(STUDY).report
 
 # The first seed's plain fine-tuning measured again from nothing: every number has to come out as it stands in the results.
 study-again: $(VENV)/installed

@@ -43,8 +43,7 @@ ROOMS: dict[str, str] = {
     "symmetry/admitted": f"{ELEMENTS} symmetry/heads",
     "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/admitted",
     "symmetry/residual": f"errors {ELEMENTS} symmetry/distance symmetry/assignment symmetry/heads "
-    "symmetry/by_activations symmetry/solve "
-    "symmetry/admitted symmetry/membership",
+    "symmetry/by_activations symmetry/solve symmetry/admitted symmetry/membership",
     "families": "errors symmetry/options symmetry/element symmetry/residual",
     "planting": f"families {ELEMENTS} symmetry/heads symmetry/residual",
     "trial": "errors families planting symmetry/residual",

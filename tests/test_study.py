@@ -110,7 +110,7 @@ def test_every_section_opens_with_words_for_a_user(study: Study) -> None:
     sections = re.split(r"^## ", page(study), flags=re.M)[1:]
     measured = [text for text in sections if text[0].isdigit()]
     opens = r"[^\n]+\n\n\*\*(No difference|Better|Worse|One seed only)"
-    assert len(measured) == 6 + sum(part is not None for part in (study.skills, study.skill_encoders))
+    assert len(measured) == 6 + sum(part is not None for part in (study.skills, study.skill_encoders, study.apart))
     assert all(re.match(opens, text) for text in measured)
     assert not re.search(r"^[^\n]+\n\n\|", "\n".join(sections))  # no section starts with a table
 

@@ -130,8 +130,7 @@ def main() -> None:
             before, _, rest = OUT.read_text("utf-8").partition(START)
             after = MORE + rest.partition(MORE)[2]
         else:
-            before = HEAD + "".join(measure(name, Path(folder)) + "
-" for name in FAMILIES)
+            before = HEAD + "".join(measure(name, Path(folder)) + "\n" for name in FAMILIES)
             after = more_classes() + CLASSES.format(classes=classes())
         OUT.write_text(before + stream_section(stream) + after, "utf-8")
 

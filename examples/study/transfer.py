@@ -81,7 +81,7 @@ class Transfer:
     def _merger(self, drift: Drift) -> Merger:
         lineage = self.lineage
         models = {"reference": lineage.reference(), "reasoner": lineage.reasoner(), "target": lineage.target(drift)}
-        return Merger(models, lineage.work / "merge", self._prompts())
+        return Merger(models, lineage.work / "merge", prompts(self.settings, lineage))
 
     def _path(self, aligned: Merger) -> Row:
         """Loss on the base mixture along the line from the reference to the target."""
@@ -104,12 +104,13 @@ class Transfer:
             "alone": own_tasks(abilities(models[1], self.settings)),
         }
 
-    def _prompts(self) -> Path:
-        """Training sequences of base and target as prompts, written once."""
-        path = self.lineage.work / "prompts.jsonl"
-        if not path.exists():
-            ids, _ = Mixture(self.settings.target.shares, self.settings.length).batch(PROMPTS, random.Random("prompts"))
-            texts = ["".join(ALPHABET[i] for i in row) for row in ids.tolist()]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
-        return path
+
+def prompts(settings: Settings, lineage: Lineage) -> Path:
+    """Training sequences of base and target as prompts, written once."""
+    path = lineage.work / "prompts.jsonl"
+    if not path.exists():
+        ids, _ = Mixture(settings.target.shares, settings.length).batch(PROMPTS, random.Random("prompts"))
+        texts = ["".join(ALPHABET[i] for i in row) for row in ids.tolist()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    return path

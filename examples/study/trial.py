@@ -10,6 +10,8 @@ import argparse
 from pathlib import Path
 
 from .again import report_differences
+from .apart import apart
+from .data import text
 from .lineage import drifts
 from .report.__main__ import write
 from .report.page import Study
@@ -37,6 +39,7 @@ def main() -> None:
     Fusions(small, folder / "work" / "vits", Store.open(results.with_name("vits.json"), small)).run()
     report_differences(settings, results, folder / "again")
     skills(results.parent, folder / "work")
+    without_base(results.parent, folder / "work")
     write(Study.read(results.parent, settings.name), folder)
 
 
@@ -45,6 +48,13 @@ def skills(results: Path, work: Path) -> None:
     settings = Skills.read("skill-encoders", HERE / "skill-encoders-small.yml")
     store = Store.open(results / f"{settings.name}.json", settings)
     compare(Comparison(Encoders(settings, work / settings.name, "cpu")), store, workers=1)
+
+
+def without_base(results: Path, work: Path) -> None:
+    """Part 9, on the ship's log."""
+    corpus = work / "log.txt"
+    corpus.write_text(text("log", "train"), "utf-8")
+    apart(corpus, "apart-small", results / "apart.json", work)
 
 
 if __name__ == "__main__":

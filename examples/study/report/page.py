@@ -9,7 +9,7 @@ from types import ModuleType
 from ..data import ALPHABET
 from ..estimates import CONFIDENCE
 from ..findings import SKILL, Findings
-from . import advice, claims, drift, foreign, fusion, skills, smollm2, together, transfer, vits
+from . import advice, apart, claims, drift, foreign, fusion, skills, smollm2, together, transfer, vits
 from .drift import exact_variants, measured
 from .markdown import DRIFT_TITLES, listing, paragraphs
 
@@ -26,12 +26,20 @@ class Study:
     vits: Findings | None = None
     skills: Findings | None = None
     skill_encoders: Findings | None = None
+    apart: Findings | None = None
 
     @staticmethod
     def read(folder: Path, name: str) -> Study:
         """The results in a directory; ``name`` is that of the settings of parts 1 to 3."""
         main = Findings.read(folder / f"{name}.json")
-        parts = {"fusion": fusion, "smollm2": smollm2, "vits": vits, "skills": skills, "skill-encoders": skills}
+        parts = {
+            "fusion": fusion,
+            "smollm2": smollm2,
+            "vits": vits,
+            "skills": skills,
+            "skill-encoders": skills,
+            "apart": apart,
+        }
         return Study(main, *(_finished(folder / f"{file}.json", part) for file, part in parts.items()))
 
 
@@ -58,8 +66,9 @@ def page(study: Study) -> str:
         "## 5 SmolLM2\n\nNot measured yet." if study.smollm2 is None else smollm2.section(study.smollm2),
         "## 6 Vision transformers\n\nNot measured yet." if study.vits is None else vits.section(study.vits),
         *_skills(study),
+        *([] if study.apart is None else [apart.section(study.apart)]),
         _limits(study),
-        _again(),
+        _again(study),
     ]
     return paragraphs(*parts) + "\n"
 
@@ -153,11 +162,12 @@ def _has_activations(findings: Findings | None) -> bool:
     return findings is not None and "activations" in smollm2.tried(findings)
 
 
-def _again() -> str:
-    return """\
+def _again(study: Study) -> str:
+    apart = "`make study-apart TEXT=FILE` measures section 9 from a file of text." if study.apart is not None else ""
+    return f"""\
 ## Measure it again
 
 `make study` measures everything on this page. It goes on with what is missing in `examples/study/results/`; delete a
 file there to measure it anew. `make study-again` measures the first seed of sections 1 and 3 again from nothing
 and compares every number with the results. `make study-small` runs the same code on a fraction of the training, in
-minutes."""
+minutes. {apart}"""

@@ -15,8 +15,7 @@ from torch import Tensor
 from mergekit_symalign.symmetry.by_activations.covariance import PRIOR
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import require_shape
-from mergekit_symalign.symmetry.residual.alternate import hidden_size
-from mergekit_symalign.symmetry.residual.cross import StreamSums, standing_distance, stream_sums
+from mergekit_symalign.symmetry.residual.cross import StreamSums, hidden_size, standing_distance, stream_sums
 from mergekit_symalign.symmetry.residual.kinds import STREAM, ResidualKind, best_element
 from mergekit_symalign.symmetry.residual.move import Elements, comparable, moved_along
 from mergekit_symalign.symmetry.residual.scope import Scope, Tensors
