@@ -32,7 +32,7 @@ OUT = """
 | GPT-J, GPTBigCode, GPT-Neo, Falcon, BLOOM, MPT, T5, BART, Whisper, MPNet | not described yet |
 | Llama 4, gpt-oss, Gemma 3n, Gemma 4, Qwen3-Next, Qwen3.5, hybrids with state spaces | not described yet |
 | DeepSeek and other models with MLA | no solver |
-| NanoChat (QK-norm without gains), DiffLlama (differential attention), BitNet (norms inside it) | no solver |
+| NanoChat (QK-norm without gains), DiffLlama (differential attention), BitNet (norms in the attention) | no solver |
 """
 
 

@@ -34,6 +34,8 @@ def plain_loss(model: PreTrainedModel, folder: Path) -> str:
     finally:
         logging.disable(logging.NOTSET)
     before = model.state_dict()
-    lost = [name for name, x in before.items() if name not in merged or not torch.equal(merged[name], x)]
+    lost = [
+        name for name, x in before.items() if name not in merged or not torch.equal(merged[name].float(), x.float())
+    ]
     more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
     return f"loses {', '.join(lost[:_SHOWN])}{more}" if lost else ""

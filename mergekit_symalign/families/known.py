@@ -150,7 +150,9 @@ def _validated(kind: type[Model], raw: Raw, name: str) -> Model:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        reason = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        reason = (
+            f"{where} is {first['input']!r}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        )
         raise ArchitectureError(f"family {name}", reason, "Correct the file") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def outputs(model: PreTrainedModel, seed: int = 0, **more: Tensor) -> Tensor:
 
 def with_weights(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedModel:
     """A model of the same config with other weights."""
-    copy = type(model)(model.config).double().eval()
+    copy = type(model)(deepcopy(model.config)).double().eval()
     copy.load_state_dict(state, strict=False)
     copy.tie_weights()
     return copy
