@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from conftest import BIN, OFFLINE, load, merged
 from mergekit.config import MergeConfiguration
 from models import make_model, save, word_tokenizer
 from transformers import PreTrainedModel
 from whole_statistics import measure
+
+from mergekit_symalign.cli import main
 
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.yml"))
@@ -36,11 +39,25 @@ def _localised(text: str, folder: Path) -> str:
         tied = {"tie_word_embeddings": True} if "tied" in name else {}
         model = make_model(family, seed, **(tiny | tied if family in LLAMAS else {}))
         path = save(model, folder / name.replace("/", "-"), torch.bfloat16)
-        if ": activations" in text or "tokenizer_source" in text:
-            word_tokenizer(11, "w" if ": activations" in text else f"w{seed}").save_pretrained(path)
+        if any(x in text for x in (": activations", "alignment: ", "tokenizer_source")):  # what learns reads texts
+            word_tokenizer(11, f"w{seed}" if "tokenizer_source" in text else "w").save_pretrained(path)
         text = text.replace(name, str(path))
         _measure(text, folder, {str(path): model})
+    _learn(text, folder)
     return text
+
+
+def _learn(text: str, folder: Path) -> None:
+    """Write the alignment that a configuration names for a model, by one step of learning."""
+    for document in yaml.safe_load_all(text):
+        for listed in document.get("models", []):
+            file = (listed.get("parameters") or {}).get("alignment")
+            if file is not None:
+                texts = folder / "texts.txt"
+                texts.write_text("w3 w4 w5\nw6 w7 w8 w9\nw10 w3\n", "utf-8")
+                models, files = (document["base_model"], listed["model"]), ("--data", texts, "-o", folder / file)
+                done = CliRunner().invoke(main, ["learn", *map(str, (*models, *files)), "--steps", "1"])
+                assert done.exit_code == 0, done.output
 
 
 def _measure(text: str, folder: Path, models: dict[str, PreTrainedModel]) -> None:
