@@ -98,7 +98,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return unpack_smollm2(tmp_path_factory.mktemp("smollm2") / "source")
 
 
-@pytest.mark.parametrize(("wanted", "most"), [(Residual.permutation, 1e-6), (Residual.rotation, 1e-3)])
+@pytest.mark.parametrize(("wanted", "most"), [(Residual.permutation, 1e-6), (Residual.rotation, 1e-4)])
 def test_the_merge_with_a_twin_is_the_merge_with_its_original(
     wanted: Residual, most: float, source: Path, tmp_path: Path
 ) -> None:
@@ -106,5 +106,5 @@ def test_the_merge_with_a_twin_is_the_merge_with_its_original(
     assert relative_deviation(models.logits("sibling"), models.logits("twin")) < 1e-3
     found, original = models.merge("twin"), models.merge("sibling")
     off = {n: float((found[n].double() - x.double()).norm() / x.double().norm()) for n, x in original.items()}
-    print(max(off.values()), relative_deviation(models.logits("sibling-merged"), models.logits("twin-merged")))
     assert max(off.values()) < most
+    assert relative_deviation(models.logits("sibling-merged"), models.logits("twin-merged")) < 1e-4

@@ -1,7 +1,7 @@
 """Finding the residual element: from the vocabulary, then in turns with the blocks until the distance stays.
 
 Given the stream's coordinates, the blocks have their optimum (symmetry/blocks.py); given the blocks, the stream has its
-own, in closed form from one matrix. Each round reads each scope of both models once and holds no more than one of them.
+own, in closed form from one matrix. Each round reads each layer of both models once and holds no more than one of them.
 """
 
 from __future__ import annotations
