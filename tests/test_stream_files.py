@@ -22,7 +22,7 @@ from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, HeadMatrix, Permutation, Rotation, Scaling
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, Residual, ResidualKind
 
-N, COUNT = 48, 150
+N, COUNT = 48, 100
 K = ResidualKind
 
 
