@@ -63,7 +63,8 @@ ROOMS: dict[str, str] = {
     "hook": "errors host method_names aligned_methods data_methods graph card",
     "demo": "errors families planting whole_file",
     "commands": "errors host method_names families whole_file sealed statistics activations alignments learning "
-    "methods graph card hook demo symmetry/options symmetry/element symmetry/describe symmetry/membership symmetry/residual",
+    "methods graph card hook demo symmetry/options symmetry/element symmetry/describe symmetry/membership "
+    "symmetry/residual",
     "cli": "errors hook commands",
 }
 ONE_ROOM = {"alignment_file": "alignments", "autoload": "hook"}
