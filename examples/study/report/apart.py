@@ -83,7 +83,7 @@ def _models(findings: Findings) -> str:
     settings = findings.settings
     gpt2, llama, training = settings["shapes"]["gpt2"], settings["shapes"]["llama"], settings["training"]
     return f"""\
-Two shapes, each trained from {len(settings["seeds"])} initialisations on Tiny Shakespeare with a tokenizer of
+Two shapes, each trained from several initialisations on Tiny Shakespeare with a tokenizer of
 {settings["vocabulary"]} tokens, embeddings untied: GPT-2 with {gpt2["n_layer"]} layers, width {gpt2["n_embd"]},
 {gpt2["n_head"]} heads and {gpt2["n_inner"]} neurons, and Llama with {llama["num_hidden_layers"]} layers, width
 {llama["hidden_size"]}, {llama["num_attention_heads"]} query heads, {llama["num_key_value_heads"]} KV heads and
@@ -98,8 +98,9 @@ aligned model is an ordinary checkpoint, written by a merge, and computes what i
 def _shape(findings: Findings, shape: str) -> list[str]:
     plain = [row for (part, _, arm, _), row in findings.rows.items() if (part, arm) == (shape, NONE)]
     ends = {row["path"][end] for row in plain for end in (0, -1)}
+    count = "one pair of two models" if len(plain) == 1 else f"{len(plain)} pairs of {len(ends)} models"
     lead = f"""\
-**{SHAPES[shape]}.** Barrier in nats (lower is better). The models alone have losses of
+**{SHAPES[shape]}, {count}.** Barrier in nats (lower is better). The models alone have losses of
 {listing([f"{x:.3f}" for x in sorted(ends)])}."""
     return [lead, _table(findings, shape, published=shape == "gpt2")]
 
@@ -117,7 +118,14 @@ def _table(findings: Findings, part: str, *, published: bool) -> str:
         rows.append(
             (TITLES[arm], *cells, mean, difference, left, timed, *((PUBLISHED.get(arm, ""),) if published else ()))
         )
-    head = ("alignment", *(f"pair {n + 1}" for n in numbers), "mean", "against none", "left, %", "s")
+    head = (
+        "alignment",
+        *(f"seed {n}" if part == OLDER else f"pair {n + 1}" for n in numbers),
+        "mean",
+        "against none",
+        "left, %",
+        "s",
+    )
     return table((*head, *(("published",) if published else ())), rows)
 
 
