@@ -171,6 +171,23 @@ def test_equal_models_give_the_model(tied: Tied, tmp_path: Path) -> None:
         assert torch.allclose(out[name], x.float(), atol=1e-5), name
 
 
+def test_apply_writes_the_head_that_a_merge_writes(tied: Tied, tmp_path: Path) -> None:
+    merged(tied.config("other", save_alignment=str(tmp_path)), tmp_path / "out")
+    file, other = str(tmp_path / "other.safetensors"), str(tied.path("other"))
+    args = ["apply", file, other, "-o", str(tmp_path / "applied"), "--anchor", str(tied.path("anchor")), "--quiet"]
+    done = CliRunner().invoke(main, args)
+    assert done.exit_code == 0, done.output
+    assert says_untied(tmp_path / "applied")
+    applied, merge = (opened(tied.twin, tmp_path / name) for name in ("applied", "out"))
+    assert has_own_head(applied)
+    for (name, x), y in zip(applied.state_dict().items(), merge.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+    back = ["apply", file, str(tmp_path / "applied"), "-o", str(tmp_path / "back"), "--invert", "--norms-of", other]
+    done = CliRunner().invoke(main, [*back, "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert relative_deviation(logits(tied.other), logits(opened(tied.twin, tmp_path / "back"))) < 1e-3
+
+
 @pytest.mark.parametrize(("anchor", "model"), [("anchor", "twin"), ("twin", "anchor")])
 def test_tied_and_untied_models_merge(llama: Tied, tmp_path: Path, anchor: str, model: str) -> None:
     """Each model's head is its own, or its embedding; with ``untie`` alone the heads are averaged as any tensor."""

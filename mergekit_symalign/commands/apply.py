@@ -30,6 +30,7 @@ from mergekit_symalign.graph.headers import Header
 from mergekit_symalign.graph.leftovers import shortened
 from mergekit_symalign.graph.load import LoadFinite, LoadStored
 from mergekit_symalign.graph.stream_alone import StreamAlone
+from mergekit_symalign.graph.untie import untie_config_file
 from mergekit_symalign.whole_file import require_writable_folder
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -115,11 +116,14 @@ def run_apply(
     with tempfile.TemporaryDirectory(prefix=".symalign-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch) / "model"
         device = options.device or "cpu"
-        executor = Executor(_tasks(checkpoint, moved, left, folder, options, dtype), math_device=device)
+        new = frozenset() if stream is None else stream.new_heads
+        executor = Executor(_tasks(checkpoint, moved, left, new, folder, options, dtype), math_device=device)
         for _ in executor.run(quiet=not bars(options.quiet), desc="Applying"):
             pass
         for source in _sources(model, options):
             _copy_the_rest(source, folder)
+        if new:
+            untie_config_file(folder / "config.json")
         if out.exists():
             out.rmdir()
         folder.rename(out)
@@ -146,11 +150,15 @@ def _tasks(
     checkpoint: Checkpoint,
     moved: Mapping[str, Task],
     left: Collection[str],
+    new: Collection[str],
     folder: Path,
     options: MergeOptions,
     dtype: str | None,
 ) -> list[Task]:
-    """The tasks that write the moved tensors by their names in the family, and all others but those that are left."""
+    """The tasks that write the moved tensors by their names in the family, and all others but those that are left.
+
+    New ones are read from tensors of other names.
+    """
     writer = TensorWriterTask(
         out_path=str(folder),
         max_shard_size=options.out_shard_size,
@@ -162,7 +170,7 @@ def _tasks(
     rest = {name: LoadStored(model=checkpoint.model, tensor=name) for name in checkpoint.headers if name not in used}
     saves = tuple(
         SaveTensor(
-            tensor_name=checkpoint.stored_name(_info(name)) or name,  # pieces are written joined
+            tensor_name=name if name in new else checkpoint.stored_name(_info(name)) or name,  # pieces are joined
             tensor_task=task,
             writer_task=writer,
             clone=options.clone_tensors,

@@ -17,6 +17,7 @@ from mergekit_symalign.graph.alignments import sizes_of
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint
 from mergekit_symalign.graph.stream_alone import StreamAlone
+from mergekit_symalign.graph.untie import UNTIE
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,15 @@ def stream_alone(
         file.require_model(str(original.model), _fingerprint(original))
     if STREAM_BLOCK not in file.blocks:
         return None
-    tied = ties_embeddings(checkpoint.config, checkpoint.layout)
+    parted = bool(file.settings_of(STREAM_BLOCK).get(UNTIE))
+    tied = ties_embeddings(checkpoint.config, checkpoint.layout) and not parted
     kind = residual_kind(checkpoint.layout, tied, require_fitting_stream(file, checkpoint.layout, tied))
     if not kind.rotates:
-        return StreamAlone(checkpoint, kind)
+        return StreamAlone(checkpoint, kind, untied=parted)
     norms = original if invert else anchor
     if norms is None:
         raise _without_norms(file, invert=invert)
-    return StreamAlone(checkpoint, kind, norms)
+    return StreamAlone(checkpoint, kind, norms, untied=parted)
 
 
 def _opened(model: ModelReference, file: AlignmentFile, options: MergeOptions) -> Checkpoint:

@@ -10,7 +10,7 @@ from mergekit.architecture import WeightInfo
 from mergekit.graph import Task
 
 from mergekit_symalign.families.resolve import Claim
-from mergekit_symalign.families.stream import layer_scope, outside_scope
+from mergekit_symalign.families.stream import embedding_name, heads_of, layer_scope, outside_scope
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.stream_tasks import ApplyStream
@@ -42,11 +42,21 @@ class StreamAlone:
         checkpoint: of the model.
         kind: of the stream's element.
         norms: the model whose norms the result gets; None where the model keeps its own, as under a permutation.
+        untied: whether a head that is the embedding becomes one of its own.
     """
 
     checkpoint: Checkpoint
     kind: ResidualKind
     norms: Checkpoint | None = None
+    untied: bool = False
+
+    @cached_property
+    def new_heads(self) -> frozenset[str]:
+        """The head that the result has beside the embedding, and the model has not."""
+        layout, names = self.checkpoint.layout, self.checkpoint.names
+        embedding = embedding_name(layout) if self.untied else None
+        place = None if embedding is None else names.place(embedding)
+        return frozenset() if place is None else names.tied(place.name) & heads_of(layout)
 
     def check(self) -> Left:
         """Check all tensors that move, and the norms of the other model.
@@ -83,13 +93,13 @@ class StreamAlone:
 
     @cached_property
     def _claims(self) -> dict[str, Claim]:
-        """The tensors that are stored, or have to be, by name; each stored one once."""
+        """The tensors that are stored, or have to be, by name; each stored one once, and again for a new head."""
         found, read = {}, set[str]()
         for name in self._known():
             claim = self.checkpoint.layout.claim(name)
             assert claim is not None
             stored = self.checkpoint.read_for(self._info(name))
-            if (stored and not stored <= read) or not (stored or claim.spec.optional):
+            if (stored and not stored <= read) or not (stored or claim.spec.optional) or name in self.new_heads:
                 found[name] = claim
                 read |= stored
         return found
@@ -132,7 +142,8 @@ class StreamAlone:
 
     def _info(self, name: str) -> WeightInfo:
         claim = self.checkpoint.layout.claim(name)
-        return WeightInfo(name=name, optional=claim is not None and claim.spec.optional)
+        optional = claim is not None and claim.spec.optional and name not in self.new_heads  # it is read as embedding
+        return WeightInfo(name=name, optional=optional)
 
 
 def _of_block(claim: Claim, blocks: Mapping[BlockKey, Task]) -> tuple[str, Task] | None:

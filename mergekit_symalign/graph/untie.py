@@ -6,8 +6,10 @@ tied head finds the embedding. The config of the output then says that there are
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mergekit.architecture import WeightInfo
@@ -97,6 +99,15 @@ def untie_config(config: Any) -> None:
     for part in (config, getattr(config, "text_config", None)):
         if hasattr(part, TIED):
             setattr(part, TIED, False)
+
+
+def untie_config_file(path: Path) -> None:
+    """The same for the file of a config."""
+    config = json.loads(path.read_text("utf-8"))
+    for part in (config, config.get("text_config")):
+        if part is not None:
+            part[TIED] = False
+    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _require_possible(checkpoint: Checkpoint, planned: set[str]) -> bool:
