@@ -118,7 +118,7 @@ def test_every_section_opens_with_words_for_a_user(study: Study) -> None:
 def test_readme_has_one_row_for_each_kind_of_models(study: Study) -> None:
     text = readme_paragraph(study)
     rows = [line.split("|") for line in text[text.index("| your models") :].splitlines() if line.startswith("|")][2:]
-    assert [cells[2].split("**")[1] for cells in rows] == ["No benefit.", "Yes.", "Not by itself."]
+    assert [cells[2].split("**")[1] for cells in rows] == ["No benefit.", "Yes.", "Not by itself.", "Yes,", "Yes,"]
     assert all(re.search(r" ± [\d.]+: (better|worse|no change|no difference shown) $", cells[4]) for cells in rows)
     assert all("(lower is better)" in cells[3] for cells in rows)
 

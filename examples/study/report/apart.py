@@ -50,7 +50,7 @@ def section(findings: Findings) -> str:
 def _verdict(findings: Findings) -> str:
     """What the rotation does to the barrier, and the numbers by shape."""
     shapes = [shape for shape in SHAPES if findings.has(shape, "rotation")]
-    words = opening(_gain(findings, shape, "rotation").verdict(-1) for shape in shapes)
+    words = opening(gain(findings, shape, "rotation").verdict(-1) for shape in shapes)
     said = []
     for shape in shapes:
         numbers = [
@@ -68,7 +68,7 @@ largest rise of the loss above the straight line between the two (lower is bette
 alone leaves {left} of the barrier."""
 
 
-def _gain(findings: Findings, part: str, arm: str) -> Estimate:
+def gain(findings: Findings, part: str, arm: str) -> Estimate:
     """Barrier of an arm minus the one without alignment, pair by pair."""
     ours, plain = (findings.per_seed(part, x, "-", BARRIER) for x in (arm, NONE))
     return Estimate.of([x - plain[n] for n, x in ours.items() if n in plain])
@@ -111,7 +111,7 @@ def _table(findings: Findings, part: str, *, published: bool) -> str:
     for arm in measured(findings, part):
         found = findings.per_seed(part, arm, "-", BARRIER)
         cells = [f"{found[n]:.3f}" if n in found else "" for n in numbers]
-        difference = "" if arm == NONE else judged(_gain(findings, part, arm), -1, 3)
+        difference = "" if arm == NONE else judged(gain(findings, part, arm), -1, 3)
         left = "" if arm == NONE else _left(findings, part, arm).text()
         timed = "" if arm == NONE else findings.estimate(part, arm, "-", SECONDS).text(0)
         mean = findings.estimate(part, arm, "-", BARRIER).text(3)

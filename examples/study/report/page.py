@@ -54,8 +54,8 @@ def page(study: Study) -> str:
     main = study.main
     parts = [
         "# Evidence: when does alignment pay, and how much?",
-        advice.rows(main),
-        advice.reading(main),
+        advice.rows(main, study.apart),
+        advice.reading(main, study.apart),
         _scale(main),
         _reading(main),
         claims.section(main, _more_claims(study)),
@@ -90,7 +90,8 @@ def readme_paragraph(study: Study) -> str:
     """What README says, between its two marks."""
     where = "docs/evidence.md"
     first = together.paragraph(study.skills, study.skill_encoders, study.vits, where)
-    return paragraphs(BEGIN, *first, advice.rows(study.main, where), advice.reading(study.main, where), END)
+    given = (study.main, study.apart, where)
+    return paragraphs(BEGIN, *first, advice.rows(*given), advice.reading(*given), END)
 
 
 def replaced(readme: str, paragraph: str) -> str:
