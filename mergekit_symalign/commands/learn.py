@@ -329,7 +329,6 @@ def _sizes(pair: Pair, asked: Asked) -> Sizes:
         learned=geometry.hidden**2 + len(layers) * geometry.kv_heads * geometry.head_dim**2,
         layers=len(layers),
         hidden=geometry.hidden,
-        heads=geometry.query_heads,
         vocabulary=runner.model.config.vocab_size,
         inputs=asked.batch_size,
         length=asked.length or DEFAULT_LENGTH,

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 _FLOAT = 4  # bytes
-_OF_A_LAYER = 34  # tensors [tokens, hidden] that a layer keeps for the way back, without attention (Korthikanti 2022)
-_OF_ATTENTION = 5  # tensors [heads, tokens, tokens] of a layer
+_OF_A_LAYER = 17  # tensors [tokens, hidden] that a layer keeps for the way back, without scores (Korthikanti 2022)
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Sizes:
         weights: of a model.
         largest: of its largest layer, or of what lies outside the layers.
         learned: numbers of the elements.
-        layers, hidden, heads, vocabulary: of the model.
+        layers, hidden, vocabulary: of the model.
         inputs, length: of a batch.
         checkpoints: whether layers run once more on the way back.
     """
@@ -31,7 +30,6 @@ class Sizes:
     learned: int
     layers: int
     hidden: int
-    heads: int
     vocabulary: int
     inputs: int
     length: int
@@ -60,7 +58,7 @@ class Needed:
 def needed(sizes: Sizes) -> Needed:
     """An estimate: the weights are exact, activations depend on how a model computes."""
     tokens = sizes.inputs * sizes.length
-    layer = tokens * (_OF_A_LAYER * sizes.hidden + _OF_ATTENTION * sizes.heads * sizes.length)
+    layer = tokens * _OF_A_LAYER * sizes.hidden
     kept = layer + sizes.layers * tokens * sizes.hidden if sizes.checkpoints else sizes.layers * layer
     logits = 3 * tokens * sizes.vocabulary
     made = sizes.largest if sizes.checkpoints else sizes.weights
