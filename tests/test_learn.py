@@ -251,6 +251,39 @@ def test_a_rotation_that_is_not_exact_is_refused_and_the_strongest_chosen(
     assert AlignmentFile.open(out).origin.settings["residual"] == "permutation"
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tied_models_are_learned_with_heads_of_their_own(pair: dict[str, Path], tmp_path: Path, family: str) -> None:
+    small = {"n_layer": 1, "n_head": 3} if family == "gpt2" else TINY | {"tie_word_embeddings": True}
+    models = {name: make_model(family, seed, **small) for seed, name in enumerate(("anchor", "other"))}
+    paths = [str(save(model, tmp_path / name)) for name, model in models.items()]
+    for path in paths:
+        WORDS.save_pretrained(path)
+    out = tmp_path / "learned.safetensors"
+    given = ("--data", pair["texts"], "-o", out, "--steps", 3, "--residual-rounds", 2, "--residual", "rotation")
+    refused = command(*paths, *given)
+    assert refused.exit_code != 0
+    assert "untie: true" in refused.output
+    done = command(*paths, *given, "--untie", "--quiet")
+    assert done.exit_code == 0, done.output
+    assert AlignmentFile.open(out).settings_of("residual")["untie"] is True
+    listed = {"model": paths[1], "parameters": {"alignment": str(out)}}
+    merged(merge_config("rotation_match", paths[0], [listed], parameters={"untie": True}), tmp_path / "moved")
+    moved = type(models["other"]).from_pretrained(tmp_path / "moved", dtype=torch.float32)
+    assert not moved.config.tie_word_embeddings
+    assert relative_deviation(logits(models["other"]), logits(moved)) < 1e-3
+
+
+def test_a_tied_and_an_untied_model_need_untie(pair: dict[str, Path], tmp_path: Path) -> None:
+    tied = save(make_model("llama", 3, **TINY, tie_word_embeddings=True), tmp_path / "tied")
+    WORDS.save_pretrained(tied)
+    for models in ((tied, pair["model"]), (pair["anchor"], tied)):
+        given = (*models, "--data", pair["texts"], "-o", tmp_path / "learned.safetensors", "--steps", 2, "--quiet")
+        _refused(*given, says="its embedding, and the other model has a head of its own", output=tmp_path / "x")
+        done = command(*given, "--untie", "--residual-rounds", 1)
+        assert done.exit_code == 0, done.output
+        (tmp_path / "learned.safetensors").unlink()
+
+
 def test_a_masked_token_is_a_loss_too(pair: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = word_tokenizer(97)
     tokenizer.add_special_tokens({"mask_token": "w96"})

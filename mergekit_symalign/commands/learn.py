@@ -31,12 +31,14 @@ from mergekit_symalign.commands.solve import run_solve
 from mergekit_symalign.errors import ArchitectureError, CalibrationError, ConfigError
 from mergekit_symalign.graph.fingerprint import fingerprint
 from mergekit_symalign.graph.readers import require_embedded_ids, tokenizer_of
+from mergekit_symalign.graph.untie import UNTIE
 from mergekit_symalign.learning.between import Between
 from mergekit_symalign.learning.descent import Plan, State, descend, held_out_loss
 from mergekit_symalign.learning.descent import start as beginning
 from mergekit_symalign.learning.memory import Needed, Sizes, free_memory, needed
 from mergekit_symalign.learning.progress import load_state, save_state
 from mergekit_symalign.learning.texts import Data, windows
+from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.whole_file import require_writable
 
 DEFAULT_LENGTH = 256  # tokens
@@ -205,6 +207,7 @@ def run_learn(
     Raises:
         ConfigError: if the output cannot be written, options do not fit, memory is short or another run's state is
             there.
+        ParameterError: if an option is not exact, or just one of the models has a head of its own.
         ModelError, ArchitectureError, CheckpointError, GeometryError: if the models cannot be run, or not together.
         CalibrationError: if the texts cannot be used, or the tokenizers differ.
         AlignmentFileError: if ``init`` does not belong to the models.
@@ -215,10 +218,11 @@ def run_learn(
     symmetries(parameters)
     use_cache_of(options)
     require_one_family((anchor, model), options)
-    pair = Pair(StoredModel.open(anchor, options, "sdpa"), StoredModel.open(model, options, "sdpa"))
-    require_comparable(pair.anchor, pair.model)
+    ours, theirs = (StoredModel.open(name, options, "sdpa") for name in (anchor, model))
+    require_comparable(ours, theirs)
+    pair = Pair.of(ours, theirs, untie=bool(parameters.get(UNTIE)))
     if parameters.get("residual") is not None:
-        pair.kind(parameters["residual"])
+        pair.kind(Residual(parameters["residual"]))
     asked = replace(asked, length=_length(pair, asked.length))
     read = _data(pair, data, asked, options)
     _require_memory(pair, asked, say)

@@ -24,6 +24,7 @@ from mergekit_symalign.families.stream import (
     ties_embeddings,
 )
 from mergekit_symalign.graph.alignments import Alignments
+from mergekit_symalign.graph.untie import UNTIE
 from mergekit_symalign.learning.between import STREAM_NAME, Between, Place
 from mergekit_symalign.learning.descent import State
 from mergekit_symalign.learning.elements import LearnedStream, learned_block
@@ -45,15 +46,37 @@ class Pair:
 
     Attributes:
         anchor, model: their checkpoints.
+        untied: whether heads that are embeddings become heads of their own.
     """
 
     anchor: StoredModel
     model: StoredModel
+    untied: bool = False
+
+    @staticmethod
+    def of(anchor: StoredModel, model: StoredModel, *, untie: bool) -> Pair:
+        """
+        Raises:
+            ArchitectureError: if heads that are embeddings have to stay so.
+            ParameterError: if just one of the two has a head of its own.
+        """
+        tied = [of for of in (anchor, model) if of.has_tied_head()]
+        if untie:
+            for of in tied:
+                of.untie_head()
+        elif len(tied) == 1:
+            raise ParameterError(
+                "parameter untie",
+                f"the head of {tied[0].name} is its embedding, and the other model has a head of its own",
+                "Use untie: true (--untie), here and in the merge",
+            )
+        return Pair(anchor, model, untie)
 
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
-        return ties_embeddings(self.anchor.checkpoint.config, self.anchor.checkpoint.layout)
+        config, layout = self.anchor.checkpoint.config, self.anchor.checkpoint.layout
+        return not self.untied and ties_embeddings(config, layout)
 
     def strongest(self) -> Residual:
         """What moves the stream most, of all that is exact."""
@@ -176,7 +199,7 @@ def save_learned(
     if STREAM_NAME in described:
         described[STREAM_NAME] |= facts
     alignments = Alignments({of.checkpoint.model: of.checkpoint for of in (pair.anchor, pair.model)})
-    own = {"residual": start.residual.value, "objective": "learned", **told}
+    own = {"residual": start.residual.value, UNTIE: pair.untied, "objective": "learned", **told}
     settings = {block: {**_settings_of(start.file, block), **own} for block in elements}
     origin = alignments.origin(pair.anchor.checkpoint.model, pair.model.checkpoint.model, settings)
     save_alignment(path, origin, elements, described)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from mergekit_symalign.activations.runner import LayerRunner
 from mergekit_symalign.commands.common import parsed
-from mergekit_symalign.errors import CheckpointError, GeometryError
+from mergekit_symalign.errors import ArchitectureError, CheckpointError, GeometryError
 from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.families.stream import heads_of, may_untie
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.leftovers import are_equal
 from mergekit_symalign.graph.load import LoadFinite
@@ -57,6 +58,26 @@ class StoredModel:
         model._untie()
         model._check()
         return model
+
+    def has_tied_head(self) -> bool:
+        """Whether the head is the embedding, as stored."""
+        return any(heads_of(self.checkpoint.layout) & {*names} for names in self._outside_names() if len(names) > 1)
+
+    def untie_head(self) -> None:
+        """Give the head a place of its own; `outside` then gives the embedding's numbers under both names.
+
+        Raises:
+            ArchitectureError: if models of this family have their embedding for a head.
+        """
+        if not may_untie(self.checkpoint.layout):
+            raise ArchitectureError(
+                f"untie with {self.checkpoint.layout.family.title} (model {self.name})",
+                "models of this family have their embedding for a head",
+                "Leave untie out",
+            )
+        for names in self._outside_names():
+            for name in names[1:] if heads_of(self.checkpoint.layout) & {*names} else ():
+                _untie(self.runner.model, name)
 
     @property
     def name(self) -> str:
