@@ -21,8 +21,9 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mergekit_symalign.alignment_file import AlignmentFile
 from mergekit_symalign.cli import main
-from mergekit_symalign.commands import learn
-from mergekit_symalign.commands.learn import Asked, Outcome, run_learn
+from mergekit_symalign.commands import learn, learn_inputs
+from mergekit_symalign.commands.learn import Outcome, run_learn
+from mergekit_symalign.commands.learn_inputs import Asked
 from mergekit_symalign.errors import ConfigError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.learning.descent import Plan
@@ -299,7 +300,7 @@ def test_a_masked_token_is_a_loss_too(pair: dict[str, Path], tmp_path: Path) -> 
 def test_memory_that_cannot_be_had_is_refused(
     pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learn, "free_memory", lambda device: 10_000)
+    monkeypatch.setattr(learn_inputs, "free_memory", lambda device: 10_000)
     _refused(
         pair["anchor"],
         pair["model"],
