@@ -126,10 +126,10 @@ def test_norms_subtract_the_mean_where_the_table_says_so(name: str) -> None:
 ROTATES = ResidualKind.rotation, ResidualKind.mean_keeping_rotation
 ADMITTED: dict[str, ResidualKind | str] = {
     "llama": ResidualKind.rotation,
-    "llama-tied": "tie_word_embeddings: false",
+    "llama-tied": "untie: true",
     "mistral": ResidualKind.rotation,
     "qwen2": ResidualKind.rotation,
-    "qwen2-tied": "tie_word_embeddings: false",
+    "qwen2-tied": "untie: true",
     "qwen3": ResidualKind.rotation,
     "gemma": "embedding.*residual: permutation",
     "gemma2": "behind the block",
@@ -139,7 +139,7 @@ ADMITTED: dict[str, ResidualKind | str] = {
     "phi3": ResidualKind.rotation,
     "phi2": ResidualKind.mean_keeping_rotation,
     "gpt-neox": ResidualKind.mean_keeping_rotation,
-    "gpt2": "tie_word_embeddings: false",
+    "gpt2": "untie: true",
     "gpt2-untied": ResidualKind.mean_keeping_rotation,
     "cohere2": ResidualKind.mean_keeping_rotation,
     "starcoder2-unbiased": ResidualKind.mean_keeping_rotation,

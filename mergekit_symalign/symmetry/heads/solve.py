@@ -139,7 +139,7 @@ def _solve_signs(m: AttentionMoments, shape: HeadShape) -> Scaling:
     planes = shape.planes()
     signs = align_signs(m.query.at(planes), m.key.at(planes), of_heads=shape.norm is GainScope.centred).factor
     natural = torch.argsort(torch.tensor(planes, device=signs.device))
-    return Scaling(signs.unflatten(0, (shape.kv_heads, -1)).index_select(-1, natural).flatten())
+    return Scaling(signs.unflatten(0, (-1, len(planes))).index_select(-1, natural).flatten())
 
 
 def dense(g: AxisAction | None, like: Moments) -> Tensor:
