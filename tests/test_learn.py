@@ -93,7 +93,9 @@ def learned(pair: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def _loss(model: PreTrainedModel, texts: Path) -> float:
     """Mean over all tokens, as transformers takes it."""
-    ids = torch.stack([WORDS(line, return_tensors="pt")["input_ids"][0] for line in texts.read_text().splitlines()])
+    ids = torch.stack(
+        [WORDS(line, return_tensors="pt")["input_ids"][0] for line in texts.read_text("utf-8").splitlines()]
+    )
     with torch.no_grad():
         return float(model(ids, labels=ids).loss)
 

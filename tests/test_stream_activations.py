@@ -312,7 +312,7 @@ def test_what_cannot_be_combined_is_refused(llama: OnPrompts, tmp_path: Path, na
 
 
 @pytest.mark.parametrize(
-    ("layers", "message"), [([0, 1], "the merge leaves out layer 1"), ([1, 2], "pairs different layers")]
+    ("layers", "message"), [([0, 1], "the merge leaves out layer 1"), ([1, 2], "the merge leaves out layer 0")]
 )
 def test_slices_that_leave_out_layers_are_refused(
     llama: OnPrompts, tmp_path: Path, layers: list[int], message: str

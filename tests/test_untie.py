@@ -278,7 +278,7 @@ def test_nothing_is_untied_where_nothing_is_tied(llama: Tied, tmp_path: Path, ca
 
 FAMILIES_REFUSED = {
     "gemma": "untie with Gemma .*have their embedding for a head",
-    "roberta": r"untie with RoBERTa .*more is tied .*lm_head.bias, lm_head.decoder.bias",
+    "roberta": r"untie with RoBERTa.*more is tied .*lm_head.bias, lm_head.decoder.bias",
     "deberta-v3": "untie with DeBERTa.*more is tied .*cls.predictions.bias",
 }
 

@@ -162,7 +162,7 @@ def _regathered(
     gather, inputs = gather_of(task), task.gather_tensors
     if isinstance(inputs, (PermutedVocabulary, TruncatedVocabulary)):
         return inputs.model_copy(
-            update={"gather_tensors": GatherAligned(**dict(gather), aligned=tuple(aligned.items()))}
+            update={"gather_tensors": GatherAligned(**dict(gather) | {"aligned": tuple(aligned.items())})}
         )
     infos = {m: info for m, info in gather.weight_info.items() if m in order}
     replaced = tuple((m, apply) for m, apply in aligned.items() if m in order)

@@ -26,7 +26,7 @@ from mergekit_symalign.graph.activations import Part, RunLayer, SolveActivations
 from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import LoadFinite
-from mergekit_symalign.graph.planned import Planned, anchor_of
+from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.graph.solve import packed
 from mergekit_symalign.graph.stream_tasks import Loads, OfStream, SolveMoved
 from mergekit_symalign.graph.streaming import Started, labelled, seen_by, start_run
@@ -255,7 +255,7 @@ def _require_all_layers(planned: Sequence[Planned], layout: ModelLayout) -> None
     Raises:
         ConfigError: if the merge leaves out layers.
     """
-    there = {layout.layer_of(weight.name) for weight, _ in planned}
+    there = {layout.layer_of(info.name) for _, task in planned for info in gather_of(task).weight_info.values()}
     if missing := [layer for layer in range(layout.layers) if layer not in there]:
         raise ConfigError(
             "parameter residual",
