@@ -131,9 +131,13 @@ def _table(findings: Findings, part: str, *, published: bool) -> str:
 
 def _goals(findings: Findings) -> str:
     """What was wanted of the first shape, and what came out, as shares of the barrier without alignment."""
-    said = []
+    said, nats = [], []
     for arm, goal in GOALS.items():
         if findings.has("gpt2", arm):
+            rise = findings.estimate("gpt2", arm, "-", BARRIER)
+            nats.append(
+                f"{TITLES[arm]} {rise.text(3)} (at most {goal:.2f}: {'met' if rise.mean <= goal else 'missed'})"
+            )
             found, wanted = _left(findings, "gpt2", arm), 100 * goal / float(PUBLISHED[NONE])
             met = "met" if found.mean <= wanted else "missed"
             said.append(f"{TITLES[arm]} {found.text()} % (at most {wanted:.1f} %: {met})")
@@ -142,8 +146,8 @@ def _goals(findings: Findings) -> str:
 training; so their barriers are higher to begin with. Their merge replaces the norms and multiplies query with key and
 value with output, so no checkpoint of the architecture comes out. Their code ran on the same models and windows, its
 learned matrices without the noise that they start from. The goals were {GOALS["rotation"]:.2f} from weights and
-{GOALS[LEARNED]:.2f} learned where none is {PUBLISHED[NONE]}. As shares of the barrier without alignment:
-{"; ".join(said)}."""
+{GOALS[LEARNED]:.2f} learned where none is {PUBLISHED[NONE]}. In nats: {"; ".join(nats)}. As shares of the barrier without alignment, which
+is lower here: {"; ".join(said)}."""
 
 
 def _left(findings: Findings, part: str, arm: str) -> Estimate:
