@@ -146,8 +146,8 @@ def _goals(findings: Findings) -> str:
 training; so their barriers are higher to begin with. Their merge replaces the norms and multiplies query with key and
 value with output, so no checkpoint of the architecture comes out. Their code ran on the same models and windows, its
 learned matrices without the noise that they start from. The goals were {GOALS["rotation"]:.2f} from weights and
-{GOALS[LEARNED]:.2f} learned where none is {PUBLISHED[NONE]}. In nats: {"; ".join(nats)}. As shares of the barrier without alignment, which
-is lower here: {"; ".join(said)}."""
+{GOALS[LEARNED]:.2f} learned where none is {PUBLISHED[NONE]}. In nats: {"; ".join(nats)}. As shares of the barrier
+without alignment, which is lower here: {"; ".join(said)}."""
 
 
 def _left(findings: Findings, part: str, arm: str) -> Estimate:
