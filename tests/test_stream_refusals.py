@@ -126,7 +126,7 @@ SIZES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         *("gpt2", "permutation", {"n_positions": None, "max_position_embeddings": 32}),
         r"tensor transformer.wpe.weight of model .*: it is 32 x 48, but 128 x 48 in the anchor",
     ),
-    "labels": ("vit-classifier", "rotation", {"num_labels": 5}, "it is 5 x 48, but 7 x 48 in the anchor"),
+    "labels": ("vit-classifier", "rotation", {"num_labels": 5}, "it is 5( x 48)?, but 7( x 48)? in the anchor"),
     "token types": ("bert-classifier", "permutation", {"type_vocab_size": 3}, "it is 3 x 48, but 2 x 48 in the anchor"),
 }
 
