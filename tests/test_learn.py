@@ -16,7 +16,7 @@ from conftest import load, merge_config, merged
 from mergekit.options import MergeOptions
 from models import logits, make_model, perturbed, relative_deviation, save, with_weights, word_tokenizer
 from safetensors import safe_open
-from streams import joined, split, stored
+from streams import in_other_coordinates, stored
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mergekit_symalign.alignment_file import AlignmentFile
@@ -27,10 +27,7 @@ from mergekit_symalign.commands.learn_inputs import Asked
 from mergekit_symalign.errors import ConfigError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.learning.descent import Plan
-from mergekit_symalign.planting import random_elements, random_stream
 from mergekit_symalign.symmetry.residual.kinds import ResidualKind
-from mergekit_symalign.symmetry.residual.move import move_scope
-from mergekit_symalign.symmetry.residual.scope import norms_of
 
 TINY = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 12}
 WORDS = word_tokenizer(97)
@@ -44,16 +41,8 @@ def command(*args: Any) -> Result:
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
     """In coordinates of its residual stream and heads that are rotated, its neurons in their order."""
     layout = resolve(model.config, model="m")
-    stream = random_stream(ResidualKind.rotation, layout.geometry.hidden, 1)
-    blocks: list[dict[str, Any]] = [{}]
-    elements = random_elements(layout, 2)
-    blocks += [{kind.value: g for (i, kind), g in elements.items() if i == layer} for layer in range(layout.layers)]
-    scopes, parts = split(layout, stored(model))
-    moved = [
-        move_scope(s, x, ResidualKind.rotation, stream, b, norms_of(s, x))
-        for s, x, b in zip(scopes, parts, blocks, strict=True)
-    ]
-    return with_weights(model, joined(layout, moved))
+    state = stored(model)
+    return with_weights(model, in_other_coordinates(layout, state, ResidualKind.rotation, state))
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +263,14 @@ def test_tied_models_are_learned_with_heads_of_their_own(pair: dict[str, Path], 
     moved = type(models["other"]).from_pretrained(tmp_path / "moved", dtype=torch.float32)
     assert not moved.config.tie_word_embeddings
     assert relative_deviation(logits(models["other"]), logits(moved)) < 1e-3
+
+
+def test_heads_that_must_stay_tied_are_refused(pair: dict[str, Path], tmp_path: Path) -> None:
+    roberta = save(make_model("roberta", 0, num_hidden_layers=1), tmp_path / "roberta")
+    WORDS.save_pretrained(roberta)
+    _refused(
+        roberta, roberta, "--data", pair["texts"], "--untie", says="more is tied than the matrix", output=tmp_path / "x"
+    )
 
 
 def test_a_tied_and_an_untied_model_need_untie(pair: dict[str, Path], tmp_path: Path) -> None:

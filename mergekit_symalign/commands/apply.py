@@ -16,16 +16,15 @@ from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.alignment_file import AlignmentFile, block_name
 from mergekit_symalign.alignments.fit import STREAM_BLOCK, require_fits
-from mergekit_symalign.commands.apply_stream import Others, stream_alone
+from mergekit_symalign.commands.apply_stream import Others, opened, stream_alone
 from mergekit_symalign.commands.common import parsed, require_one_family
 from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.errors import CheckpointError, ConfigError
-from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.families.schema import BlockKind
-from mergekit_symalign.graph.alignments import ReadBlock, has_halves, sizes_of
+from mergekit_symalign.graph.alignments import ReadBlock, has_halves
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
-from mergekit_symalign.graph.fingerprint import fingerprint
+from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.headers import Header
 from mergekit_symalign.graph.leftovers import shortened
 from mergekit_symalign.graph.load import LoadFinite, LoadStored
@@ -130,11 +129,9 @@ def run_apply(
 
 
 def _checked(file: AlignmentFile, model: ModelReference, options: MergeOptions, *, invert: bool) -> Checkpoint:
-    config = model.config(trust_remote_code=options.trust_remote_code)
-    checkpoint = Checkpoint.open(model, config, resolve(config, model=str(model)))
-    file.require_family(checkpoint.layout.family.name, sizes_of(checkpoint), str(model))
+    checkpoint = opened(model, file, options)
     if not invert:
-        file.require_model(str(model), fingerprint(LoaderCache().get(model).index))
+        file.require_model(str(model), fingerprint_of(model))
     for layer in range(checkpoint.layout.layers):
         for part, spec in checkpoint.layout.inside.items():
             name = checkpoint.layout.name(layer, part)

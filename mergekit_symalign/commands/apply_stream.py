@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergekit.common import ModelReference
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_symalign.alignment_file import AlignmentFile
@@ -15,7 +14,7 @@ from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.families.stream import residual_kind, ties_embeddings
 from mergekit_symalign.graph.alignments import sizes_of
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
-from mergekit_symalign.graph.fingerprint import fingerprint
+from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.stream_alone import StreamAlone
 from mergekit_symalign.graph.untie import UNTIE
 
@@ -42,12 +41,12 @@ def stream_alone(
         ConfigError: if the norms of another model are needed, and it was not given.
         AlignmentFileError: if the file's element is no symmetry of the model, or another model is not the file's.
     """
-    anchor = None if others.anchor is None else _opened(others.anchor, file, options)
-    original = None if others.original is None else _opened(others.original, file, options)
+    anchor = None if others.anchor is None else opened(others.anchor, file, options)
+    original = None if others.original is None else opened(others.original, file, options)
     if anchor is not None:
-        file.require_anchor(str(anchor.model), _fingerprint(anchor))
+        file.require_anchor(str(anchor.model), fingerprint_of(anchor.model))
     if original is not None:
-        file.require_model(str(original.model), _fingerprint(original))
+        file.require_model(str(original.model), fingerprint_of(original.model))
     if STREAM_BLOCK not in file.blocks:
         return None
     parted = bool(file.settings_of(STREAM_BLOCK).get(UNTIE))
@@ -61,15 +60,16 @@ def stream_alone(
     return StreamAlone(checkpoint, kind, norms, untied=parted)
 
 
-def _opened(model: ModelReference, file: AlignmentFile, options: MergeOptions) -> Checkpoint:
+def opened(model: ModelReference, file: AlignmentFile, options: MergeOptions) -> Checkpoint:
+    """A model's checkpoint.
+
+    Raises:
+        OtherModelsError: if it is of another family or size than the file.
+    """
     config = model.config(trust_remote_code=options.trust_remote_code)
     checkpoint = Checkpoint.open(model, config, resolve(config, model=str(model)))
     file.require_family(checkpoint.layout.family.name, sizes_of(checkpoint), str(model))
     return checkpoint
-
-
-def _fingerprint(checkpoint: Checkpoint) -> str:
-    return fingerprint(LoaderCache().get(checkpoint.model).index)
 
 
 def _without_norms(file: AlignmentFile, *, invert: bool) -> ConfigError:

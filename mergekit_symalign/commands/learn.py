@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 import torch
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from tqdm import tqdm
 
@@ -32,7 +31,7 @@ from mergekit_symalign.commands.model_options import model_options
 from mergekit_symalign.commands.models import StoredModel, require_comparable, use_cache_of
 from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.commands.solve import run_solve
-from mergekit_symalign.graph.fingerprint import fingerprint
+from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.untie import UNTIE
 from mergekit_symalign.learning.between import Between
 from mergekit_symalign.learning.descent import Plan, State, descend, held_out_loss
@@ -273,8 +272,7 @@ def _learned(
 def _what(pair: Pair, read: Data, asked: Asked, start: Start) -> dict[str, Any]:
     """What two runs must share for one to go on with the other's state."""
     prints = {
-        role: fingerprint(LoaderCache().get(of.checkpoint.model).index)
-        for role, of in (("anchor", pair.anchor), ("model", pair.model))
+        role: fingerprint_of(of.checkpoint.model) for role, of in (("anchor", pair.anchor), ("model", pair.model))
     }
     plan = {name.replace("_", "-"): x for name, x in asdict(asked.plan).items()}
     how = {

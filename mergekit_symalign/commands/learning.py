@@ -217,19 +217,16 @@ def _described(pair: Pair, start: Start, found: Between, elements: Mapping[str, 
     facts: Facts = {}
     whole = [0.0, 0.0]
     for i, place in enumerate((found.outside, *found.layers)):
-        sides = [of.outside() if i == 0 else of.layer(i - 1) for of in (pair.anchor, pair.model)]
-        sides = [_by_first_name(pair.anchor, x) for x in sides] if i == 0 else sides
+        sides = (_outside(of) if i == 0 else of.layer(i - 1) for of in (pair.anchor, pair.model))
         anchor, model = (comparable(place.scope, x, kind) for x in sides)
         blocks = {of: elements[place.key(of)] for of in place.blocks}
-        moved = moved_along(place.scope, model, stream, blocks)
+        turned, moved = (moved_along(place.scope, model, stream, of) for of in ({}, blocks))
         whole = [whole[0] + standing_distance(anchor, model), whole[1] + standing_distance(anchor, moved)]
         for of, element in blocks.items():
             block = place.scope.blocks[of]
             require_symmetry(element, block.shape)
             own = describe_neurons if isinstance(block.shape, MlpShape) else describe_heads
-            parts = [part for part in block.parts if part in anchor]
-            ours = {part: anchor[part] for part in parts}
-            turned = moved_along(place.scope, model, stream)
+            ours = {part: anchor[part] for part in block.parts if part in anchor}
             named = _distances(*(standing_distance(ours, x) for x in (turned, moved)))
             facts[place.key(of)] = {**own(element, block.shape), **named, "objective": "learned"}  # type: ignore[arg-type]
     if kind is not ResidualKind.none:
@@ -242,10 +239,6 @@ def _distances(before: float, after: float) -> dict[str, float]:
 
 
 def _outside(model: StoredModel) -> dict[str, Tensor]:
-    return _by_first_name(model, model.outside())
-
-
-def _by_first_name(model: StoredModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors outside the layers, tied ones under the name that the others are tied to."""
     first = {name: of[0] for of in map(list, tied_names(model.runner)) for name in of}
-    return {first[name]: x for name, x in tensors.items()}
+    return {first[name]: x for name, x in model.outside().items()}

@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 import torch
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
 
@@ -35,7 +34,7 @@ from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.commands.sizes import Size, human
 from mergekit_symalign.errors import ArchitectureError, CalibrationError, ConfigError
 from mergekit_symalign.graph.alignments import package_versions, sizes_of
-from mergekit_symalign.graph.fingerprint import fingerprint
+from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.readers import image_processor_of, require_embedded_ids, require_positions, tokenizer_of
 from mergekit_symalign.statistics.file import Measured, Origin
 from mergekit_symalign.statistics.places import plain_path
@@ -177,7 +176,7 @@ def run_measure(
         loss = _measured(model, samples, what, writer, prepared.tokens, quiet=options.quiet)
         origin = Origin(
             model=name,
-            fingerprint=fingerprint(LoaderCache().get(model.checkpoint.model).index),
+            fingerprint=fingerprint_of(model.checkpoint.model),
             family=model.checkpoint.layout.family.name,
             sizes=sizes_of(model.checkpoint),
             tokenizer=reader,

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from mergekit_symalign.activations.runner import LayerRunner
 from mergekit_symalign.commands.common import parsed
-from mergekit_symalign.errors import ArchitectureError, CheckpointError, GeometryError
+from mergekit_symalign.errors import CheckpointError, GeometryError
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.families.stream import heads_of, may_untie
+from mergekit_symalign.families.stream import heads_of
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.leftovers import are_equal
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.opening import require_config, require_openable
+from mergekit_symalign.graph.untie import require_parting
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,9 @@ class StoredModel:
         """Give the head a place of its own; `outside` then gives the embedding's numbers under both names.
 
         Raises:
-            ArchitectureError: if models of this family have their embedding for a head.
+            ArchitectureError: if the head must stay the embedding.
         """
-        if not may_untie(self.checkpoint.layout):
-            raise ArchitectureError(
-                f"untie with {self.checkpoint.layout.family.title} (model {self.name})",
-                "models of this family have their embedding for a head",
-                "Leave untie out",
-            )
+        require_parting(self.checkpoint)
         for names in self._outside_names():
             for name in names[1:] if heads_of(self.checkpoint.layout) & {*names} else ():
                 _untie(self.runner.model, name)

@@ -12,7 +12,6 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import LoaderCache
 
 from mergekit_symalign import __version__
 from mergekit_symalign.alignment_file import AlignmentFile, Origin, block_name, save_alignment
@@ -27,7 +26,7 @@ from mergekit_symalign.alignments.fit import (
 from mergekit_symalign.errors import AlignmentFileError, ConfigError
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
-from mergekit_symalign.graph.fingerprint import fingerprint
+from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.whole_file import require_writable
@@ -222,7 +221,7 @@ class Alignments:
 
     def _fingerprint(self, model: ModelReference) -> str:
         if model not in self._fingerprints:
-            self._fingerprints[model] = fingerprint(LoaderCache().get(model).index)
+            self._fingerprints[model] = fingerprint_of(model)
         return self._fingerprints[model]
 
 

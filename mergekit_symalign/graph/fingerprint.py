@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
+from mergekit.io.tasks import LoaderCache
 
 from mergekit_symalign.graph.headers import read_entries
 
@@ -31,6 +33,11 @@ def fingerprint(index: ShardedTensorIndex) -> str:
                 file.seek(start + offset)
                 digest.update(file.read(min(_BYTES, length - offset)))
     return digest.hexdigest()
+
+
+def fingerprint_of(model: ModelReference) -> str:
+    """The same of a model's checkpoint, as `LoaderCache` has it."""
+    return fingerprint(LoaderCache().get(model).index)
 
 
 def _pieces(index: ShardedTensorIndex) -> Iterator[tuple[str, str, Path, int, int]]:

@@ -54,11 +54,11 @@ class StreamFacts(FactsOf):
 
     Attributes:
         kind: of its element.
-        share: the task that tells what it does alone; a merge does not run it.
+        share: the task that tells what it does alone, where it was solved; a merge does not run it.
     """
 
     kind: str
-    share: Task
+    share: Optional[Task]
 
     def execute(self, solution: Dict[str, Any]) -> Dict[str, Any]:
         return {**super().execute(solution), "kind": self.kind, "loss": LOSS}
@@ -147,7 +147,7 @@ class Reports:
     def record(self, model: ModelReference, layer: int, kind: BlockKind, solution: Task) -> None:
         self._blocks.append((str(model), layer, kind, FactsOf(solution=solution)))
 
-    def record_stream(self, model: ModelReference, kind: ResidualKind, solution: Task, share: Task) -> None:
+    def record_stream(self, model: ModelReference, kind: ResidualKind, solution: Task, share: Task | None) -> None:
         self._streams.append((str(model), StreamFacts(solution=solution, kind=kind.value, share=share)))
 
     def find(self, findings: Sequence[tuple[str, Task]]) -> None:

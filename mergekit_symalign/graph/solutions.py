@@ -120,7 +120,7 @@ class Solutions:
 
     def _solver(self, block: Block, model: ModelReference, fields: dict[str, Any]) -> Task:
         if model in self._streams:
-            return self._streams[model].solver(block, fields)
+            return self._streams[model].solver(block, fields["heads"])
         if self._streaming is None or block.agreed("objective") != "activations":
             return SolveBlock(**fields)
         statistics = self._streaming.statistics[Wanted(block.layer_of(model), block.kind, model)]

@@ -11,7 +11,6 @@ from typing import Any, Dict
 
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from mergekit_symalign.activations.images import processor_digest
 from mergekit_symalign.errors import CalibrationError, OtherStatisticsError, ParameterError, StatisticsFileError
 from mergekit_symalign.graph.alignments import sizes_of
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
-from mergekit_symalign.graph.fingerprint import fingerprint
+from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.readers import image_processor_of, tokenizer_of
 from mergekit_symalign.graph.ready import Ready
 from mergekit_symalign.statistics.file import StatisticsFile
@@ -167,7 +166,7 @@ class StatisticsFiles:
 
     def _fingerprint(self, model: ModelReference) -> str:
         if model not in self._fingerprints:
-            self._fingerprints[model] = fingerprint(LoaderCache().get(model).index)
+            self._fingerprints[model] = fingerprint_of(model)
         return self._fingerprints[model]
 
 

@@ -10,11 +10,12 @@ from mergekit.architecture import WeightInfo
 from mergekit.graph import Task
 
 from mergekit_symalign.families.resolve import Claim
-from mergekit_symalign.families.stream import embedding_name, heads_of, layer_scope, outside_scope
+from mergekit_symalign.families.stream import heads_of, layer_scope, outside_scope
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.stream_tasks import ApplyStream
 from mergekit_symalign.graph.streams import MovedStream, Place
+from mergekit_symalign.graph.untie import tied_to_embedding
 from mergekit_symalign.symmetry.residual.kinds import ResidualKind
 from mergekit_symalign.symmetry.residual.scope import Scope
 
@@ -53,10 +54,7 @@ class StreamAlone:
     @cached_property
     def new_heads(self) -> frozenset[str]:
         """The head that the result has beside the embedding, and the model has not."""
-        layout, names = self.checkpoint.layout, self.checkpoint.names
-        embedding = embedding_name(layout) if self.untied else None
-        place = None if embedding is None else names.place(embedding)
-        return frozenset() if place is None else names.tied(place.name) & heads_of(layout)
+        return tied_to_embedding(self.checkpoint) & heads_of(self.checkpoint.layout) if self.untied else frozenset()
 
     def check(self) -> Left:
         """Check all tensors that move, and the norms of the other model.

@@ -92,7 +92,7 @@ class LoadTokens(LoadFinite):
 
 @dataclass
 class Vocabularies:
-    """The tokenizers of a merge's models, each loaded once.
+    """The tokenizers of a merge's models, each loaded once, and what they have in common.
 
     Attributes:
         options: of MergeKit.
@@ -102,6 +102,7 @@ class Vocabularies:
     options: MergeOptions
     matched: bool
     _known: dict[ModelReference, Vocabulary | None] = field(default_factory=dict)
+    _common: dict[tuple[ModelReference, ModelReference], CommonTokens | None] = field(default_factory=dict)
 
     @staticmethod
     def of(planned: Sequence[Planned], options: MergeOptions) -> Vocabularies:
@@ -122,16 +123,12 @@ class Vocabularies:
         first, second = rows
         if first is None or second is None:
             return Compared(anchor[1], model[1])
-        found = self.common(anchor[0], model[0], (first, second))
+        pair = (anchor[0].model, model[0].model)
+        if pair not in self._common:
+            self._common[pair] = self.common(anchor[0], model[0], (first, second))
+        found = self._common[pair]
         if found is None:
             return Compared(anchor[1], model[1])
-        if not self.matched and found.anchor != found.model:
-            LOG.warning(
-                "model %s has tokens in other rows than the anchor %s, and this merge takes equal rows of all models "
-                "for the same token. Let MergeKit match the tokenizers: tokenizer: {source: base}",
-                model[0].model,
-                anchor[0].model,
-            )
         ours, theirs = (at_tokens(scope, loads, x) for loads, x in ((anchor[1], found.anchor), (model[1], found.model)))
         return Compared(ours, theirs, found.facts())
 
@@ -151,6 +148,13 @@ class Vocabularies:
         if first is not None and second is not None:
             found = matched(first, second, rows)
             _require_tokens(found, anchor, model)
+            if not self.matched and found.anchor != found.model:
+                LOG.warning(
+                    "model %s has tokens in other rows than the anchor %s, and this merge takes equal rows of all "
+                    "models for the same token. Let MergeKit match the tokenizers: tokenizer: {source: base}",
+                    model.model,
+                    anchor.model,
+                )
             return None if found.is_everything(rows) else found
         if rows[0] != rows[1] and not self.options.unsafe_truncate_embeddings:
             raise _without_tokenizer(anchor if first is None else model, anchor, model, rows)

@@ -12,6 +12,7 @@ from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.options import MergeOptions
 
+from mergekit_symalign.alignments.fit import STREAM_BLOCK
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.resolve import Claim, ModelLayout
 from mergekit_symalign.families.stream import layer_scope, outside_scope, residual_kind
@@ -21,69 +22,49 @@ from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
-from mergekit_symalign.graph.stream_activations import BlockKey, Comparison, plan_seen_streams, run_first
+from mergekit_symalign.graph.stream_activations import BlockKey, Comparison, Place, plan_seen_streams, run_first
 from mergekit_symalign.graph.stream_checks import require_equal_layers, require_one_anchor, require_same_shapes
 from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, OwnShare, SolveMoved, SolveStream
 from mergekit_symalign.graph.stream_tokens import Compared, Vocabularies
 from mergekit_symalign.graph.streaming import SHARED
 from mergekit_symalign.graph.untie import UNTIE, is_tied
-from mergekit_symalign.symmetry.options import Symmetries
+from mergekit_symalign.symmetry.options import HeadShape, Symmetries
 from mergekit_symalign.symmetry.residual.alternate import ROUNDS
-from mergekit_symalign.symmetry.residual.kinds import Residual, ResidualKind
+from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.symmetry.residual.scope import Scope, around
 
 LOG = logging.getLogger(__name__)
 
 RESIDUAL_NAMES = ("residual", "residual_rounds", UNTIE, "objective", *SHARED)
-_NAME = "residual"  # of the stream's element in an alignment file
 _KINDS = frozenset(kind.value for kind in Residual)
-Place = int | None  # a layer, or what lies outside the layers
 
 
 @dataclass(frozen=True)
-class MovedStream:
+class MovedStream(Comparison):
     """A model whose residual stream is moved.
 
     Attributes:
-        kind: of the element.
-        scopes: of its layers and of what lies outside.
-        anchor, model: loads of both, by place and name in the scope.
         solution: the task that gives the element.
         blocks: the tasks that give the blocks' elements, where these are found together with the stream's.
         seen: what the two are compared by outside their layers; None where they are not compared.
     """
 
-    kind: ResidualKind
-    scopes: Mapping[Place, Scope]
-    anchor: Mapping[Place, Mapping[str, LoadFinite]]
-    model: Mapping[Place, Mapping[str, LoadFinite]]
     solution: Task
     blocks: Mapping[BlockKey, Task] = field(default_factory=dict)
     seen: Compared | None = None
 
-    def solver(self, block: Block, fields: Mapping[str, Any]) -> Task:
-        """The task that aligns a block once the stream is moved. Takes the fields of a `SolveBlock`."""
-        if (found := self.blocks.get((block.layer, block.kind.value))) is not None:
-            return found
-        place = block.layer
-        names = self.scopes[place].blocks[block.kind.value].parts
-        scope = around(self.scopes[place], names, folds=self.kind.rotates)
-        parts = tuple(scope.axes)
-        sides = {"anchor": self.anchor[place], "model": self.model[place]}
-        return SolveMoved(
-            **{name: fields[name] for name in ("kind", "mlp", "heads", "use")},
-            **{side: tuple(loads[part] for part in parts) for side, loads in sides.items()},
-            axes=tuple(scope.axes.values()),
-            key=f"{self.model[place][parts[0]].model} {place} {block.kind.value}",
-            stream=self.solution,
-            stream_kind=self.kind,
-            scope=scope,
-            parts=parts,
-        )
+    def solver(self, block: Block, heads: HeadShape) -> Task:
+        """The task that aligns a block once the stream is moved."""
+        if (known := self.blocks.get((block.layer, block.kind.value))) is not None:
+            return known
+        found = self.fields_of(block)
+        key = f"{found['model'][0].model} {block.layer} {block.kind.value}"
+        return SolveMoved(key=key, heads=heads, stream=self.solution, **found)
 
-    def own_share(self) -> OwnShare:
+    def own_share(self) -> OwnShare | None:
         """The task that tells what the stream alone does to the distance."""
-        assert self.seen is not None
+        if self.seen is None:
+            return None
         key = str(next(iter(self.model[None].values())).model)
         sides = _in_order(self.scopes, self.anchor, self.model, self.seen)
         return OwnShare(key=key, kind=self.kind, stream=self.solution, **sides)
@@ -185,14 +166,12 @@ def _moved(
     loads = {m: _loads(m, (anchor, model), planned, models) for m in (anchor, model)}
     scopes = _scopes(layout, loads[anchor], blocks, model)
     tied = is_tied((models.checkpoints[m] for m in (anchor, model)), planned)
-    seen = vocabularies.compared(scopes[None], *((models.checkpoints[m], loads[m][None]) for m in (anchor, model)))
     if file is not None:
         sha256, wanted = alignments.read_stream(file, anchor, model, tied)
-        solution: Task = ReadBlock(path=file, sha256=sha256, block=_NAME)
-        return MovedStream(
-            residual_kind(layout, tied, wanted), scopes, loads[anchor], loads[model], solution, seen=seen
-        )
+        solution = ReadBlock(path=file, sha256=sha256, block=STREAM_BLOCK)
+        return MovedStream(residual_kind(layout, tied, wanted), scopes, loads[anchor], loads[model], solution)
     kind = residual_kind(layout, tied, wanted)
+    seen = vocabularies.compared(scopes[None], *((models.checkpoints[m], loads[m][None]) for m in (anchor, model)))
     solver = SolveStream(
         key=f"{anchor} {model} {kind.value}",
         kind=kind,

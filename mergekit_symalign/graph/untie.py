@@ -110,18 +110,21 @@ def untie_config_file(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
-def _require_possible(checkpoint: Checkpoint, planned: set[str]) -> bool:
+def tied_to_embedding(checkpoint: Checkpoint) -> frozenset[str]:
+    """All names in the model of its embedding: those of heads among them are tied to it."""
+    embedding = checkpoint.names.place(embedding_name(checkpoint.layout) or "")
+    return frozenset() if embedding is None else checkpoint.names.tied(embedding.name)
+
+
+def require_parting(checkpoint: Checkpoint) -> bool:
     """Whether a model's head is its embedding indeed: the configs of models without a head may say so as well.
 
     Raises:
         ArchitectureError: if it must stay so.
     """
-    layout, title = checkpoint.layout, checkpoint.layout.family.title
-    where = f"{UNTIE} with {title} (model {checkpoint.model})"
-    if not may_untie(layout):
+    where, tied = _where(checkpoint), tied_to_embedding(checkpoint)
+    if not may_untie(checkpoint.layout):
         raise ArchitectureError(where, "models of this family have their embedding for a head", _REMEDY)
-    embedding = checkpoint.names.place(embedding_name(layout) or "")
-    tied = frozenset() if embedding is None else checkpoint.names.tied(embedding.name)
     if len(tied) < 2:
         return False
     if more := checkpoint.names.all_tied() - tied:
@@ -129,6 +132,18 @@ def _require_possible(checkpoint: Checkpoint, planned: set[str]) -> bool:
         raise ArchitectureError(
             where, f"more is tied than the matrix of the head, and would part with it ({names})", _REMEDY
         )
-    if not planned & set(heads_of(layout)):
-        raise ArchitectureError(where, "MergeKit's architecture file has no head that could be written", _REMEDY)
     return True
+
+
+def _require_possible(checkpoint: Checkpoint, planned: set[str]) -> bool:
+    """`require_parting`, and a head that MergeKit plans."""
+    if not require_parting(checkpoint):
+        return False
+    if not planned & heads_of(checkpoint.layout):
+        reason = "MergeKit's architecture file has no head that could be written"
+        raise ArchitectureError(_where(checkpoint), reason, _REMEDY)
+    return True
+
+
+def _where(checkpoint: Checkpoint) -> str:
+    return f"{UNTIE} with {checkpoint.layout.family.title} (model {checkpoint.model})"

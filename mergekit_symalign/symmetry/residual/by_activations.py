@@ -15,9 +15,9 @@ from torch import Tensor
 from mergekit_symalign.symmetry.by_activations.covariance import PRIOR
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import require_shape
-from mergekit_symalign.symmetry.residual.cross import StreamSums, hidden_size, standing_distance, stream_sums
+from mergekit_symalign.symmetry.residual.cross import StreamSums, hidden_size, inner, standing_distance, stream_sums
 from mergekit_symalign.symmetry.residual.kinds import STREAM, ResidualKind, best_element
-from mergekit_symalign.symmetry.residual.move import Elements, comparable, moved_along
+from mergekit_symalign.symmetry.residual.move import Elements, comparable
 from mergekit_symalign.symmetry.residual.scope import Scope, Tensors
 
 
@@ -48,9 +48,7 @@ class SeenStream:
 
     def agreement(self, element: BlockElement) -> float:
         """Mean cosine between a token in the anchor and the same token in the model, under an element; 1 at most."""
-        g = element.actions.get(STREAM)
-        moved = self.cross if g is None else g.inverse()(self.cross, 0)
-        return float(moved.diagonal().sum()) / self.rows if self.rows else 0.0
+        return inner(element, STREAM, self.cross) / self.rows if self.rows else 0.0
 
     def best(self, kind: ResidualKind, weights: StreamSums) -> BlockElement:
         """The element of a kind under which the two agree best.
@@ -96,8 +94,7 @@ class SeenWeights:
             ShapeError: if anchor and model differ in shape.
         """
         a, b = (comparable(scope, x, kind) for x in (anchor, model))
-        moved = moved_along(scope, b, BlockElement({}), blocks)
-        return SeenWeights(stream_sums(scope, a, moved, hidden_size(scope, a)), standing_distance(a, b))
+        return SeenWeights(stream_sums(scope, a, b, hidden_size(scope, a), blocks), standing_distance(a, b))
 
     def __add__(self, other: SeenWeights) -> SeenWeights:
         return SeenWeights(self.sums + other.sums, self.standing + other.standing)

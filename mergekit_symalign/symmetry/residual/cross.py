@@ -49,13 +49,13 @@ class StreamSums:
     def distance(self, element: BlockElement) -> float:
         """Squared distance under an element; 0 for what rounding leaves of one."""
         found = self.constant - 2 * sum(
-            _inner(element, axis, m) for axis, m in ((STREAM, self.cross), (GAIN, self.gains))
+            inner(element, axis, m) for axis, m in ((STREAM, self.cross), (GAIN, self.gains))
         )
         return 0.0 if abs(found) <= _ROUNDING * self.constant else found
 
 
-def _inner(element: BlockElement, axis: str, cross: Tensor) -> float:
-    """``<Q, M>``."""
+def inner(element: BlockElement, axis: str, cross: Tensor) -> float:
+    """``<Q, M>``, with ``Q`` the element's action on an axis."""
     g = element.actions.get(axis)
     return float((cross if g is None else g.inverse()(cross, 0)).diagonal().sum())
 
