@@ -11,9 +11,11 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from mergekit_symalign.trial.models import EverythingInFloat64, relative_deviation
+
+__all__ = ["EverythingInFloat64", "relative_deviation"]  # the package's own, for the tests that take them from here
 
 SIZES = {
     "vocab_size": 97,
@@ -169,14 +171,6 @@ def save(model: PreTrainedModel, path: Path, dtype: torch.dtype = torch.float32,
     return path
 
 
-class EverythingInFloat64(TorchFunctionMode):
-    """transformers computes norms and rotary tables in float32 whatever the model's dtype: here in float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
-        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
-
-
 @torch.no_grad()
 def logits(model: PreTrainedModel, seed: int = 0) -> torch.Tensor:
     """Logits (or last hidden states) on random tokens or images, in the model's dtype."""
@@ -188,11 +182,6 @@ def logits(model: PreTrainedModel, seed: int = 0) -> torch.Tensor:
         inputs = torch.randint(3, model.config.vocab_size, (3, 24), generator=generator)  # 0 to 2 may be special
     with EverythingInFloat64() if model.dtype is torch.float64 else nullcontext():
         return model(inputs)[0]
-
-
-def relative_deviation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference, in standard deviations of ``a``."""
-    return float((a.double() - b.double()).abs().max() / a.double().std())
 
 
 ROUNDINGS = 4  # of a weight on its way through an alignment: saved, turned, scaled, written

@@ -7,16 +7,14 @@ from pathlib import Path
 
 from conftest import merge_config, merged
 from models import logits, perturbed, relative_deviation, save
-from streams import CASES, case, joined, split, stored
+from streams import CASES, case, in_other_coordinates, split, stored
 from transformers import PreTrainedModel
 
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.stream import residual_group, residual_kind, ties_embeddings
-from mergekit_symalign.planting import random_elements, random_stream
 from mergekit_symalign.symmetry.residual.cross import standing_distance
 from mergekit_symalign.symmetry.residual.kinds import Residual, ResidualKind
-from mergekit_symalign.symmetry.residual.move import Elements, comparable, move_scope
-from mergekit_symalign.symmetry.residual.scope import norms_of
+from mergekit_symalign.symmetry.residual.move import comparable
 
 START = "\n## The residual stream\n"
 HEAD = f"""{START}
@@ -78,7 +76,8 @@ def _measured(
 ) -> tuple[float, float]:
     """Deviation of the planted twin, and the distance that a merge leaves relative to the sibling's."""
     sibling, twin = perturbed(anchor, 0.1, 7), perturbed(anchor, 0.0, 0)
-    twin.load_state_dict(_planted(layout, kind, sibling, perturbed(anchor, 1.0, 5)), strict=False)
+    norms = stored(perturbed(anchor, 1.0, 5))
+    twin.load_state_dict(in_other_coordinates(layout, stored(sibling), kind, norms), strict=False)
     twin.tie_weights()
     paths = [save(model, folder / str(i)) for i, model in enumerate((anchor, twin))]
     merged(merge_config("rotation_match", paths[0], [paths[1]], parameters={"residual": wanted.value}), folder / "out")
@@ -86,22 +85,6 @@ def _measured(
     (entry,) = report["models"].values()
     deviation = relative_deviation(logits(sibling), logits(twin))
     return deviation, (entry["residual"]["distance_after"] / _distance(layout, kind, anchor, sibling)) ** 0.5
-
-
-def _planted(layout: ModelLayout, kind: ResidualKind, model: PreTrainedModel, other: PreTrainedModel) -> dict:
-    """The model under random elements, with the norms of another one where the stream turns."""
-    elements = random_elements(layout, 2)
-    blocks: list[Elements] = [{}]
-    for layer in range(layout.layers):
-        blocks.append({kind.value: g for (i, kind), g in elements.items() if i == layer})
-    stream = random_stream(kind, layout.geometry.hidden, 1)
-    scopes, parts = split(layout, stored(model))
-    _, others = split(layout, stored(other))
-    moved = [
-        move_scope(s, x, kind, stream, b, norms_of(s, o))
-        for s, x, o, b in zip(scopes, parts, others, blocks, strict=True)
-    ]
-    return joined(layout, moved)
 
 
 def _distance(layout: ModelLayout, kind: ResidualKind, anchor: PreTrainedModel, model: PreTrainedModel) -> float:

@@ -10,8 +10,11 @@ from transformers import PreTrainedModel
 
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.stream import layer_scope, outside_scope, untied
+from mergekit_symalign.planting import Planted, random_elements, random_stream
 from mergekit_symalign.symmetry.options import Symmetries
-from mergekit_symalign.symmetry.residual.scope import Scope
+from mergekit_symalign.symmetry.residual.kinds import ResidualKind
+from mergekit_symalign.symmetry.residual.move import move_scope
+from mergekit_symalign.symmetry.residual.scope import Scope, norms_of
 
 State = dict[str, Tensor]
 
@@ -57,6 +60,28 @@ def split(
         parts.append({c.part: state[name] for name, c in claims.items() if c is not None and c.layer == layer})
         scopes.append(layer_scope(layout, layer, state, use and {"attention": use, "mlp": use}))
     return scopes, parts
+
+
+def in_other_coordinates(
+    layout: ModelLayout, state: State, kind: ResidualKind, norms: State, what: Planted | None = None
+) -> State:
+    """A state dict under a random element of its stream and of every block, the same for every call.
+
+    Args:
+        layout: of the model.
+        state: its tensors, as `stored` gives them.
+        kind: of the stream's element.
+        norms: tensors whose norms the result gets where the stream turns.
+        what: may be planted in the blocks.
+    """
+    planted = random_elements(layout, 2, *([] if what is None else [what]))
+    stream = random_stream(kind, layout.geometry.hidden, 1)
+    (scopes, parts), (_, others) = split(layout, state), split(layout, norms)
+    moved = []
+    for i, (scope, x, other) in enumerate(zip(scopes, parts, others, strict=True)):
+        blocks = {block.value: g for (layer, block), g in planted.items() if layer == i - 1}
+        moved.append(move_scope(scope, x, kind, stream, blocks, norms_of(scope, other)))
+    return joined(layout, moved)
 
 
 def joined(layout: ModelLayout, parts: list[State]) -> State:

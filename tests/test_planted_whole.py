@@ -15,16 +15,15 @@ from click.testing import CliRunner
 from conftest import load, merge_config
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from models import logits, perturbed, relative_deviation, save
-from streams import State, case, joined, split, stored
+from streams import State, case, in_other_coordinates, split, stored
 from transformers import PreTrainedModel
 
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.stream import residual_group, residual_kind, ties_embeddings
-from mergekit_symalign.planting import Planted, random_elements, random_stream
+from mergekit_symalign.planting import Planted
 from mergekit_symalign.symmetry.residual.cross import standing_distance
 from mergekit_symalign.symmetry.residual.kinds import Residual, ResidualKind
-from mergekit_symalign.symmetry.residual.move import comparable, move_scope
-from mergekit_symalign.symmetry.residual.scope import norms_of
+from mergekit_symalign.symmetry.residual.move import comparable
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "phi3", "gpt2", "gpt2-untied", "bert-classifier"]
 FAMILIES += ["modernbert", "vit-classifier", "mixtral"]
@@ -58,15 +57,8 @@ class Family:
 
         Where the stream turns, its norms are those of a third model.
         """
-        planted = random_elements(self.layout, 2, Planted(condition=CONDITION))
-        stream = random_stream(self.kind, self.layout.geometry.hidden, 1)
-        scopes, parts = split(self.layout, stored(model))
-        _, norms = split(self.layout, stored(_model(self.name, 5)))
-        moved = []
-        for i, (scope, x, other) in enumerate(zip(scopes, parts, norms, strict=True)):
-            blocks = {kind.value: g for (layer, kind), g in planted.items() if layer == i - 1}
-            moved.append(move_scope(scope, x, self.kind, stream, blocks, norms_of(scope, other)))
-        return self.holding(joined(self.layout, moved))
+        norms, what = stored(_model(self.name, 5)), Planted(condition=CONDITION)
+        return self.holding(in_other_coordinates(self.layout, stored(model), self.kind, norms, what))
 
     def holding(self, state: State) -> PreTrainedModel:
         copy = perturbed(self.anchor, 0.0, 0)

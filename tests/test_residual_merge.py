@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from conftest import State, load, merge_config, merged, squared_distance
 from models import logits, perturbed, relative_deviation, save
-from streams import case, joined, split, stored
+from streams import case, in_other_coordinates, stored
 from transformers import PreTrainedModel
 from whole_statistics import measure
 
@@ -22,10 +22,7 @@ from mergekit_symalign.cli import main
 from mergekit_symalign.errors import AlignmentFileError, ConfigError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.families.stream import residual_group, residual_kind, ties_embeddings
-from mergekit_symalign.planting import random_elements, random_stream
 from mergekit_symalign.symmetry.residual.kinds import Residual
-from mergekit_symalign.symmetry.residual.move import Elements, move_scope
-from mergekit_symalign.symmetry.residual.scope import norms_of
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "olmo2", "phi3", "gpt2", "bert-classifier", "modernbert", "mixtral"]
 FAMILIES += ["vit-classifier", "phi2", "llama-tied"]
@@ -43,24 +40,12 @@ class Twins:
         self.kind = residual_kind(self.layout, tied, Residual(wanted))
         other = stored(case(family, 5, num_hidden_layers=layers))
         self.twin = perturbed(self.anchor, 0.0, 0)
-        self.twin.load_state_dict(self._planted(stored(self.sibling), other), strict=False)
+        planted = in_other_coordinates(self.layout, stored(self.sibling), self.kind, other)
+        self.twin.load_state_dict(planted, strict=False)
         self.twin.tie_weights()
         for name, model in (("anchor", self.anchor), ("sibling", self.sibling), ("twin", self.twin)):
             save(model, folder / name)
         self.folder = folder
-
-    def _planted(self, state: State, norms: State) -> State:
-        planted = random_elements(self.layout, 2)
-        blocks: list[Elements] = [{}]
-        for layer in range(self.layout.layers):
-            blocks.append({kind.value: g for (i, kind), g in planted.items() if i == layer})
-        stream = random_stream(self.kind, self.layout.geometry.hidden, 1)
-        scopes, parts = split(self.layout, state)
-        _, others = split(self.layout, norms)
-        everything = zip(scopes, parts, others, blocks, strict=True)
-        return joined(
-            self.layout, [move_scope(s, x, self.kind, stream, b, norms_of(s, o)) for s, x, o, b in everything]
-        )
 
     def merge(self, name: str, out: Path, method: str = "rotation_match", **parameters: Any) -> State:
         config = merge_config(method, self.folder / "anchor", [self.folder / name], parameters=parameters)

@@ -16,7 +16,7 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from models import make_model, perturbed, relative_deviation, save, with_weights
-from streams import joined, split, stored
+from streams import in_other_coordinates, stored
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -28,10 +28,7 @@ from mergekit_symalign.errors import ConfigError, GeometryError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.stream import residual_kind, ties_embeddings
 from mergekit_symalign.graph.stream_tokens import matched, vocabulary_of
-from mergekit_symalign.planting import random_elements, random_stream
 from mergekit_symalign.symmetry.residual.kinds import Residual
-from mergekit_symalign.symmetry.residual.move import Elements, move_scope
-from mergekit_symalign.symmetry.residual.scope import norms_of
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 ROWS, TWIN_ROWS = 97, 104  # of the embeddings, padding included
@@ -73,15 +70,7 @@ def moved(model: PreTrainedModel, wanted: str, norms: State) -> PreTrainedModel:
     """In other coordinates of the residual stream and of all blocks."""
     layout: ModelLayout = resolve(model.config, model="m")
     kind = residual_kind(layout, ties_embeddings(model.config, layout), Residual(wanted))
-    planted = random_elements(layout, 2)
-    blocks: list[Elements] = [{}]
-    for layer in range(layout.layers):
-        blocks.append({block.value: g for (i, block), g in planted.items() if i == layer})
-    stream = random_stream(kind, layout.geometry.hidden, 1)
-    scopes, parts = split(layout, stored(model))
-    _, others = split(layout, norms)
-    everything = zip(scopes, parts, others, blocks, strict=True)
-    found = joined(layout, [move_scope(s, x, kind, stream, b, norms_of(s, o)) for s, x, o, b in everything])
+    found = in_other_coordinates(layout, stored(model), kind, norms)
     copy = with_weights(model, model.state_dict() | found)
     copy.tie_weights()
     return copy

@@ -21,7 +21,7 @@ from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_
 from mergekit.scripts.multimerge import main as mergekit_multi
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from models import logits, make_model, perturbed, relative_deviation, save, with_weights, word_tokenizer
-from streams import joined, split, stored
+from streams import in_other_coordinates, stored
 from transformers import Gemma3Config, PreTrainedModel
 
 from mergekit_symalign.alignment_file import AlignmentFile
@@ -30,10 +30,7 @@ from mergekit_symalign.errors import ArchitectureError, ConfigError, ParameterEr
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.families.stream import embedding_name, head_name, residual_kind
 from mergekit_symalign.graph.untie import untie_config
-from mergekit_symalign.planting import random_elements, random_stream
 from mergekit_symalign.symmetry.residual.kinds import Residual
-from mergekit_symalign.symmetry.residual.move import Elements, move_scope
-from mergekit_symalign.symmetry.residual.scope import norms_of
 
 NO_ALIGNMENT = {"permutation": False, "heads": False, "rotation": "none", "scaling": False}
 TIED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,16 +61,7 @@ def rotated(model: PreTrainedModel, norms: State) -> PreTrainedModel:
     """An untied model in other coordinates of its residual stream and of all its blocks, with other norms."""
     layout = resolve(model.config, model="m")
     kind = residual_kind(layout, tied=False, wanted=Residual.rotation)
-    planted = random_elements(layout, 2)
-    blocks: list[Elements] = [{}]
-    for layer in range(layout.layers):
-        blocks.append({block.value: g for (i, block), g in planted.items() if i == layer})
-    stream = random_stream(kind, layout.geometry.hidden, 1)
-    scopes, parts = split(layout, stored(model))
-    _, others = split(layout, norms)
-    everything = zip(scopes, parts, others, blocks, strict=True)
-    moved = joined(layout, [move_scope(s, x, kind, stream, b, norms_of(s, o)) for s, x, o, b in everything])
-    return with_weights(model, model.state_dict() | moved)
+    return with_weights(model, model.state_dict() | in_other_coordinates(layout, stored(model), kind, norms))
 
 
 def opened(like: PreTrainedModel, path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
