@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fuzz.alignment_changes import changed
-from fuzz.memory import guarded
+from fuzz.counting import counted
 from mergekit_symalign.alignment_file import AlignmentFile, Origin, block_name, save_alignment
 from mergekit_symalign.alignments.fit import require_fits
 from mergekit_symalign.alignments.numbers import ENTRY
@@ -79,27 +77,13 @@ def case(family: str, which: int) -> Case:
 
 
 def sweep(count: int, seed: int) -> dict[str, int]:
-    """Change a file in some way, so many times.
+    """Change a file in some way, so many times. Returns what `counted` does."""
 
-    Returns:
-        How many were tried, refused by name, exact, and anything else (which is a fault); and the most memory that one
-        of them took, in KiB (0 where the system does not tell).
-    """
-    result = Counter({"tried": 0, "refused": 0, "exact": 0, "other": 0, "memory_kib": 0})
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(count):
-            rng = random.Random(f"{seed} {i}")
-            of = case(rng.choice(FAMILIES), rng.randrange(len(WHAT)))
-            path = Path(folder) / "changed.safetensors"
-            how = changed(rng, of.raw, of.content, of.tensors, path)
-            with guarded() as peak:
-                verdict = judged(of, path)
-            result["tried"] += 1
-            result[verdict if verdict in result else "other"] += 1
-            result["memory_kib"] = max(result["memory_kib"], (peak.bytes or 0) // 1024)
-            if verdict not in result:
-                print(f"seed {seed}, file {i}, {of.layout.family.name}, {how}: {verdict}", file=sys.stderr, flush=True)
-    return dict(result)
+    def draw(rng: random.Random, path: Path) -> tuple[Case, str]:
+        of = case(rng.choice(FAMILIES), rng.randrange(len(WHAT)))
+        return of, changed(rng, of.raw, of.content, of.tensors, path)
+
+    return counted(count, str(seed), draw, judged)
 
 
 def judged(of: Case, path: Path) -> str:

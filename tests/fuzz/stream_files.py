@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fuzz.alignment_changes import changed
-from fuzz.memory import guarded
+from fuzz.counting import counted
 from mergekit_symalign.alignment_file import AlignmentFile, Origin, block_name, save_alignment
 from mergekit_symalign.alignments import numbers
 from mergekit_symalign.alignments.fit import STREAM_BLOCK, require_fits, require_fitting_stream
@@ -104,26 +102,14 @@ def _with_general_values(element: BlockElement, shape: HeadShape) -> BlockElemen
 
 
 def sweep(count: int, seed: int) -> dict[str, int]:
-    """Change a file in some way, so many times.
+    """Change a file in some way, so many times. Returns what `counted` does."""
 
-    Returns:
-        How many were tried, refused by name, exact, and anything else (which is a fault).
-    """
-    result = Counter({"tried": 0, "refused": 0, "exact": 0, "other": 0, "memory_kib": 0})
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(count):
-            rng = random.Random(f"stream {seed} {i}")
-            of = case(*rng.choice(CASES))
-            path = Path(folder) / "changed.safetensors"
-            how = _nearly(rng, of, path) if rng.random() < 0.3 else changed(rng, of.raw, of.content, of.tensors, path)
-            with guarded() as peak:
-                verdict = judged(of, path)
-            result["tried"] += 1
-            result[verdict if verdict in result else "other"] += 1
-            result["memory_kib"] = max(result["memory_kib"], (peak.bytes or 0) // 1024)
-            if verdict not in result:
-                print(f"seed {seed}, file {i}, {of.layout.family.name}, {how}: {verdict}", file=sys.stderr, flush=True)
-    return dict(result)
+    def draw(rng: random.Random, path: Path) -> tuple[Case, str]:
+        of = case(*rng.choice(CASES))
+        nearly = rng.random() < 0.3
+        return of, _nearly(rng, of, path) if nearly else changed(rng, of.raw, of.content, of.tensors, path)
+
+    return counted(count, f"stream {seed}", draw, judged)
 
 
 def _nearly(rng: random.Random, of: Case, path: Path) -> str:
