@@ -14,7 +14,7 @@ from mergekit_symalign.planting import Planted, random_elements, random_stream
 from mergekit_symalign.symmetry.options import Symmetries
 from mergekit_symalign.symmetry.residual.kinds import ResidualKind
 from mergekit_symalign.symmetry.residual.move import move_scope
-from mergekit_symalign.symmetry.residual.scope import Scope, norms_of
+from mergekit_symalign.symmetry.residual.scope import VOCABULARY, Scope, Tensors, norms_of
 
 State = dict[str, Tensor]
 
@@ -82,6 +82,18 @@ def in_other_coordinates(
         blocks = {block.value: g for (layer, block), g in planted.items() if layer == i - 1}
         moved.append(move_scope(scope, x, kind, stream, blocks, norms_of(scope, other)))
     return joined(layout, moved)
+
+
+def at_tokens(scope: Scope, tensors: Tensors, rows: Tensor) -> dict[str, Tensor]:
+    """Embedding, head and what else has a row for each token, with some of the rows, in the order given.
+
+    Models whose tokenizers differ are compared by the tokens that both have.
+    """
+    result = dict(tensors)
+    for name, x in tensors.items():
+        if VOCABULARY in scope.axes[name].names:
+            result[name] = x.index_select(scope.axes[name].names.index(VOCABULARY), rows.to(x.device))
+    return result
 
 
 def joined(layout: ModelLayout, parts: list[State]) -> State:

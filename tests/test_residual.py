@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import logits, perturbed, relative_deviation
 from scipy.linalg import orthogonal_procrustes
-from streams import CASES, State, case, joined, split, stored
+from streams import CASES, State, at_tokens, case, joined, split, stored
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,7 +25,6 @@ from mergekit_symalign.symmetry.residual.scope import (
     FLOOR,
     Norm,
     Scope,
-    at_tokens,
     floored,
     folded,
     norm_weights,

@@ -113,18 +113,6 @@ def _part(scope: Scope, names: Collection[str], norms: tuple[Norm, ...]) -> Scop
     return Scope({name: axes for name, axes in scope.axes.items() if name in names}, norms, blocks)
 
 
-def at_tokens(scope: Scope, tensors: Tensors, rows: Tensor) -> dict[str, Tensor]:
-    """Embedding, head and what else has a row for each token, with some of the rows, in the order given.
-
-    Models whose tokenizers differ are compared by the tokens that both have.
-    """
-    result = dict(tensors)
-    for name, x in tensors.items():
-        if VOCABULARY in scope.axes[name].names:
-            result[name] = x.index_select(scope.axes[name].names.index(VOCABULARY), rows.to(x.device))
-    return result
-
-
 def stream_axes(axes: TensorAxes) -> int:
     """How many axes of a tensor are the stream's."""
     return sum(axis in (STREAM, GAIN) for axis in axes.names)
