@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.families.resolve import ModelLayout
-from mergekit_symalign.families.schema import BlockKind, MlpKind
+from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
@@ -51,11 +51,8 @@ def random_elements(layout: ModelLayout, seed: int, what: Planted | None = None)
     """A random element of the exact group of every block of a model."""
     draw = _Draw(torch.Generator().manual_seed(seed), what or Planted())
     return {
-        (layer, kind): draw.attention(layout.head_shape(layer))
-        if kind is BlockKind.attention
-        else draw.mlp(layout.mlp_shape(), gated=layout.family.mlp is MlpKind.gated)
-        for layer in range(layout.layers)
-        for kind in BlockKind
+        (layer, kind): draw.mlp(layout.mlp_shape(kind)) if kind.is_mlp else draw.attention(layout.head_shape(layer))
+        for layer, kind in layout.blocks()
     }
 
 
@@ -106,7 +103,7 @@ class _Draw:
             actions |= {"query": per_query_head(query, shape), "key": query.dual()}
         return BlockElement(self._after_head_permutation(actions, shape))
 
-    def mlp(self, shape: MlpShape, *, gated: bool) -> BlockElement:
+    def mlp(self, shape: MlpShape) -> BlockElement:
         neurons, experts, permute = shape.neurons, shape.experts, self.what.permutation
         order = self._order(experts) if permute else torch.arange(experts)
         inside = [self._order(neurons) if permute else torch.arange(neurons) for _ in range(experts)]
@@ -117,7 +114,7 @@ class _Draw:
             signs = self._signs(experts * neurons) if shape.scale is NeuronScale.signed else torch.ones(())
             up = Chain((gate, Scaling(factor * signs)))
         actions: dict[str, AxisAction] = {"up": up, "down": up.dual()}
-        actions |= {"gate": gate} if gated else {}
+        actions |= {"gate": gate} if shape.gated else {}
         return BlockElement(actions | ({"expert": Permutation(order)} if experts > 1 else {}))
 
     def _query(self, shape: HeadShape) -> AxisAction:

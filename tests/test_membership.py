@@ -196,7 +196,7 @@ def _paired(anchor: Rows, model: Rows) -> Sides:
 @pytest.mark.parametrize("family", DISTINCT)
 def test_everything_solved_is_a_symmetry(family: str) -> None:
     layout, layer = layout_of(family), 1
-    for kind in BlockKind:
+    for kind in layout.kinds(0):
         shape, (heads, mlp) = shape_of(layout, layer, kind), (layout.head_shape(layer), layout.mlp_shape())
         sides = _paired(_rows(family, layer, kind, 0), _rows(family, layer, kind, 1))
         scaled = mlp.scale is not NeuronScale.none
@@ -212,7 +212,7 @@ def test_everything_solved_is_a_symmetry(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "cohere-qk-norm", "phi4-mini"])
 def test_a_consensus_is_a_symmetry(family: str) -> None:
     layout = layout_of(family)
-    for kind in BlockKind:
+    for kind in layout.kinds(0):
         models = [_rows(family, 0, kind, seed) for seed in range(3)]
         use = Symmetries(neuron_scaling=True)
         heads, mlp = layout.head_shape(0), layout.mlp_shape()

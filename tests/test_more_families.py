@@ -42,7 +42,7 @@ MERGED = [
     "apertus",
     "nemotron",
     "phimoe",
-    "granitemoe",
+    "glm4-moe",
     "opt",
     "xlm-roberta",
 ]
@@ -212,7 +212,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two blocks in one tensor": (
         {"layer": {"x.weight": {"axes": [["query", "up"], "residual"]}}},
-        "belongs to one of the two",
+        "belongs to one of them",
     ),
     "block outside": ({"tensors": {"x.weight": {"axes": ["up", "residual"]}}}, "lies outside the layers"),
     "unknown axis": ({"layer": {"x.weight": {"axes": ["quety", "residual"]}}}, "quety"),

@@ -22,13 +22,14 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_symalign.families.resolve import ModelLayout
+from mergekit_symalign.families.schema import TensorSpec
 from mergekit_symalign.families.stream import is_gain
 from mergekit_symalign.symmetry.by_activations.experts import Routing
 from mergekit_symalign.symmetry.element import Fused, fused_parts
 from mergekit_symalign.symmetry.residual.kinds import STREAM
 
 OUTPUTS = frozenset(("query", "key", "value"))  # axes seen where a tensor writes them
-INPUTS = frozenset(("attended", "down"))  # axes seen where a tensor reads them
+INPUTS = frozenset(("attended", "down", "shared.down", "dense.down"))  # axes seen where a tensor reads them
 EXPERTS = "expert"  # the axis that a router writes
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -228,7 +229,7 @@ def _watched(layer: nn.Module, layout: ModelLayout, seen: frozenset[str]) -> Ite
         axes = layout.axes(spec)
         if kind != "weight" or len(axes.names) != 2 or axes.joined is not None or name not in modules:
             continue
-        first, second = axes.names
+        first, second = (_of_block(axis, spec) for axis in axes.names)
         module = modules[name]
         written, read = (second, first) if isinstance(module, Conv1D) else (first, second)
         if seen & OUTPUTS & _names(written):
@@ -242,6 +243,11 @@ def _watched(layer: nn.Module, layout: ModelLayout, seen: frozenset[str]) -> Ite
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _of_block(axis: str | Fused, spec: TensorSpec) -> str | Fused:
+    """An axis as family files name it: the MLPs of one layer have neurons of their own."""
+    return spec.block.prefix + axis if isinstance(axis, str) and spec.block is not None else axis
 
 
 def _names(axis: str | Fused) -> set[str]:

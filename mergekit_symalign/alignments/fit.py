@@ -45,7 +45,7 @@ def require_fits(file: AlignmentFile, layout: ModelLayout, *, halves: bool = Fal
         AlignmentFileError: naming the block, the axis and the reason.
     """
     require_known_blocks(file, layout)
-    blocks = [(layer, kind) for layer in range(layout.layers) for kind in BlockKind]
+    blocks = layout.blocks()
     for layer, kind in blocks:
         require_block(file, layer, kind)
     exact = [require_fitting_block(file, layout, layer, kind, halves=halves) for layer, kind in blocks]
@@ -57,7 +57,7 @@ def require_known_blocks(file: AlignmentFile, layout: ModelLayout) -> None:
     Raises:
         AlignmentFileError: if the file has a block that the model does not have.
     """
-    known = {block_name(layer, kind.value) for layer in range(layout.layers) for kind in BlockKind} | {STREAM_BLOCK}
+    known = {block_name(layer, kind.value) for layer, kind in layout.blocks()} | {STREAM_BLOCK}
     if unknown := file.blocks.keys() - known:
         where = f"{file.label}, block {shown(min(unknown))}"
         raise AlignmentFileError(where, f"the model has no such block in its {layout.layers} layers", _REMEDY)
@@ -81,7 +81,7 @@ def require_fitting_block(
 ) -> bool:
     """Check one block of a file that has it. Takes, returns and raises what `require_fits` does."""
     name = block_name(layer, kind.value)
-    shape = layout.head_shape(layer) if kind is BlockKind.attention else layout.mlp_shape()
+    shape = layout.block_shape(layer, kind)
     full = file.settings_of(name).get("rotation") == "full"
     largest = _largest(layout, kind, halves=halves)
     try:

@@ -20,7 +20,6 @@ from mergekit_symalign.commands.apply_stream import Others, opened, stream_alone
 from mergekit_symalign.commands.common import parsed, require_one_family
 from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.errors import CheckpointError, ConfigError
-from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.alignments import ReadBlock, has_halves
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
@@ -133,7 +132,7 @@ def _checked(file: AlignmentFile, model: ModelReference, options: MergeOptions, 
     if not invert:
         file.require_model(str(model), fingerprint_of(model))
     for layer in range(checkpoint.layout.layers):
-        for part, spec in checkpoint.layout.inside.items():
+        for part, spec in checkpoint.layout.parts(layer).items():
             name = checkpoint.layout.name(layer, part)
             header = checkpoint.stored(_info(name))
             if header is None and not spec.optional:
@@ -192,8 +191,7 @@ def _moved_along(stream: StreamAlone, read: Callable[..., ReadBlock]) -> Mapping
     layout = stream.checkpoint.layout
     blocks = {
         (layer, kind.value): read(block_name(layer, kind.value), layout.name(layer, ""))
-        for layer in range(layout.layers)
-        for kind in BlockKind
+        for layer, kind in layout.blocks()
     }
     return stream.tasks(read(STREAM_BLOCK), blocks)
 
@@ -202,7 +200,7 @@ def _moved(checkpoint: Checkpoint, read: Callable[..., ReadBlock]) -> dict[str, 
     """The tensors of every block of the file, by their names in the family, as the alignment leaves them."""
     layout, tasks = checkpoint.layout, {}
     for layer in range(layout.layers):
-        for part, spec in layout.inside.items():
+        for part, spec in layout.parts(layer).items():
             name = layout.name(layer, part)
             if spec.block is None or checkpoint.stored(_info(name)) is None:
                 continue

@@ -15,7 +15,6 @@ from mergekit_symalign.alignment_file import AlignmentFile, block_name, save_ali
 from mergekit_symalign.alignments.fit import STREAM_BLOCK
 from mergekit_symalign.commands.models import StoredModel
 from mergekit_symalign.errors import ParameterError
-from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.families.stream import (
     layer_scope,
     outside_scope,
@@ -138,9 +137,8 @@ def started(pair: Pair, path: Path, parameters: Mapping[str, Any], *, orders: bo
     solved = Residual.none
     if has_stream:
         _, solved = alignments.read_stream(str(path), anchor, model, pair.tied)
-    for layer in range(pair.model.layers):
-        for kind in BlockKind:
-            alignments.read(str(path), anchor, model, (layer, kind))
+    for block in pair.model.checkpoint.layout.blocks():
+        alignments.read(str(path), anchor, model, block)
     if not alignments.exact:
         reason = "it was solved with rotation: full, which changes what the model computes"
         raise ParameterError(f"alignment {path}", reason, "Solve it with rotation: exact")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mergekit_symalign.errors import ArchitectureError
-from mergekit_symalign.families.schema import ATTENTION_AXES, MLP_AXES, Family, MlpKind, Positions, TensorSpec
+from mergekit_symalign.families.schema import BlockKind, Family, MlpKind, Positions, TensorSpec
 from mergekit_symalign.symmetry.options import GainScope
 
 _HEADS = ("query", "key", "value", "attended")
@@ -26,8 +26,8 @@ def _problems(family: Family) -> Iterator[str]:
     yield from _of_attention(family, axes)
     yield from _of_mlp(family, axes)
     for name, spec in family.layer.items():
-        if _axes(spec) & ATTENTION_AXES and _axes(spec) & MLP_AXES:
-            yield f"{name} has axes of the attention and of the MLP, and a tensor belongs to one of the two"
+        if len(blocks := [kind.value for kind in BlockKind if kind.names & _axes(spec)]) > 1:
+            yield f"{name} has axes of the blocks {' and '.join(blocks)}, and a tensor belongs to one of them"
         if spec.fused_per_head and not any(isinstance(axis, tuple) for axis in spec.axes):
             yield f"{name} is fused_per_head, but none of its axes is fused"
     for name in (name for name, spec in family.tensors.items() if spec.block is not None):
@@ -59,6 +59,9 @@ def _of_mlp(family: Family, axes: set[str]) -> Iterator[str]:
         yield f"mlp is {family.mlp.value}, but {'no' if gated else 'a'} tensor of a layer has the axis gate"
     if gated and family.activation is not None:
         yield "activation is of a plain MLP, but mlp is gated"
+    for kind, size in ((BlockKind.shared, family.sizes.shared), (BlockKind.dense, family.sizes.dense)):
+        if bool(size) != bool(kind.names & axes):
+            yield f"sizes.{kind.value} and the axes {kind.prefix}* belong together, and one of them is missing"
     if (family.sizes.experts is not None) != ("expert" in axes):
         yield "sizes.experts and the axis expert belong together, and one of them is missing"
 

@@ -90,7 +90,7 @@ def config_differences(anchor: Any, model: Any, layout: ModelLayout) -> Differen
 def _function(config: Any, layout: ModelLayout) -> dict[str, Any]:
     """The values that may matter, by dotted key."""
     values = dict(config.to_dict())
-    sizes = {name.rpartition(".")[2] for name in layout.family.sizes.model_dump().values() if name is not None}
+    sizes = {name.rpartition(".")[2] for name in layout.family.sizes.config_keys()}
     rope, dropped = _rope(config), set(sizes)
     if rope:
         dropped.update(("rope_parameters", *_INTO_ROPE_PARAMETERS))

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
+from math import prod
 from typing import Any
 
 from mergekit_symalign.errors import ArchitectureError
 from mergekit_symalign.families.known import OTHERWISE, families, family_of, lookup, supported_architectures
+from mergekit_symalign.families.layers import layers_where
 from mergekit_symalign.families.schema import (
     MLP_AXES,
     BlockKind,
     Family,
-    LayersWithoutRope,
     MlpKind,
     Positions,
     TensorSpec,
@@ -40,6 +41,8 @@ class Geometry:
     head_dim: int
     neurons: int
     experts: int = 1
+    shared: int = 0
+    dense: int = 0
 
     def length(self, axis: str, gains: GainScope = GainScope.head) -> int | None:
         """Whole length of an axis of a block, or None where any is right (vocabulary, labels)."""
@@ -55,8 +58,15 @@ class Geometry:
             "up": self.experts * self.neurons,
             "down": self.experts * self.neurons,
             "expert": self.experts,
+            **{f"shared.{one}": self.shared for one in ("gate", "up", "down")},
+            **{f"dense.{one}": self.dense for one in ("gate", "up", "down")},
             "residual": self.hidden,
         }.get(axis)
+
+    def mlp(self, kind: BlockKind) -> tuple[int, int]:
+        """Neurons and experts of one of a layer's MLPs."""
+        others = {BlockKind.shared: self.shared, BlockKind.dense: self.dense}
+        return (others[kind], 1) if kind in others else (self.neurons, self.experts)
 
     def differences(self, other: Geometry) -> list[str]:
         """Each size in which the two differ, as ``name 8 != 4``."""
@@ -86,13 +96,14 @@ class ModelLayout:
     Attributes:
         family, geometry, layers: what it was made from.
         outside: tensors outside the layers, by name.
-        inside: tensors of every layer, by the rest of their name.
+        inside: tensors of the layers, by the rest of their name; `parts` are those of one layer.
         rotary: coordinates of each head that RoPE turns, in layers that have it.
         without_rope: layers that have none.
         norm: normalisation of queries and keys.
         neuron_scale: which factors the neurons have.
         activation: of a plain MLP, as the config names it; None where it decides nothing.
         absent: tensors that the family knows and this config does not have, by the rest of their name.
+        layer_kinds: the layers of each kind, where they differ in their tensors.
     """
 
     family: Family
@@ -106,6 +117,7 @@ class ModelLayout:
     neuron_scale: NeuronScale = NeuronScale.signed
     activation: str | None = None
     absent: frozenset[str] = frozenset()
+    layer_kinds: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     @cached_property
     def _layer_name(self) -> re.Pattern[str]:
@@ -122,7 +134,7 @@ class ModelLayout:
         if name in self.outside:
             return Claim(None, name, self.outside[name])
         match = self._layer_name.fullmatch(name)
-        if match and match[2] in self.inside:
+        if match and match[2] in self.inside and self._has(int(match[1]), self.inside[match[2]]):
             return Claim(int(match[1]), match[2], self.inside[match[2]])
         passes = any(fnmatchcase(name, pattern) for pattern in self.family.passes_through)
         return Claim(None, name, _PASSES) if passes else None
@@ -150,17 +162,40 @@ class ModelLayout:
         return any(fnmatchcase(name, pattern) for pattern in self.family.buffers)
 
     def is_absent(self, name: str) -> bool:
-        """Whether models of this family have such a tensor, but not with this config."""
+        """Whether models of this family have such a tensor, but not with this config, or not in this layer."""
         match = self._layer_name.fullmatch(self.canonical(name))
-        return match is not None and match[2] in self.absent
+        if match is None:
+            return False
+        elsewhere = match[2] in self.inside and not self._has(int(match[1]), self.inside[match[2]])
+        return elsewhere or match[2] in self.absent
 
     def name(self, layer: int, part: str) -> str:
         """Full name of a tensor inside a layer."""
         return self._layer_prefix.format(layer=layer) + part
 
+    def parts(self, layer: int) -> dict[str, TensorSpec]:
+        """The tensors of one layer, by the rest of their name."""
+        return {part: spec for part, spec in self.inside.items() if self._has(layer, spec)}
+
+    def _has(self, layer: int, spec: TensorSpec) -> bool:
+        return spec.layers is None or layer in self.layer_kinds[spec.layers]
+
+    def kinds(self, layer: int) -> tuple[BlockKind, ...]:
+        """The blocks of one layer."""
+        there = {spec.block for spec in self.parts(layer).values()}
+        return tuple(kind for kind in BlockKind if kind in there)
+
+    def blocks(self) -> tuple[tuple[int, BlockKind], ...]:
+        """The blocks of all layers."""
+        return tuple((layer, kind) for layer in range(self.layers) for kind in self.kinds(layer))
+
     def block(self, kind: BlockKind) -> dict[str, TensorSpec]:
         """The tensors of a block, by their name inside the layer."""
         return {part: spec for part, spec in self.inside.items() if spec.block is kind}
+
+    def block_shape(self, layer: int, kind: BlockKind) -> HeadShape | MlpShape:
+        """The heads or neurons of a block."""
+        return self.mlp_shape(kind) if kind.is_mlp else self.head_shape(layer)
 
     def shape(self, spec: TensorSpec) -> tuple[int | None, ...]:
         """The shape a tensor must be stored in; None where any length is right."""
@@ -173,8 +208,9 @@ class ModelLayout:
         return tuple(lengths)
 
     def axes(self, spec: TensorSpec) -> TensorAxes:
-        """What the axes of a stored tensor are."""
-        names = [self._named(axis, spec) for axis in spec.axes]
+        """What the axes of a stored tensor are, as the solvers know them."""
+        prefix = "" if spec.block is None else spec.block.prefix
+        names = [_without_prefix(self._named(axis, spec), prefix) for axis in spec.axes]
         if (joined := _joined(spec)) is None:
             return TensorAxes(tuple(names), None, spec.offset)
         i, j = joined
@@ -188,10 +224,10 @@ class ModelLayout:
         interleaved = attention.positions is Positions.rope_interleaved
         return HeadShape(g.query_heads, g.kv_heads, g.head_dim, rotary, interleaved, self.norm)
 
-    def mlp_shape(self) -> MlpShape:
-        """The neurons of a layer, and which factors they have."""
+    def mlp_shape(self, kind: BlockKind = BlockKind.mlp) -> MlpShape:
+        """The neurons of one of a layer's MLPs, and which factors they have."""
         gated = self.family.mlp is MlpKind.gated
-        return MlpShape(self.geometry.neurons, self.geometry.experts, self.neuron_scale, gated)
+        return MlpShape(*self.geometry.mlp(kind), self.neuron_scale, gated)
 
     def _named(self, axis: str | tuple[str, ...], spec: TensorSpec) -> str | Fused:
         if isinstance(axis, str):
@@ -215,6 +251,12 @@ def _joined(spec: TensorSpec) -> tuple[int, int] | None:
     first = next((i for i, axis in enumerate(spec.axes) if axis in ("expert", "head")), None)
     second = next((i for i, axis in enumerate(spec.axes) if _names(axis) & _COUNTED_APART), None)
     return None if first is None or second is None else (first, second)
+
+
+def _without_prefix(axis: str | Fused, prefix: str) -> str | Fused:
+    if isinstance(axis, str):
+        return axis.removeprefix(prefix)
+    return Fused(tuple((name.removeprefix(prefix), length) for name, length in axis.parts), axis.groups)
 
 
 def _names(axis: str | tuple[str, ...]) -> set[str]:
@@ -262,18 +304,21 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
     geometry = _geometry(config, family, model)
     attention = family.attention
     normalised = attention.norm_when is None or lookup(config, attention.norm_when)
+    layers = lookup(config, family.sizes.layers)
+    inside = _present(config, family.layer)
     return ModelLayout(
         family=family,
         geometry=geometry,
-        layers=lookup(config, family.sizes.layers),
+        layers=layers,
         outside=_present(config, {family.prefix + k: x for k, x in family.tensors.items()} | family.task_heads),
-        inside=_present(config, family.layer),
+        inside=inside,
         rotary=_rotary(config, family, geometry, model),
-        without_rope=_without_rope(config, attention.without_rope),
+        without_rope=layers_where(attention.without_rope, config, layers) if attention.without_rope else frozenset(),
         norm=attention.norm if normalised else GainScope.none,
         neuron_scale=_neuron_scale(config, family),
         activation=lookup(config, family.activation) if family.activation is not None else None,
-        absent=frozenset(family.layer) - _present(config, family.layer).keys(),
+        absent=frozenset(family.layer) - inside.keys(),
+        layer_kinds={k: layers_where(of, config, layers, family.layer_kinds) for k, of in family.layer_kinds.items()},
     )
 
 
@@ -290,12 +335,6 @@ def _present(config: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, Tensor
     return {name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)}
 
 
-def _without_rope(config: Any, exception: LayersWithoutRope | None) -> frozenset[int]:
-    if exception is None or (exception.when is not None and not lookup(config, exception.when)):
-        return frozenset()
-    return frozenset(i for i, x in enumerate(lookup(config, exception.key) or ()) if x == exception.value)
-
-
 def _neuron_scale(config: Any, family: Family) -> NeuronScale:
     if family.mlp is MlpKind.gated:
         return NeuronScale.signed
@@ -305,12 +344,14 @@ def _neuron_scale(config: Any, family: Family) -> NeuronScale:
 
 def _geometry(config: Any, family: Family, model: str) -> Geometry:
     """Sizes from the config, with transformers' own rules for those it may leave out."""
-    keys = family.sizes.model_dump(exclude={"layers"})
+    keys = family.sizes.model_dump(exclude={"layers", "shared"})
     sizes: dict[str, Any] = {key: lookup(config, where) if where is not None else None for key, where in keys.items()}
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["query_heads"]
     sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["query_heads"]
     sizes["neurons"] = sizes["neurons"] or 4 * sizes["hidden"]
     sizes["experts"] = sizes["experts"] or 1
+    sizes["dense"] = sizes["dense"] or 0
+    sizes["shared"] = prod(lookup(config, key) or 0 for key in family.sizes.shared) if family.sizes.shared else 0
     geometry = Geometry(**sizes)
     if geometry.query_heads % geometry.kv_heads:
         raise ArchitectureError(

@@ -27,6 +27,9 @@ the decoder is then the embedding. One that a classifier reads moves along, whic
 
 ``expert`` beside a neuron axis and ``head`` beside a gain are stored apart and belong together: the symmetry acts on
 experts × neurons, heads × coordinates.
+
+A layer may have further MLPs: an expert that every token passes (``shared.gate``, ``shared.up``, ``shared.down``), and
+the MLP of those layers that have no experts (``dense.gate``, …).
 """
 
 from __future__ import annotations
@@ -49,6 +52,12 @@ Axis = Literal[
     "up",
     "down",
     "expert",
+    "shared.gate",
+    "shared.up",
+    "shared.down",
+    "dense.gate",
+    "dense.up",
+    "dense.down",
     "head",
     "residual",
     "vocabulary",
@@ -61,14 +70,33 @@ MLP_AXES: frozenset[str] = frozenset(("gate", "up", "down", "expert"))
 
 
 class BlockKind(str, Enum):
-    """The two kinds of blocks that have symmetries of their own."""
+    """The blocks of a layer that have symmetries of their own."""
 
     attention = "attention"
     mlp = "mlp"
+    shared = "shared"  # an expert that every token passes, beside those that a router chooses
+    dense = "dense"  # the MLP of layers without experts, in a model whose other layers have some
+
+    @property
+    def is_mlp(self) -> bool:
+        return self is not BlockKind.attention
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its axes start with in a family file."""
+        return "" if self in (BlockKind.attention, BlockKind.mlp) else f"{self.value}."
 
     @property
     def axes(self) -> frozenset[str]:
-        return ATTENTION_AXES if self is BlockKind.attention else MLP_AXES
+        """Its axes as the solvers know them, without the prefix."""
+        if self is BlockKind.attention:
+            return ATTENTION_AXES
+        return MLP_AXES if self is BlockKind.mlp else MLP_AXES - {"expert"}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Its axes as family files name them."""
+        return frozenset(self.prefix + axis for axis in self.axes)
 
 
 class Positions(str, Enum):
@@ -113,6 +141,7 @@ class TensorSpec(_Data):
             if nothing else does; none where its output goes on along the stream.
         in_front: stored after the layers, and yet needed to run the first of them.
         any_shape: nothing is known of its axes, because no symmetry moves it.
+        layers: which layers have it: an entry of the family's ``layer_kinds``; all of them if not given.
     """
 
     axes: tuple[Union[Axis, tuple[Axis, ...]], ...]
@@ -124,12 +153,13 @@ class TensorSpec(_Data):
     read_by: tuple[str, ...] = ()
     in_front: bool = False
     any_shape: bool = False
+    layers: Optional[str] = None
 
     @property
     def block(self) -> BlockKind | None:
         """The block whose symmetries move this tensor, if any do."""
         names = {name for axis in self.axes for name in ((axis,) if isinstance(axis, str) else axis)}
-        return next((kind for kind in BlockKind if kind.axes & names), None)
+        return next((kind for kind in BlockKind if kind.names & names), None)
 
 
 class SizeKeys(_Data):
@@ -146,16 +176,37 @@ class SizeKeys(_Data):
     head_dim: Optional[str] = None
     neurons: str
     experts: Optional[str] = None
+    shared: tuple[str, ...] = ()  # neurons of the shared expert: the product of these
+    dense: Optional[str] = None  # neurons of the MLP of layers without experts
+
+    def config_keys(self) -> tuple[str, ...]:
+        """All config keys that are named here."""
+        values = self.model_dump(exclude={"shared"}).values()
+        return tuple(key for key in (*values, *self.shared) if key is not None)
 
 
-class LayersWithoutRope(_Data):
-    """Which layers have no positions in their attention: those where a list in the config has this value.
+class LayersWhere(_Data):
+    """Some of a model's layers, by what its config says; a layer belongs to them if it meets every condition.
 
-    Where ``when`` names a config key, there are such layers only if it is set.
+    Attributes:
+        key, value: a list in the config that has this value for the layer (one of these, if several).
+        among: config key of a list of layers.
+        but: config key of a list of layers that do not belong to them.
+        first: config key of the first of them.
+        last: config key of the last of them.
+        every: config key of n: each n-th layer, counted from ``first``, or from 1 without one.
+        other_than: another entry of ``layer_kinds``: all layers but those.
+        when: config key; no layer belongs to them unless it is set.
     """
 
-    key: str
-    value: Any
+    key: Optional[str] = None
+    value: Any = None
+    among: Optional[str] = None
+    but: Optional[str] = None
+    first: Optional[str] = None
+    last: Optional[str] = None
+    every: Optional[str] = None
+    other_than: Optional[str] = None
     when: Optional[str] = None
 
 
@@ -172,7 +223,7 @@ class AttentionSpec(_Data):
 
     positions: Positions
     rotary_factor: tuple[str, ...] = ()
-    without_rope: Optional[LayersWithoutRope] = None
+    without_rope: Optional[LayersWhere] = None
     norm: GainScope = GainScope.none
     norm_when: Optional[str] = None
 
@@ -240,6 +291,7 @@ class Family(_Data):
         stored_prefixes: how names may begin in checkpoints and in MergeKit's plans -> how they begin here; the first
             that fits counts.
         layer: inside a layer, by the rest of the name.
+        layer_kinds: names for some of the layers, where not all have the same tensors.
         buffers: names that old checkpoints carry beside the weights, and that are never merged.
         layers_return_tuples: transformers' layers return their attention beside the hidden states.
         positions_after_padding: learned positions begin after the index of the padding token.
@@ -257,6 +309,7 @@ class Family(_Data):
     tensors: dict[str, TensorSpec]
     layer_prefix: str
     layer: dict[str, TensorSpec]
+    layer_kinds: dict[str, LayersWhere] = Field(default_factory=dict)
     prefix: str = ""
     heads: dict[str, dict[str, TensorSpec]] = Field(default_factory=dict)
     derives: bool = True
@@ -275,6 +328,8 @@ class Family(_Data):
         for name, spec in known.items():
             if missing := set(spec.read_by) - known.keys():
                 raise ValueError(f"{name} is read by {sorted(missing)}, which it does not list")
+            if spec.layers is not None and spec.layers not in self.layer_kinds:
+                raise ValueError(f"{name} is in layers {spec.layers}, which layer_kinds does not list")
         if "{layer}" not in self.layer_prefix:
             raise ValueError("layer_prefix has no {layer}")
         return self

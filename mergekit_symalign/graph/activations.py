@@ -51,7 +51,7 @@ def seen_axes(kind: BlockKind, layout: ModelLayout) -> frozenset[str]:
     """The axes whose activations match a block."""
     if kind is BlockKind.attention:
         return HEADS
-    return frozenset((EXPERTS if layout.geometry.experts > 1 else "down",))
+    return frozenset((EXPERTS if layout.mlp_shape(kind).experts > 1 else f"{kind.prefix}down",))
 
 
 def reads_images(layout: ModelLayout) -> bool:
@@ -186,13 +186,13 @@ class RunLayer(LayerTask):
 def _by_block(found: Statistics) -> Dict[str, Any]:
     """As dicts and tuples of tensors, what each kind of block needs."""
     seen = {axis: (c.cross, c.anchor, c.model) for axis, c in found.covariances.items()}
-    mlp: Dict[str, Any] = {axis: numbers for axis, numbers in seen.items() if axis not in HEADS}
+    blocks: Dict[str, Any] = {BlockKind.attention.value: {axis: x for axis, x in seen.items() if axis in HEADS}}
+    for kind in (kind for kind in BlockKind if kind.is_mlp):
+        axis = f"{kind.prefix}down"
+        blocks[kind.value] = {"down": seen[axis]} if axis in seen else {}
     if found.routing is not None:
-        mlp[EXPERTS] = tuple(r.tensors() for r in found.routing)
-    return {
-        BlockKind.attention.value: {axis: numbers for axis, numbers in seen.items() if axis in HEADS},
-        BlockKind.mlp.value: mlp,
-    }
+        blocks[BlockKind.mlp.value][EXPERTS] = tuple(r.tensors() for r in found.routing)
+    return blocks
 
 
 class Part(Task[Any]):
@@ -247,6 +247,6 @@ class SolveActivations(SolveBlock):
             act = runner_of(self.anchor[0].model, self.digest, self.trust_remote_code).gate_activation()
             return align_experts_by((anchor, model), sides, self.mlp, self.use, act, stored)
         seen = {axis: Covariance(*numbers) for axis, numbers in statistics.items()}
-        if self.kind is BlockKind.mlp:
+        if self.kind.is_mlp:
             return align_mlp_by(seen["down"], sides, self.mlp, self.use)
         return align_attention_by(seen, sides, self.heads, self.use)

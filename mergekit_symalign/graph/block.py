@@ -18,7 +18,7 @@ from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import HeadShape, Rotation, Symmetries, ValueOutput
+from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Rotation, Symmetries, ValueOutput
 
 SYMMETRY_NAMES = tuple(f.name for f in fields(Symmetries))
 
@@ -51,6 +51,11 @@ class Block:
     def axes(self) -> tuple[TensorAxes, ...]:
         specs = [self.layout.claim(weight.name).spec for weight, _ in self.members]  # type: ignore[union-attr]
         return tuple(self.layout.axes(spec) for spec in specs)
+
+    @property
+    def mlp(self) -> MlpShape:
+        """Its neurons, if it is an MLP; the model's otherwise."""
+        return self.layout.mlp_shape(self.kind)
 
     def loads(self) -> dict[ModelReference, tuple[LoadFinite, ...]]:
         """Each model's loads of the tensors."""

@@ -188,8 +188,8 @@ class Checkpoint:
 
     def _check_complete(self, planned: set[str], layers: frozenset[int]) -> None:
         """MergeKit plans every tensor that the config promises for a merged layer, or the checkpoint has none."""
-        parts = [part for part, spec in self.layout.inside.items() if not spec.optional]
-        expected = {self.layout.name(layer, part) for layer in layers for part in parts}
+        parts = ((layer, part, spec) for layer in layers for part, spec in self.layout.parts(layer).items())
+        expected = {self.layout.name(layer, part) for layer, part, spec in parts if not spec.optional}
         for name in sorted(expected - {self.layout.canonical(name) for name in planned}):
             if self.stored(WeightInfo(name=name)) is None:
                 raise CheckpointError(

@@ -46,7 +46,7 @@ class SolveConsensus(Task[Dict[str, Any]]):
 
     def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
         models = [self._rows(tensors, m) for m in range(len(self.models))]
-        shape = self.mlp if self.kind is BlockKind.mlp else self.heads
+        shape = self.mlp if self.kind.is_mlp else self.heads
         return {str(m): packed(solved) for m, solved in enumerate(solve_consensus(models, shape, self.use))}
 
     def _rows(self, tensors: Dict[str, torch.Tensor], model: int) -> Rows:

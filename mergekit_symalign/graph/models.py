@@ -129,7 +129,7 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
             f"it is {use.condition}, but a condition number is bounded by a number above 1, of at most {CONDITION:.0f}",
             "Correct the value",
         )
-    if kind is BlockKind.mlp and use.neuron_scaling and layout.neuron_scale is NeuronScale.none:
+    if kind.is_mlp and use.neuron_scaling and layout.neuron_scale is NeuronScale.none:
         raise ConfigError(
             "parameter neuron_scaling",
             f"{layout.family.title} has a plain MLP: its activation stands between the two projections, and a scale "
@@ -150,7 +150,7 @@ def check_same_neurons(
     Raises:
         ConfigError: if a model that is to be aligned has another symmetry.
     """
-    if kind is not BlockKind.mlp or not use.neuron_scaling:
+    if not kind.is_mlp or not use.neuron_scaling:
         return
     for model in models:
         layout = checkpoints[model].layout
@@ -177,6 +177,12 @@ def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
             f"model {other.model}",
             f"its layers differ from the anchor {anchor.model} in {', '.join(sorted(surplus))}",
             "Merge models whose configs agree on biases and norms",
+        )
+    if ours.layers == theirs.layers and ours.layer_kinds != theirs.layer_kinds:
+        raise GeometryError(
+            f"model {other.model}",
+            f"its layers are of other kinds than those of the anchor {anchor.model}",
+            "Merge models whose configs have the same kinds of layers in the same order",
         )
     if differences := ours.geometry.differences(theirs.geometry):
         raise GeometryError(

@@ -90,7 +90,7 @@ class Solutions:
         shared: dict[str, Any] = {
             "kind": block.kind,
             "axes": block.axes,
-            "mlp": block.layout.mlp_shape(),
+            "mlp": block.mlp,
             "use": block.symmetries,
         }
         heads = {model: block.heads(model) for model in moved}

@@ -65,7 +65,7 @@ class SolveBlock(Task[Dict[str, Any]]):
 
     @property
     def shape(self) -> Shape:
-        return self.mlp if self.kind is BlockKind.mlp else self.heads
+        return self.mlp if self.kind.is_mlp else self.heads
 
     def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
         return self.solved(self._sides(tensors))

@@ -67,7 +67,7 @@ class Comparison:
         parts = tuple(scope.axes)
         return {
             "kind": block.kind,
-            "mlp": block.layout.mlp_shape(),
+            "mlp": block.mlp,
             "use": block.symmetries,
             "anchor": tuple(self.anchor[place][part] for part in parts),
             "model": tuple(self.model[place][part] for part in parts),

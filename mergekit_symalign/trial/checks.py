@@ -52,7 +52,7 @@ def unclaimed_tensors(model: PreTrainedModel, layout: ModelLayout) -> list[str]:
 
 def missing_tensors(model: PreTrainedModel, layout: ModelLayout) -> list[str]:
     """Tensors that the table promises and the model does not have."""
-    inside = (layout.name(i, p) for i in range(layout.layers) for p, s in layout.inside.items() if not s.optional)
+    inside = (layout.name(i, p) for i in range(layout.layers) for p, s in layout.parts(i).items() if not s.optional)
     outside = (name for name, spec in layout.outside.items() if not spec.optional)
     there = model.state_dict().keys()
     return [f"{name} is in the table, but not in the model" for name in (*inside, *outside) if name not in there]
