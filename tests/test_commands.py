@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import BIN, OFFLINE, load, merge_config, merged, squared_distance
+from conftest import OFFLINE, load, merge_config, merged, squared_distance
 from models import make_model, perturbed, save, with_weights, word_tokenizer
+from processes import run_command
 from transformers import AutoTokenizer
 
 from mergekit_symalign.cli import main
@@ -84,8 +85,7 @@ def test_raw_pytorch_command_refuses(paths: dict[str, Path], tmp_path: Path) -> 
     files = [str(paths[m] / "model.safetensors") for m in ("anchor", "twin")]
     config = {"merge_method": "rotation_match", "base_model": files[0], "models": [{"model": f} for f in files]}
     (tmp_path / "raw.yml").write_text(yaml.safe_dump(config), "utf-8")
-    command = [BIN / "mergekit-pytorch", tmp_path / "raw.yml", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE)
+    done = run_command("mergekit-pytorch", tmp_path / "raw.yml", tmp_path / "out", cwd=tmp_path, env=OFFLINE)
     assert done.returncode == 1
     assert "needs the whole block" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -141,8 +141,8 @@ def test_tied_embeddings_stay_tied(paths: dict[str, Path], tmp_path: Path) -> No
     assert json.loads((tmp_path / "config.json").read_text("utf-8"))["tie_word_embeddings"] is True
 
 
-def test_help_of_every_command() -> None:
-    done = subprocess.run([BIN / "mergekit-symalign", "--help"], capture_output=True, text=True)
+def test_help_of_every_command(tmp_path: Path) -> None:
+    done = run_command("mergekit-symalign", "--help", cwd=tmp_path, env=OFFLINE)
     assert done.returncode == 0, done.stderr
     assert "Usage: mergekit-symalign" in done.stdout
     for name in main.commands:

@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import BIN, OFFLINE, load, merged
+from conftest import OFFLINE, load, merged
 from mergekit.config import MergeConfiguration
 from models import make_model, save, word_tokenizer
+from processes import run_command
 from transformers import PreTrainedModel
 from whole_statistics import measure
 
@@ -82,9 +83,8 @@ def test_example_runs(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("example", STAGED, ids=lambda p: p.stem)
 def test_stages_run(example: Path, tmp_path: Path) -> None:
     (tmp_path / "stages.yml").write_text(_localised(example.read_text("utf-8"), tmp_path), "utf-8")
-    command = [BIN / "mergekit-multi", "stages.yml", "-I", tmp_path / "stages", "--out-path", "out"]
-    command.append("--no-copy-tokenizer")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE)
+    options = ["-I", tmp_path / "stages", "--out-path", "out", "--no-copy-tokenizer"]
+    done = run_command("mergekit-multi", "stages.yml", *options, cwd=tmp_path, env=OFFLINE)
     assert done.returncode == 0, done.stderr
     assert load(tmp_path / "out")
 
