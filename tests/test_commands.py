@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,15 +92,33 @@ def test_raw_pytorch_command_refuses(paths: dict[str, Path], tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+WITHOUT = """
+import sys
+from mergekit.scripts.run_yaml import main
+for method in sys.argv[1:]:
+    main([f"{method}.yml", f"{method}-0", "--quiet"], standalone_mode=False)
+assert "mergekit_symalign" not in sys.modules
+"""
+"""``mergekit-yaml`` for several methods, without the plugin."""
+
+
 def test_stock_methods_are_untouched(paths: dict[str, Path], mergekit_yaml: Run, tmp_path: Path) -> None:
     """Bit-identical output with the plugin and without."""
     models = [{"model": paths[m], "parameters": {"weight": 0.5, "density": 0.5}} for m in ("sibling", "twin")]
-    for method in ("task_arithmetic", "ties"):
-        config = merge_config(method, paths["anchor"], models) | {"dtype": "bfloat16"}
-        for autoload in ("1", "0"):
-            out = tmp_path / f"{method}-{autoload}"
-            done = mergekit_yaml(config, out, env={"MERGEKIT_SYMALIGN_AUTOLOAD": autoload})
-            assert done.returncode == 0, done.stderr
+    configs = {
+        method: merge_config(method, paths["anchor"], models) | {"dtype": "bfloat16"}
+        for method in ("task_arithmetic", "ties")
+    }
+    for method, config in configs.items():
+        (tmp_path / f"{method}.yml").write_text(yaml.safe_dump(config), "utf-8")
+        done = mergekit_yaml(config, tmp_path / f"{method}-1")
+        assert done.returncode == 0, done.stderr
+    env = OFFLINE | {"MERGEKIT_SYMALIGN_AUTOLOAD": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *configs], text=True, capture_output=True, cwd=tmp_path, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    for method in configs:
         with_plugin, without = (load(tmp_path / f"{method}-{autoload}") for autoload in "10")
         assert with_plugin.keys() == without.keys()
         assert all(torch.equal(x, without[name]) for name, x in with_plugin.items())
