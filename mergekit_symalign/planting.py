@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.towers import Layer
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
@@ -27,7 +28,7 @@ from mergekit_symalign.symmetry.heads.solve import per_query_head
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind, centred_basis
 
-Elements = dict[tuple[int, BlockKind], BlockElement]
+Elements = dict[tuple[Layer, BlockKind], BlockElement]
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,7 @@ class Planted:
 def random_elements(layout: ModelLayout, seed: int, what: Planted | None = None) -> Elements:
     """A random element of the exact group of every block of a model."""
     draw = _Draw(torch.Generator().manual_seed(seed), what or Planted())
-    return {
-        (layer, kind): draw.mlp(layout.mlp_shape(kind)) if kind.is_mlp else draw.attention(layout.head_shape(layer))
-        for layer, kind in layout.blocks()
-    }
+    return {block: draw.block(layout.block_shape(*block)) for block in layout.blocks()}
 
 
 def random_stream(kind: ResidualKind, hidden: int, seed: int) -> BlockElement:
@@ -77,13 +75,12 @@ def transform(state: Mapping[str, Tensor], layout: ModelLayout, elements: Elemen
     """A state dict in other coordinates: every tensor of a block under that block's element."""
     result = {}
     for name, x in state.items():
-        claim = layout.claim(name)
-        kind = claim.spec.block if claim is not None else None
-        if claim is None or claim.layer is None or kind is None:
+        placed = layout.placed(name)
+        if placed is None or placed.block is None:
             result[name] = x
         else:
-            element = elements[claim.layer, kind]
-            result[name] = element(x, layout.axes(claim.spec)).to(x.dtype)
+            element = elements[placed.block]
+            result[name] = element(x, placed.layout.axes(placed.claim.spec)).to(x.dtype)
     return result
 
 
@@ -91,6 +88,9 @@ def transform(state: Mapping[str, Tensor], layout: ModelLayout, elements: Elemen
 class _Draw:
     generator: torch.Generator
     what: Planted
+
+    def block(self, shape: HeadShape | MlpShape) -> BlockElement:
+        return self.mlp(shape) if isinstance(shape, MlpShape) else self.attention(shape)
 
     def attention(self, shape: HeadShape) -> BlockElement:
         value = self._values(shape.kv_heads, shape.head_dim)

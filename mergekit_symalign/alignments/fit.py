@@ -14,6 +14,7 @@ from mergekit_symalign.errors import AlignmentFileError, ParameterError, Symmetr
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.families.stream import residual_kind, untying_helps
+from mergekit_symalign.families.towers import Layer
 from mergekit_symalign.sealed.text import shown
 from mergekit_symalign.symmetry.admitted import Admitted, admitted
 from mergekit_symalign.symmetry.groups import Permutation
@@ -63,7 +64,7 @@ def require_known_blocks(file: AlignmentFile, layout: ModelLayout) -> None:
         raise AlignmentFileError(where, f"the model has no such block in its {layout.layers} layers", _REMEDY)
 
 
-def require_block(file: AlignmentFile, layer: int, kind: BlockKind) -> BlockName:
+def require_block(file: AlignmentFile, layer: Layer, kind: BlockKind) -> BlockName:
     """The name of a block in a file.
 
     Raises:
@@ -77,13 +78,13 @@ def require_block(file: AlignmentFile, layer: int, kind: BlockKind) -> BlockName
 
 
 def require_fitting_block(
-    file: AlignmentFile, layout: ModelLayout, layer: int, kind: BlockKind, *, halves: bool = False
+    file: AlignmentFile, layout: ModelLayout, layer: Layer, kind: BlockKind, *, halves: bool = False
 ) -> bool:
     """Check one block of a file that has it. Takes, returns and raises what `require_fits` does."""
     name = block_name(layer, kind.value)
     shape = layout.block_shape(layer, kind)
     full = file.settings_of(name).get("rotation") == "full"
-    largest = _largest(layout, kind, halves=halves)
+    largest = _largest(layout.stack(layer)[0], kind, halves=halves)
     try:
         for axis, steps in file.blocks[name].items():
             _check_sizes(file, axis, steps, admitted(axis, shape, full=full))

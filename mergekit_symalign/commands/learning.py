@@ -22,6 +22,7 @@ from mergekit_symalign.families.stream import (
     residual_kind,
     ties_embeddings,
 )
+from mergekit_symalign.families.towers import TowerLayer
 from mergekit_symalign.graph.alignments import Alignments
 from mergekit_symalign.graph.untie import UNTIE
 from mergekit_symalign.learning.between import STREAM_NAME, Between, Place
@@ -198,9 +199,19 @@ def save_learned(
         described[STREAM_NAME] |= facts
     alignments = Alignments({of.checkpoint.model: of.checkpoint for of in (pair.anchor, pair.model)})
     own = {"residual": start.residual.value, UNTIE: pair.untied, "objective": "learned", **told}
-    settings = {block: {**_settings_of(start.file, block), **own} for block in elements}
+    settings: dict[str, Mapping[str, Any]] = {block: {**_settings_of(start.file, block), **own} for block in elements}
+    for name in _staying(pair, start.file):
+        elements[name], settings[name] = start.file.element(name), start.file.settings_of(name)
+        described[name] = dict(start.file.facts.get(name, {}))
     origin = alignments.origin(pair.anchor.checkpoint.model, pair.model.checkpoint.model, settings)
     save_alignment(path, origin, elements, described)
+
+
+def _staying(pair: Pair, file: AlignmentFile) -> list[str]:
+    """The blocks that are not learned: those of towers, which text does not pass through."""
+    blocks = pair.model.checkpoint.layout.blocks()
+    names = [block_name(layer, kind.value) for layer, kind in blocks if isinstance(layer, TowerLayer)]
+    return [name for name in names if name in file.blocks]
 
 
 def _settings_of(file: AlignmentFile, block: str) -> Mapping[str, Any]:

@@ -20,7 +20,9 @@ from mergekit_symalign.families.schema import (
     MlpKind,
     Positions,
     TensorSpec,
+    Tower,
 )
+from mergekit_symalign.families.towers import Layer, TowerLayer
 from mergekit_symalign.symmetry.element import Fused, TensorAxes
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
 
@@ -90,6 +92,39 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A tensor in the stack of layers that it belongs to.
+
+    Attributes:
+        layout: of that stack.
+        claim: what its family says of the tensor.
+        tower: the name of the stack; empty for the main one.
+    """
+
+    layout: ModelLayout
+    claim: Claim
+    tower: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its full name."""
+        layer = self.claim.layer
+        return self.claim.part if layer is None else self.layout.name(layer, self.claim.part)
+
+    @property
+    def layer(self) -> Layer | None:
+        """The layer among those of all stacks; None outside the layers."""
+        index = self.claim.layer
+        return TowerLayer(self.tower, index) if self.tower and index is not None else index
+
+    @property
+    def block(self) -> tuple[Layer, BlockKind] | None:
+        """The block whose symmetries move the tensor, if any do."""
+        layer, kind = self.layer, self.claim.spec.block
+        return None if layer is None or kind is None else (layer, kind)
+
+
+@dataclass(frozen=True)
 class ModelLayout:
     """A family applied to one config: every tensor of the model, with its axes and sizes.
 
@@ -104,6 +139,8 @@ class ModelLayout:
         activation: of a plain MLP, as the config names it; None where it decides nothing.
         absent: tensors that the family knows and this config does not have, by the rest of their name.
         layer_kinds: the layers of each kind, where they differ in their tensors.
+        towers: other stacks of layers, by name. What is said of layers and tensors here leaves them out, and `claim`
+            passes their tensors through; `placed`, `blocks` and `block_shape` know all stacks.
     """
 
     family: Family
@@ -118,6 +155,7 @@ class ModelLayout:
     activation: str | None = None
     absent: frozenset[str] = frozenset()
     layer_kinds: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    towers: Mapping[str, ModelLayout] = field(default_factory=dict)
 
     @cached_property
     def _layer_name(self) -> re.Pattern[str]:
@@ -136,8 +174,36 @@ class ModelLayout:
         match = self._layer_name.fullmatch(name)
         if match and match[2] in self.inside and self._has(int(match[1]), self.inside[match[2]]):
             return Claim(int(match[1]), match[2], self.inside[match[2]])
-        passes = any(fnmatchcase(name, pattern) for pattern in self.family.passes_through)
-        return Claim(None, name, _PASSES) if passes else None
+        return Claim(None, name, _PASSES) if self._passes(name) else None
+
+    def placed(self, name: str) -> Placed | None:
+        """A tensor in its own stack of layers; None if no family knows it."""
+        name = self.canonical(name)
+        if not self._is_own(name):
+            towers = ((tower, layout, layout.claim(name)) for tower, layout in self.towers.items())
+            found = (Placed(layout, claim, tower) for tower, layout, claim in towers if claim is not None)
+            if (placed := next(found, None)) is not None:
+                return placed
+        claim = self.claim(name)
+        return None if claim is None else Placed(self, claim)
+
+    def in_layers(self) -> list[Placed]:
+        """The tensors inside the layers of all stacks."""
+        return [
+            Placed(of, Claim(layer, part, spec), tower)
+            for tower, of in {"": self, **self.towers}.items()
+            for layer in range(of.layers)
+            for part, spec in of.parts(layer).items()
+        ]
+
+    def stack(self, layer: Layer) -> tuple[ModelLayout, int]:
+        """The stack that a layer is in, and its index there."""
+        return (self, layer) if isinstance(layer, int) else (self.towers[layer.tower], layer.index)
+
+    @property
+    def stacks(self) -> tuple[ModelLayout, ...]:
+        """The main stack of layers, and the others."""
+        return (self, *self.towers.values())
 
     def canonical(self, name: str) -> str:
         """The name of a tensor in transformers' model, for one that checkpoints and MergeKit's plans may have."""
@@ -148,9 +214,16 @@ class ModelLayout:
         return next(filter(self._is_known, others), name)
 
     def _is_known(self, name: str) -> bool:
-        patterns = self.family.passes_through
-        known = name in self.outside or self._layer_name.fullmatch(name) is not None
-        return known or any(fnmatchcase(name, pattern) for pattern in patterns)
+        return self._is_own(name) or self._passes(name)
+
+    def _passes(self, name: str) -> bool:
+        """Whether no symmetry of the main stack moves a tensor of this name."""
+        in_tower = any(name.startswith(of.family.prefix) for of in self.towers.values())
+        return in_tower or any(fnmatchcase(name, pattern) for pattern in self.family.passes_through)
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a tensor is of the main stack."""
+        return name in self.outside or self._layer_name.fullmatch(name) is not None
 
     def layer_of(self, name: str) -> int | None:
         """The layer that a tensor lies in by its name, whether the family knows the tensor or not."""
@@ -159,10 +232,14 @@ class ModelLayout:
 
     def is_buffer(self, name: str) -> bool:
         """Whether old checkpoints carry this beside the weights."""
-        return any(fnmatchcase(name, pattern) for pattern in self.family.buffers)
+        return any(fnmatchcase(name, pattern) for of in self.stacks for pattern in of.family.buffers)
 
     def is_absent(self, name: str) -> bool:
         """Whether models of this family have such a tensor, but not with this config, or not in this layer."""
+        name = self.canonical(name)
+        return any(of._lacks(name) for of in self.stacks)
+
+    def _lacks(self, name: str) -> bool:
         match = self._layer_name.fullmatch(self.canonical(name))
         if match is None:
             return False
@@ -185,17 +262,21 @@ class ModelLayout:
         there = {spec.block for spec in self.parts(layer).values()}
         return tuple(kind for kind in BlockKind if kind in there)
 
-    def blocks(self) -> tuple[tuple[int, BlockKind], ...]:
-        """The blocks of all layers."""
-        return tuple((layer, kind) for layer in range(self.layers) for kind in self.kinds(layer))
+    def blocks(self) -> tuple[tuple[Layer, BlockKind], ...]:
+        """The blocks of all layers of all stacks."""
+        own = ((layer, kind) for layer in range(self.layers) for kind in self.kinds(layer))
+        towers = ((tower, i, of) for tower, of in self.towers.items() for i in range(of.layers))
+        others = ((TowerLayer(tower, i), kind) for tower, i, of in towers for kind in of.kinds(i))
+        return (*own, *others)
 
     def block(self, kind: BlockKind) -> dict[str, TensorSpec]:
         """The tensors of a block, by their name inside the layer."""
         return {part: spec for part, spec in self.inside.items() if spec.block is kind}
 
-    def block_shape(self, layer: int, kind: BlockKind) -> HeadShape | MlpShape:
+    def block_shape(self, layer: Layer, kind: BlockKind) -> HeadShape | MlpShape:
         """The heads or neurons of a block."""
-        return self.mlp_shape(kind) if kind.is_mlp else self.head_shape(layer)
+        of, index = self.stack(layer)
+        return of.mlp_shape(kind) if kind.is_mlp else of.head_shape(index)
 
     def shape(self, spec: TensorSpec) -> tuple[int | None, ...]:
         """The shape a tensor must be stored in; None where any length is right."""
@@ -291,6 +372,7 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
         ArchitectureError: no family has this architecture, or the family was not checked for this variant of it.
     """
     family = family or family_of(config, model)
+    towers = _towers(config, family, model)
     config = text_config(config, family)
     for key, allowed in family.variants.items():
         wrong = [value for value in _values(config, key) if value not in allowed]
@@ -319,7 +401,29 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
         activation=lookup(config, family.activation) if family.activation is not None else None,
         absent=frozenset(family.layer) - inside.keys(),
         layer_kinds={k: layers_where(of, config, layers, family.layer_kinds) for k, of in family.layer_kinds.items()},
+        towers=towers,
     )
+
+
+def _towers(config: Any, family: Family, model: str) -> dict[str, ModelLayout]:
+    """The other stacks of layers, by name; those whose family may be unknown only where they are of a known variant."""
+    found = {}
+    for name, tower in family.towers.items():
+        try:
+            of = _family_of_tower(config, tower)
+            if of is not None:
+                found[name] = resolve(config, model=model, family=of)
+        except ArchitectureError:
+            if tower.family is not None:
+                raise
+    return found
+
+
+def _family_of_tower(config: Any, tower: Tower) -> Family | None:
+    part = lookup(config, tower.config) if tower.config else config
+    name = tower.family or tower.families.get(str(getattr(part, "model_type", None)))
+    changes = {"config": tower.config, "prefix": tower.prefix, "passes_through": (f"{tower.prefix}*",)}
+    return None if name is None else families()[name].model_copy(update=changes)
 
 
 def _values(config: Any, key: str) -> list[Any]:

@@ -240,6 +240,29 @@ class StreamSpec(_Data):
     returned: bool = False
 
 
+class Tower(_Data):
+    """Another stack of layers in a model's checkpoint.
+
+    Attributes:
+        family: of the stack.
+        families: its config's ``model_type`` -> its family, where models differ; a stack of any other type passes
+            through unaligned, as does one of a variant that its family was not checked for.
+        config: the part of the config that describes it; empty for the whole.
+        prefix: what its names start with; in a family with ``heads``, behind the family's own prefix.
+    """
+
+    family: Optional[str] = None
+    families: dict[str, str] = Field(default_factory=dict)
+    config: str = ""
+    prefix: str
+
+    @model_validator(mode="after")
+    def _has_a_family(self) -> Tower:
+        if (self.family is None) == (not self.families):
+            raise ValueError(f"the tower {self.prefix} needs either family or families")
+        return self
+
+
 class Wrapper(_Data):
     """A file of a model around a text model: vision-language models have such files.
 
@@ -253,6 +276,7 @@ class Wrapper(_Data):
             causal language model that transformers has for it.
         passes_through: patterns of names outside the text model.
         tensors: of those that write to the text model's residual stream, by full name.
+        towers: other stacks of layers, by name.
         stored_prefixes: as in `Family`.
     """
 
@@ -264,6 +288,7 @@ class Wrapper(_Data):
     text_families: dict[str, str] = Field(default_factory=dict)
     passes_through: tuple[str, ...]
     tensors: dict[str, TensorSpec] = Field(default_factory=dict)
+    towers: dict[str, Tower] = Field(default_factory=dict)
     stored_prefixes: dict[str, str] = Field(default_factory=dict)
 
 
@@ -290,6 +315,7 @@ class Family(_Data):
         passes_through: patterns of names outside this model (a vision tower's), which no symmetry moves.
         stored_prefixes: how names may begin in checkpoints and in MergeKit's plans -> how they begin here; the first
             that fits counts.
+        towers: other stacks of layers in the same checkpoint, by name.
         layer: inside a layer, by the rest of the name.
         layer_kinds: names for some of the layers, where not all have the same tensors.
         buffers: names that old checkpoints carry beside the weights, and that are never merged.
@@ -315,6 +341,7 @@ class Family(_Data):
     derives: bool = True
     config: str = ""
     passes_through: tuple[str, ...] = ()
+    towers: dict[str, Tower] = Field(default_factory=dict)
     stored_prefixes: dict[str, str] = Field(default_factory=dict)
     task_heads: dict[str, TensorSpec] = Field(default_factory=dict)
     buffers: tuple[str, ...] = ()

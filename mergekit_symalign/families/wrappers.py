@@ -24,6 +24,7 @@ def wrapped(wrapper: Wrapper, text: Family) -> Family:
         "prefix": wrapper.text,
         "task_heads": {**text.task_heads, **wrapper.tensors},
         "passes_through": wrapper.passes_through,
+        "towers": wrapper.towers,
         "stored_prefixes": wrapper.stored_prefixes,
     }
     return text.model_copy(update=changes)

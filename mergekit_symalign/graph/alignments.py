@@ -24,7 +24,9 @@ from mergekit_symalign.alignments.fit import (
     require_known_blocks,
 )
 from mergekit_symalign.errors import AlignmentFileError, ConfigError
+from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.towers import Layer, layer_name
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.symmetry.element import BlockElement
@@ -32,7 +34,7 @@ from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.whole_file import require_writable
 
 DIFFERS = "differs between layers"
-SourceBlock = Tuple[int, BlockKind]  # layer of the model, which is also the anchor's
+SourceBlock = Tuple[Layer, BlockKind]  # layer of the model, which is also the anchor's
 
 
 class ReadBlock(Task[Dict[str, Any]]):
@@ -243,7 +245,13 @@ def package_versions() -> dict[str, str]:
 
 def sizes_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What two models must share, by name."""
-    return {"layers": checkpoint.layout.layers, **asdict(checkpoint.layout.geometry)}
+    layout = checkpoint.layout
+    towers = {f"{name}.{size}": x for name, of in layout.towers.items() for size, x in _sizes(of).items()}
+    return _sizes(layout) | towers
+
+
+def _sizes(layout: ModelLayout) -> dict[str, Any]:
+    return {"layers": layout.layers, **asdict(layout.geometry)}
 
 
 def has_halves(checkpoint: Checkpoint) -> bool:
@@ -251,7 +259,7 @@ def has_halves(checkpoint: Checkpoint) -> bool:
     return any(header.dtype is torch.float16 for header in checkpoint.headers.values())
 
 
-def require_same_layers(what: str, tensor: str, anchor_layer: int, model_layer: int) -> None:
+def require_same_layers(what: str, tensor: str, anchor_layer: Layer, model_layer: Layer) -> None:
     """An alignment file pairs each layer of a model with the same layer of the anchor.
 
     Raises:
@@ -260,7 +268,7 @@ def require_same_layers(what: str, tensor: str, anchor_layer: int, model_layer: 
     if anchor_layer != model_layer:
         raise ConfigError(
             f"parameter {what}",
-            f"tensor {tensor} pairs layer {model_layer} of the model with layer {anchor_layer} of the anchor, and an "
-            "alignment file pairs equal layers only",
+            f"tensor {tensor} pairs {layer_name(model_layer)} of the model with {layer_name(anchor_layer)} of the "
+            "anchor, and an alignment file pairs equal layers only",
             f"Leave {what} out for these slices",
         )

@@ -13,7 +13,8 @@ from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.common import ModelReference
 
 from mergekit_symalign.errors import CheckpointError
-from mergekit_symalign.families.resolve import Claim, ModelLayout
+from mergekit_symalign.families.resolve import ModelLayout, Placed
+from mergekit_symalign.families.towers import Layer
 from mergekit_symalign.graph.fresh import forget_loader
 from mergekit_symalign.graph.headers import Header
 from mergekit_symalign.graph.leftovers import unread
@@ -135,33 +136,35 @@ class Checkpoint:
             CheckpointError: naming the tensor, the model and the remedy.
         """
         planned = [info for info in planned if not self.layout.is_buffer(info.name)]
-        claims = self.check_tensors(planned)
-        layers = frozenset(claim.layer for claim in claims if claim.layer is not None)
+        placed = self.check_tensors(planned)
+        layers = frozenset(of.layer for of in placed if of.layer is not None)
         self._check_complete({info.name for info in planned}, layers)
-        return unread(self, {name for info in planned for name in self.read_for(info)}, layers)
+        read = {name for info in planned for name in self.read_for(info)}
+        return unread(self, read, frozenset(layer for layer in layers if isinstance(layer, int)))
 
-    def check_tensors(self, infos: Sequence[WeightInfo]) -> list[Claim]:
-        """Check that tensors are there, in a floating-point type and the right shape; gives their claims.
+    def check_tensors(self, infos: Sequence[WeightInfo]) -> list[Placed]:
+        """Check that tensors are there, in a floating-point type and the right shape; gives where they stand.
 
         Raises:
             CheckpointError: naming the tensor, the model and the remedy.
         """
-        claims = [self._claim(info.name) for info in infos]
-        for info, claim in zip(infos, claims, strict=True):
-            self._check_tensor(info, claim)
-        return claims
+        placed = [self._placed(info.name) for info in infos]
+        for info, of in zip(infos, placed, strict=True):
+            self._check_tensor(info, of)
+        return placed
 
-    def _claim(self, name: str) -> Claim:
-        claim = self.layout.claim(name)
-        if claim is None:
+    def _placed(self, name: str) -> Placed:
+        placed = self.layout.placed(name)
+        if placed is None:
             raise CheckpointError(
                 f"tensor {name} of model {self.model}",
                 f"MergeKit merges it, but family {self.layout.family.name} does not know it",
                 MERGE_PLAINLY,
             )
-        return claim
+        return placed
 
-    def _check_tensor(self, info: WeightInfo, claim: Claim) -> None:
+    def _check_tensor(self, info: WeightInfo, placed: Placed) -> None:
+        claim = placed.claim
         header, where = self.stored(info), f"tensor {info.name} of model {self.model}"
         if header is None:
             if info.optional and claim.spec.optional:
@@ -173,7 +176,7 @@ class Checkpoint:
                 f"it is stored as {header.stored}, not in a floating-point type: the checkpoint is quantised",
                 "Use the model's unquantised checkpoint",
             )
-        expected = self.layout.shape(claim.spec)
+        expected = placed.layout.shape(claim.spec)
         fits = claim.spec.any_shape or (
             len(expected) == len(header.shape)
             and all(want in (None, got) for want, got in zip(expected, header.shape, strict=True))
@@ -186,10 +189,11 @@ class Checkpoint:
                 "Check that config.json belongs to these weights",
             )
 
-    def _check_complete(self, planned: set[str], layers: frozenset[int]) -> None:
+    def _check_complete(self, planned: set[str], layers: frozenset[Layer]) -> None:
         """MergeKit plans every tensor that the config promises for a merged layer, or the checkpoint has none."""
-        parts = ((layer, part, spec) for layer in layers for part, spec in self.layout.parts(layer).items())
-        expected = {self.layout.name(layer, part) for layer, part, spec in parts if not spec.optional}
+        stacks = (self.layout.stack(layer) for layer in layers)
+        parts = ((of.name(i, part), spec) for of, i in stacks for part, spec in of.parts(i).items())
+        expected = {name for name, spec in parts if not spec.optional}
         for name in sorted(expected - {self.layout.canonical(name) for name in planned}):
             if self.stored(WeightInfo(name=name)) is None:
                 raise CheckpointError(

@@ -15,6 +15,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError, ParameterError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.symmetry.membership import CONDITION
@@ -138,24 +139,19 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
         )
 
 
-def check_same_neurons(
-    use: Symmetries,
-    kind: BlockKind,
-    anchor: ModelReference,
-    models: Iterable[ModelReference],
-    checkpoints: Mapping[ModelReference, Checkpoint],
-) -> None:
+def check_same_neurons(block: Block, checkpoints: Mapping[ModelReference, Checkpoint]) -> None:
     """Refuse a scale of neurons that only the anchor's activation lets pass.
 
     Raises:
         ConfigError: if a model that is to be aligned has another symmetry.
     """
-    if not kind.is_mlp or not use.neuron_scaling:
+    if not block.kind.is_mlp or not block.symmetries.neuron_scaling:
         return
-    for model in models:
-        layout = checkpoints[model].layout
-        if layout.neuron_scale is not checkpoints[anchor].layout.neuron_scale:
-            activations = " and ".join(f"{m} has {checkpoints[m].layout.activation}" for m in (anchor, model))
+    anchor = block.anchor
+    for model in block.moved():
+        layouts = {m: checkpoints[m].layout.stack(block.layer)[0] for m in (anchor, model)}
+        if layouts[model].neuron_scale is not layouts[anchor].neuron_scale:
+            activations = " and ".join(f"{m} has {of.activation}" for m, of in layouts.items())
             raise ConfigError(
                 "parameter neuron_scaling",
                 f"{activations}, and only one of these activations lets a scale of the neurons pass",
@@ -172,22 +168,39 @@ def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
             f"it is of family {ours.family.name}, but the anchor {anchor.model} is of family {theirs.family.name}",
             "Merge models of one architecture",
         )
-    if surplus := ours.inside.keys() ^ theirs.inside.keys():
+    towers = [{name: of.family.name for name, of in one.towers.items()} for one in (ours, theirs)]
+    if towers[0] != towers[1]:
+        mine, its = (", ".join(f"{name} {of}" for name, of in one.items()) or "none" for one in towers)
         raise GeometryError(
             f"model {other.model}",
-            f"its layers differ from the anchor {anchor.model} in {', '.join(sorted(surplus))}",
+            f"its known towers differ from the anchor {anchor.model}: {mine} and {its}",
+            "Merge models with the same kind of tower",
+        )
+    for name, tower in ours.towers.items():
+        _check_same_layers(other.model, anchor.model, f" of {name}", tower, theirs.towers[name])
+    _check_same_layers(other.model, anchor.model, "", ours, theirs)
+
+
+def _check_same_layers(
+    model: ModelReference, anchor: ModelReference, stack: str, ours: ModelLayout, theirs: ModelLayout
+) -> None:
+    """The same of one stack of layers."""
+    if surplus := ours.inside.keys() ^ theirs.inside.keys():
+        raise GeometryError(
+            f"model {model}",
+            f"its layers{stack} differ from the anchor {anchor} in {', '.join(sorted(surplus))}",
             "Merge models whose configs agree on biases and norms",
         )
     if ours.layers == theirs.layers and ours.layer_kinds != theirs.layer_kinds:
         raise GeometryError(
-            f"model {other.model}",
-            f"its layers are of other kinds than those of the anchor {anchor.model}",
+            f"model {model}",
+            f"its layers{stack} are of other kinds than those of the anchor {anchor}",
             "Merge models whose configs have the same kinds of layers in the same order",
         )
     if differences := ours.geometry.differences(theirs.geometry):
         raise GeometryError(
-            f"model {other.model}",
-            f"its sizes differ from the anchor {anchor.model}: {', '.join(differences)}",
+            f"model {model}",
+            f"its sizes{stack} differ from the anchor {anchor}: {', '.join(differences)}",
             "Merge models of the same shape",
         )
 
@@ -203,5 +216,5 @@ def _resolved(config: Any, model: ModelReference) -> ModelLayout:
 
 
 def _may_lack(layout: ModelLayout, name: str) -> bool:
-    claim = layout.claim(name)
-    return claim is not None and claim.spec.optional
+    placed = layout.placed(name)
+    return placed is not None and placed.claim.spec.optional

@@ -22,6 +22,7 @@ from mergekit.options import MergeOptions
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.flow import is_front
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.towers import Layer
 from mergekit_symalign.graph.alignments import Alignments
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.block import Block
@@ -41,7 +42,7 @@ from mergekit_symalign.whole_file import require_writable_folder
 
 LOG = logging.getLogger(__name__)
 
-BlockKey = tuple[int, BlockKind]  # output layer and block
+BlockKey = tuple[Layer, BlockKind]  # output layer and block
 
 
 @dataclass
@@ -174,9 +175,9 @@ class AlignedPlan:
     def _blocks(self, planned: list[Planned]) -> list[Block]:
         members: dict[BlockKey, list[Planned]] = defaultdict(list)
         for weight, task in planned:
-            claim = self._models.checkpoints[anchor_of(task)].layout.claim(weight.name)
-            if claim is not None and claim.layer is not None and claim.spec.block is not None:
-                members[claim.layer, claim.spec.block].append((weight, task))
+            placed = self._models.checkpoints[anchor_of(task)].layout.placed(weight.name)
+            if placed is not None and placed.block is not None:
+                members[placed.block].append((weight, task))
         checkpoints = self._models.checkpoints
         return [Block(layer, kind, tuple(found), checkpoints) for (layer, kind), found in members.items()]
 

@@ -16,6 +16,7 @@ from mergekit_symalign.alignments.fit import STREAM_BLOCK
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.resolve import Claim, ModelLayout
 from mergekit_symalign.families.stream import layer_scope, outside_scope, residual_kind
+from mergekit_symalign.families.towers import index_of
 from mergekit_symalign.graph.alignments import Alignments, ReadBlock
 from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
@@ -55,7 +56,7 @@ class MovedStream(Comparison):
 
     def solver(self, block: Block, heads: HeadShape) -> Task:
         """The task that aligns a block once the stream is moved."""
-        if (known := self.blocks.get((block.layer, block.kind.value))) is not None:
+        if (known := self.blocks.get((index_of(block.layer), block.kind.value))) is not None:
             return known
         found = self.fields_of(block)
         key = f"{found['model'][0].model} {block.layer} {block.kind.value}"
@@ -228,9 +229,9 @@ def _scopes(
     use: dict[Place, dict[str, Symmetries]] = defaultdict(dict)
     source: dict[Place, int] = {}  # the layer of the models that a layer of the output comes from
     for block in blocks:
-        source[block.layer] = block.layer_of(model)
+        source[index_of(block.layer)] = index_of(block.layer_of(model))
         if model in block.moved():
-            use[block.layer][block.kind.value] = block.symmetries
+            use[index_of(block.layer)][block.kind.value] = block.symmetries
     return {
         place: outside_scope(layout, names)
         if place is None
@@ -254,7 +255,9 @@ def _loads(
 
 
 def _claim(name: str, model: ModelReference, models: Models) -> Claim | None:
-    return models.checkpoints[model].layout.claim(name)
+    """What is said of a tensor, if anything is known of its axes."""
+    claim = models.checkpoints[model].layout.claim(name)
+    return None if claim is None or claim.spec.any_shape else claim
 
 
 def _agreed(planned: Sequence[Planned], name: str) -> Any:
