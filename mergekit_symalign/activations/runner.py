@@ -156,6 +156,8 @@ class LayerRunner:
         """
         with _watched(self.layers[layer], self.layout, seen) as activations:
             out = self.call(layer, weights, hidden, recorded)
+        flat = {axis: x.unflatten(0, hidden.shape[:2]) for axis, x in activations.tokens.items() if x.ndim == 2}
+        activations.tokens.update(flat)  # some mixtures put the tokens of all prompts in one row
         return out, activations
 
     def call(self, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, recorded: Recorded) -> Tensor:

@@ -153,6 +153,12 @@ class Checkpoint:
 
     def _claim(self, name: str) -> Claim:
         claim = self.layout.claim(name)
+        if claim is None and self.layout.is_absent(name):
+            raise CheckpointError(
+                f"tensor {name} of model {self.model}",
+                "the checkpoint has it, but by the model's config this layer does not",
+                "Check that config.json belongs to these weights",
+            )
         if claim is None:
             raise CheckpointError(
                 f"tensor {name} of model {self.model}",
