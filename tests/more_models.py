@@ -20,7 +20,7 @@ QWEN = {"text_config": MROPE, "image_token_id": 90, "video_token_id": 91, "visio
 QWEN |= {"tie_word_embeddings": False, "vision_end_token_id": 93}
 DEEP = {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 16}
 GEMMA2 = {"model_type": "gemma2"} | SLIDING
-SHARED = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "intermediate_size": 64}
+SHARED = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 UNTIED = {"tie_word_embeddings": False}
 
 # Name -> transformers class, and its config beyond the sizes.
@@ -48,6 +48,17 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe": ("Qwen2MoeForCausalLM", {"shared_expert_intermediate_size": 40}),
     "glm4-moe": ("Glm4MoeForCausalLM", SHARED | {"use_qk_norm": True, "partial_rotary_factor": 0.5}),
     "solar-open": ("SolarOpenForCausalLM", SHARED),
+    "qwen3-moe-dense": ("Qwen3MoeForCausalLM", {"mlp_only_layers": [1], "decoder_sparse_step": 1}),
+    "mellum": ("MellumForCausalLM", {"mlp_layer_types": ["dense", "sparse"]} | SLIDING),
+    "dots1": ("Dots1ForCausalLM", SHARED),
+    "exaone-moe": ("ExaoneMoeForCausalLM", SHARED | SLIDING),
+    "ernie4.5-moe": ("Ernie4_5_MoeForCausalLM", {"moe_num_shared_experts": 2, "moe_k": 2} | UNTIED),
+    "hy-v3": ("HYV3ForCausalLM", {}),
+    "hunyuan-moe": ("HunYuanMoEV1ForCausalLM", {"moe_topk": 2}),
+    "granitemoe-shared": ("GraniteMoeSharedForCausalLM", {"shared_intermediate_size": 40} | UNTIED),
+    "cohere2-moe": ("Cohere2MoeForCausalLM", {"num_shared_experts": 1, "first_k_dense_replace": 1} | UNTIED),
+    "flex-olmo": ("FlexOlmoForCausalLM", {}),
+    "aria": ("AriaTextForCausalLM", {"moe_topk": 2}),
     "minimax-m2": ("MiniMaxM2ForCausalLM", {"rotary_dim": 4}),
     "xlm-roberta": ("XLMRobertaModel", {}),
     "camembert": ("CamembertForMaskedLM", {}),

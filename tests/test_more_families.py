@@ -102,9 +102,9 @@ class Twins:
         assert squared_distance(self.anchor.state_dict(), result.state_dict()) < before * 1.001
 
 
-def perturbed_copy(model: PreTrainedModel) -> PreTrainedModel:
+def perturbed_copy(model: PreTrainedModel, noise: float = 0.1) -> PreTrainedModel:
     """Every weight moved a little; learned numbers of an activation stay."""
-    noisy = perturbed(model, 0.1, 1).state_dict()
+    noisy = perturbed(model, noise, 1).state_dict()
     return with_weights(model, {name: x if x.numel() > 1 else model.state_dict()[name] for name, x in noisy.items()})
 
 

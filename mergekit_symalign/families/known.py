@@ -15,6 +15,7 @@ from mergekit_symalign.errors import ArchitectureError
 from mergekit_symalign.families.classes import LANGUAGE, classes_of, with_head
 from mergekit_symalign.families.combinations import require_known
 from mergekit_symalign.families.named import named_architecture
+from mergekit_symalign.families.readers import with_readers
 from mergekit_symalign.families.schema import Family, Wrapper
 from mergekit_symalign.families.wrappers import text_class, wrapped
 
@@ -49,7 +50,7 @@ def families_of(raw: Mapping[str, Raw]) -> dict[str, Family]:
         ArchitectureError: naming the family that does not fit the schema, or that combines what no solver knows.
     """
     every = dict(item for name, own in raw.items() for item in _apart(name, own))
-    found = {name: _validated(Family, _inherit(every, name), name) for name in sorted(every)}
+    found = {name: _validated(Family, with_readers(_inherit(every, name)), name) for name in sorted(every)}
     for family in found.values():
         require_known(family)
     return found

@@ -18,7 +18,7 @@ def layers_where(
         where: the conditions.
         config: the part of a transformers config that describes the layers.
         layers: how many there are.
-        others: the family's ``layer_kinds``, for ``other_than``.
+        others: the family's ``layer_kinds``, for ``other_than`` and ``within``.
     """
     if where.when is not None and not lookup(config, where.when):
         return frozenset()
@@ -48,3 +48,5 @@ def _conditions(
         yield frozenset(i for i in every if (i - counted_from) % n == 0)
     if where.other_than is not None:
         yield every - layers_where(others[where.other_than], config, layers, others)
+    if where.within is not None:
+        yield layers_where(others[where.within], config, layers, others)

@@ -387,7 +387,9 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
     attention = family.attention
     normalised = attention.norm_when is None or lookup(config, attention.norm_when)
     layers = lookup(config, family.sizes.layers)
-    inside = _present(config, family.layer)
+    kinds = {k: layers_where(of, config, layers, family.layer_kinds) for k, of in family.layer_kinds.items()}
+    flat = attention.without_rope
+    inside = {k: spec for k, spec in _present(config, family.layer).items() if _has_neurons(geometry, spec.block)}
     return ModelLayout(
         family=family,
         geometry=geometry,
@@ -395,12 +397,12 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
         outside=_present(config, {family.prefix + k: x for k, x in family.tensors.items()} | family.task_heads),
         inside=inside,
         rotary=_rotary(config, family, geometry, model),
-        without_rope=layers_where(attention.without_rope, config, layers) if attention.without_rope else frozenset(),
+        without_rope=layers_where(flat, config, layers, family.layer_kinds) if flat else frozenset(),
         norm=attention.norm if normalised else GainScope.none,
         neuron_scale=_neuron_scale(config, family),
         activation=lookup(config, family.activation) if family.activation is not None else None,
         absent=frozenset(family.layer) - inside.keys(),
-        layer_kinds={k: layers_where(of, config, layers, family.layer_kinds) for k, of in family.layer_kinds.items()},
+        layer_kinds=kinds,
         towers=towers,
     )
 
@@ -437,6 +439,11 @@ def _values(config: Any, key: str) -> list[Any]:
 
 def _present(config: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     return {name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)}
+
+
+def _has_neurons(geometry: Geometry, block: BlockKind | None) -> bool:
+    """Whether a model has a block: one without shared experts has no tensors of them."""
+    return block is None or not block.is_mlp or geometry.mlp(block)[0] > 0
 
 
 def _neuron_scale(config: Any, family: Family) -> NeuronScale:

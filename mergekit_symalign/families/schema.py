@@ -196,6 +196,7 @@ class LayersWhere(_Data):
         last: config key of the last of them.
         every: config key of n: each n-th layer, counted from ``first``, or from 1 without one.
         other_than: another entry of ``layer_kinds``: all layers but those.
+        within: another entry of ``layer_kinds``: those layers alone.
         when: config key; no layer belongs to them unless it is set.
     """
 
@@ -207,6 +208,7 @@ class LayersWhere(_Data):
     last: Optional[str] = None
     every: Optional[str] = None
     other_than: Optional[str] = None
+    within: Optional[str] = None
     when: Optional[str] = None
 
 

@@ -155,6 +155,12 @@ class Checkpoint:
 
     def _placed(self, name: str) -> Placed:
         placed = self.layout.placed(name)
+        if placed is None and self.layout.is_absent(name):
+            raise CheckpointError(
+                f"tensor {name} of model {self.model}",
+                "the checkpoint has it, but by the model's config this layer does not",
+                "Check that config.json belongs to these weights",
+            )
         if placed is None:
             raise CheckpointError(
                 f"tensor {name} of model {self.model}",

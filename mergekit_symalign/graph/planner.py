@@ -14,10 +14,11 @@ from mergekit.options import MergeOptions
 from mergekit.parameter_resolver import resolve_parameter
 from mergekit.plan import MergePlanner
 
+from mergekit_symalign.graph.complete import completed, layouts
 from mergekit_symalign.graph.config_checks import check_config, check_models, require_extra
 from mergekit_symalign.graph.config_groups import listed_models
 from mergekit_symalign.graph.fresh import forget_architectures
-from mergekit_symalign.graph.layer_checks import check_layers
+from mergekit_symalign.graph.layer_checks import check_kinds, check_layers
 from mergekit_symalign.graph.opening import require_openable
 from mergekit_symalign.graph.planning import AlignedPlan
 from mergekit_symalign.graph.untie import UNTIE
@@ -47,6 +48,9 @@ def plan_aligned(planner: Any, original: Any) -> None:
     method, listed = planner._method, listed_models(planner.config)
     check_config(planner.config, method)
     check_layers(planner.config, planner.arch_info, planner.options.trust_remote_code)
+    layout_of = layouts()
+    check_kinds(planner.config, layout_of, planner.options.trust_remote_code)
+    planner.arch_info = completed(planner.arch_info, layout_of)
     plan = AlignedPlan(planner.config, planner.options, method, listed)
     planner.config = planner.config.model_copy(deep=True)
     _know_other_names(planner, plan)
