@@ -186,8 +186,10 @@ class LearnedHeads(Learned):
 
     def _gains(self, numbers: Numbers) -> dict[str, AxisAction]:
         """What the keys' gains are divided by, the queries' are multiplied by; both coordinates of a plane alike."""
-        planes = torch.argsort(torch.tensor(self.shape.planes(), device=numbers["gain"].device))
-        log, sign = (torch.cat((x, x), -1).index_select(-1, planes) for x in (numbers["gain"], numbers["gain_sign"]))
+        every, half = [*self.shape.planes(), *self.shape.rest()], self.shape.rotary // 2
+        place = torch.argsort(torch.tensor(every, device=numbers["gain"].device))
+        both = (torch.cat((numbers[name][:, :half], numbers[name]), -1) for name in ("gain", "gain_sign"))
+        log, sign = (x.index_select(-1, place) for x in both)
         factor = log.exp() * sign
         group = gain_heads("query_gain", self.shape) // len(factor)
         wide = factor.repeat_interleave(group, dim=0)
@@ -272,10 +274,11 @@ def _queries(step: AxisAction | None, shape: HeadShape) -> dict[str, Tensor]:
 
 
 def _factors(step: AxisAction | None, size: int, shape: HeadShape) -> dict[str, Tensor]:
-    """The logarithms and signs of what the keys' gains are divided by, one for each plane."""
+    """The logarithms and signs of what the keys' gains are divided by: of each plane, then of each other coordinate."""
     factor = 1 / step.factor.double() if isinstance(step, Scaling) else torch.ones(size, dtype=torch.float64)
-    planes = factor.unflatten(0, (-1, shape.head_dim))[:, shape.planes()[: shape.head_dim // 2]]
-    return {"gain": planes.abs().log(), "gain_sign": planes.sign()}
+    free = [*shape.planes()[: shape.rotary // 2], *shape.rest()]
+    own = factor.unflatten(0, (-1, shape.head_dim))[:, free]
+    return {"gain": own.abs().log(), "gain_sign": own.sign()}
 
 
 def _unturned(heads: int, d: int) -> HeadRotation:

@@ -58,7 +58,7 @@ def _admitted_gains(axis: str, shape: HeadShape) -> Admitted:
     if not shape.qk_norm:
         return {}
     size = (gain_heads(axis, shape) * shape.head_dim,)
-    permutation: Admitted = {Permutation.kind: (size,)} if shape.norm.per_head else {}
+    permutation: Admitted = {Permutation.kind: (size,)} if shape.norm.per_head or shape.reorders else {}
     return {Scaling.kind: (size,), **permutation}
 
 

@@ -122,15 +122,10 @@ class HeadShape:
         return self.query_heads if axis in ("query", "attended") else self.kv_heads
 
     def planes(self) -> list[int]:
-        """The coordinates that turn: first those of all planes, then their partners.
-
-        Under a QK-norm the coordinates that do not turn are paired as well: what both of a pair share is exact.
-        """
+        """The coordinates that turn: first those of all planes, then their partners."""
         r = self.rotary
         first, second = (range(0, r, 2), range(1, r, 2)) if self.interleaved else (range(r // 2), range(r // 2, r))
-        rest = self.rest() if self.qk_norm else []
-        half = len(rest) // 2
-        return [*first, *rest[:half], *second, *rest[half:]]
+        return [*first, *second]
 
     def turning(self, rotation: Rotation) -> list[int]:
         """The coordinates of query and key that only turn with their plane; ``full`` may mix planes."""
@@ -143,6 +138,21 @@ class HeadShape:
     def rest(self) -> list[int]:
         """The coordinates that do not turn."""
         return list(range(self.rotary, self.head_dim))
+
+    @property
+    def reorders(self) -> bool:
+        """Whether queries and keys may carry an order of a head's coordinates: of those that do not turn."""
+        return self.qk_norm and len(self.rest()) > 1
+
+    @property
+    def one_order(self) -> bool:
+        """Whether that order is one for all heads, because they share their gains."""
+        return self.reorders and not self.norm.per_head
+
+    @property
+    def own_orders(self) -> bool:
+        """Whether each KV head has such an order of its own."""
+        return self.reorders and self.norm.per_head
 
     @property
     def queries_per_kv(self) -> int:

@@ -54,6 +54,9 @@ class HeadSource(Protocol):
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments | PlaneMoments:
         """Of anchor's KV heads ``i`` and model's ``j``."""
 
+    def all_pairs(self, axis: str) -> Moments:
+        """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]. Of value or key."""
+
     def identity_route(self, costs: Tensor) -> str | None:
         """By which bounds KV heads that cost so much [KV heads] are proven to stand best where they are, if by any."""
 

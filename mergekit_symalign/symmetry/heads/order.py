@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation
+from mergekit_symalign.symmetry.groups import AxisAction, Permutation, behind
 from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES
 from mergekit_symalign.symmetry.options import HeadShape, Pair, Sides
 
@@ -53,6 +53,5 @@ def after(order: HeadOrder, actions: dict[str, AxisAction], shape: HeadShape) ->
     """The actions behind the permutation of heads."""
     result = dict(actions)
     for axis in moved_axes(shape):
-        permutation = order.permutation(axis, shape.head_dim)
-        result[axis] = Chain((permutation, actions[axis])) if axis in actions else permutation
+        result[axis] = behind(order.permutation(axis, shape.head_dim), actions.get(axis))
     return result
