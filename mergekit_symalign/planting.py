@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.families.resolve import ModelLayout
-from mergekit_symalign.families.schema import BlockKind, MlpKind
+from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
@@ -55,7 +55,7 @@ def random_elements(layout: ModelLayout, seed: int, what: Planted | None = None)
     return {
         (layer, kind): draw.attention(layout.head_shape(layer))
         if kind is BlockKind.attention
-        else draw.mlp(layout.mlp_shape(), gated=layout.family.mlp is MlpKind.gated)
+        else draw.mlp(layout.mlp_shape(), gated=layout.mlp_shape().gated)
         for layer in range(layout.layers)
         for kind in BlockKind
     }
@@ -162,11 +162,8 @@ class _Draw:
         kv = torch.randperm(shape.kv_heads, generator=self.generator)
         inner = [torch.randperm(shape.queries_per_kv, generator=self.generator) for _ in kv]
         order = HeadOrder(kv, (kv.unsqueeze(1) * shape.queries_per_kv + torch.stack(inner)).flatten())
-        moved = moved_axes(shape)
-        return {
-            axis: behind(order.permutation(axis, shape.head_dim), action) if axis in moved else action
-            for axis, action in actions.items()
-        }
+        orders = {axis: order.permutation(axis, shape.head_dim) for axis in moved_axes(shape)}
+        return actions | {axis: behind(moved, actions.get(axis)) for axis, moved in orders.items()}
 
     def _heads(self, heads: int, d: int) -> HeadRotation:
         rotation = torch.eye(d, dtype=torch.float64).expand(heads, d, d)

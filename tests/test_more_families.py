@@ -45,6 +45,7 @@ MERGED = [
     "granitemoe",
     "opt",
     "xlm-roberta",
+    "gpt-oss",
 ]
 MERGED += [
     "reward",

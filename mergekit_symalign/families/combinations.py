@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mergekit_symalign.errors import ArchitectureError
-from mergekit_symalign.families.schema import ATTENTION_AXES, MLP_AXES, Family, MlpKind, Positions, TensorSpec
+from mergekit_symalign.families.schema import ATTENTION_AXES, MLP_AXES, Family, Positions, TensorSpec
 from mergekit_symalign.symmetry.options import GainScope
 
 _HEADS = ("query", "key", "value", "attended")
@@ -30,6 +30,8 @@ def _problems(family: Family) -> Iterator[str]:
             yield f"{name} has axes of the attention and of the MLP, and a tensor belongs to one of the two"
         if spec.fused_per_head and not any(isinstance(axis, tuple) for axis in spec.axes):
             yield f"{name} is fused_per_head, but none of its axes is fused"
+        if spec.interleaved and ("gate", "up") not in spec.axes:
+            yield f"{name} is interleaved, but no axis of it is gate and up"
     for name in (name for name, spec in family.tensors.items() if spec.block is not None):
         yield f"{name} has an axis of a layer's block, but lies outside the layers"
 
@@ -52,13 +54,13 @@ def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
 
 
 def _of_mlp(family: Family, axes: set[str]) -> Iterator[str]:
-    gated = family.mlp is MlpKind.gated
+    gated = family.mlp.has_gate
     if missing := [axis for axis in ("up", "down") if axis not in axes]:
         yield f"no tensor of a layer has the axis {missing[0]}"
     if gated != ("gate" in axes):
         yield f"mlp is {family.mlp.value}, but {'no' if gated else 'a'} tensor of a layer has the axis gate"
     if gated and family.activation is not None:
-        yield "activation is of a plain MLP, but mlp is gated"
+        yield f"activation is of a plain MLP, but mlp is {family.mlp.value}"
     if (family.sizes.experts is not None) != ("expert" in axes):
         yield "sizes.experts and the axis expert belong together, and one of them is missing"
 

@@ -51,6 +51,7 @@ class Geometry:
             "value": self.kv_heads * self.head_dim,
             "query_gain": self.head_dim * (self.query_heads if every else 1),
             "key_gain": self.head_dim * (self.kv_heads if every else 1),
+            "query_head": self.query_heads,
             "gate": self.experts * self.neurons,
             "up": self.experts * self.neurons,
             "down": self.experts * self.neurons,
@@ -186,11 +187,12 @@ class ModelLayout:
         g, attention = self.geometry, self.family.attention
         rotary = 0 if layer in self.without_rope or attention.positions is Positions.none else self.rotary
         interleaved = attention.positions is Positions.rope_interleaved
-        return HeadShape(g.query_heads, g.kv_heads, g.head_dim, rotary, interleaved, self.norm)
+        numbered = any("query_head" in spec.axes for spec in self.inside.values())
+        return HeadShape(g.query_heads, g.kv_heads, g.head_dim, rotary, interleaved, self.norm, numbered)
 
     def mlp_shape(self) -> MlpShape:
         """The neurons of a layer, and which factors they have."""
-        gated = self.family.mlp is MlpKind.gated
+        gated = self.family.mlp.has_gate
         return MlpShape(self.geometry.neurons, self.geometry.experts, self.neuron_scale, gated)
 
     def _named(self, axis: str | tuple[str, ...], spec: TensorSpec) -> str | Fused:
@@ -198,6 +200,7 @@ class ModelLayout:
             return axis
         groups = self.geometry.experts if "expert" in spec.axes else 1
         groups = self.geometry.kv_heads if spec.fused_per_head else groups
+        groups = self.geometry.experts * self.geometry.neurons if spec.interleaved else groups
         return Fused(tuple((part, self.geometry.length(part, self.norm) or 0) for part in axis), groups)
 
     def _length(self, axis: str | Fused) -> int | None:

@@ -16,6 +16,7 @@ axis                 length                                      moved by
 ``down``             neurons (read by down)                      dual of ``up``
 ``expert``           experts                                     expert permutation
 ``head``             query or KV heads (beside a gain)           with the gain
+``query_head``       query heads (numbers of each: sinks)        order of the heads
 ``residual``         hidden size                                 residual element of the whole model
 ``vocabulary``       vocabulary, whatever its size               nothing
 ``position``         learned positions                           nothing
@@ -45,6 +46,7 @@ Axis = Literal[
     "attended",
     "query_gain",
     "key_gain",
+    "query_head",
     "gate",
     "up",
     "down",
@@ -56,7 +58,9 @@ Axis = Literal[
     "other",
 ]
 
-ATTENTION_AXES: frozenset[str] = frozenset(("query", "key", "value", "attended", "query_gain", "key_gain"))
+ATTENTION_AXES: frozenset[str] = frozenset(
+    ("query", "key", "value", "attended", "query_gain", "key_gain", "query_head")
+)
 MLP_AXES: frozenset[str] = frozenset(("gate", "up", "down", "expert"))
 
 
@@ -83,7 +87,13 @@ class MlpKind(str, Enum):
     """What a neuron is."""
 
     gated = "gated"  # act(gate) · up, read by down: permutation and signed scale
+    clamped = "clamped"  # gated, and up is clamped, so that no factor passes: permutation
     plain = "plain"  # act(up), read by down: permutation
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether each neuron has a gate row."""
+        return self is not MlpKind.plain
 
 
 class StreamNorm(str, Enum):
@@ -103,6 +113,7 @@ class TensorSpec(_Data):
     Attributes:
         axes: one name for each axis of the stored tensor, in order; several for an axis that is fused of them.
         fused_per_head: the parts of a fused axis follow one another for each KV head, not once.
+        interleaved: a gate row and an up row by turns, neuron by neuron.
         when: config key; the tensor exists only where that is true.
         optional: the tensor may be absent (tied embeddings).
         stored_as: names that checkpoints may have instead (inside a layer: by the rest of the name, or in full with
@@ -117,6 +128,7 @@ class TensorSpec(_Data):
 
     axes: tuple[Union[Axis, tuple[Axis, ...]], ...]
     fused_per_head: bool = False
+    interleaved: bool = False
     when: Optional[str] = None
     optional: bool = False
     stored_as: tuple[str, ...] = ()

@@ -32,14 +32,14 @@ from mergekit_symalign.symmetry.groups import (
     rotary_action,
 )
 from mergekit_symalign.symmetry.heads.order import moved_axes
-from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, per_query_head
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS, per_query_head
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Symmetries, ValueOutput
 from mergekit_symalign.symmetry.options import Rotation as Turns
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind
 from mergekit_symalign.symmetry.solve import without_identities
 
 Numbers = Mapping[str, Tensor]
-_QUERIES = ("query", "attended", "query_gain")  # axes that have every query head
+_QUERIES = ("query", "attended", "query_gain", NUMBERS)  # axes that have every query head
 
 
 class Learned(ABC):
@@ -132,6 +132,7 @@ class LearnedHeads(Learned):
         lengths = {axis: shape.heads(axis) * shape.head_dim for axis in HEAD_AXES}
         if shape.qk_norm:
             lengths |= {axis: gain_heads(axis, shape) * shape.head_dim for axis in GAIN_AXES}
+        lengths |= {NUMBERS: shape.query_heads} if shape.numbered else {}
         parts = {axis: canonical(element.actions.get(axis), size) for axis, size in lengths.items()}
         fixed: dict[str, AxisAction] = {axis: part.order for axis, part in parts.items()}
         value = parts["value"].step
@@ -172,7 +173,8 @@ class LearnedHeads(Learned):
         still = [torch.ones_like(numbers["value_matrix"][:n, :1, :1]) for n in (1, self.shape.kv_heads)]
         kv, inner = (one if x is None else straight_through(x) for x, one in zip(scores, still, strict=True))
         query = (kv.reshape(len(inner), 1, -1, 1) * inner.unsqueeze(2)).reshape(1, len(inner) * group, -1)
-        of_axis = {axis: SoftOrder(query if axis in _QUERIES else kv, d) for axis in moved_axes(self.shape)}
+        sizes = {axis: 1 if axis == NUMBERS else d for axis in moved_axes(self.shape)}
+        of_axis = {axis: SoftOrder(query if axis in _QUERIES else kv, size) for axis, size in sizes.items()}
         return dict(of_axis)
 
     def _queries(self, numbers: Numbers) -> dict[str, AxisAction]:

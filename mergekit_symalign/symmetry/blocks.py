@@ -22,6 +22,7 @@ from mergekit_symalign.symmetry.heads.shared import reordered, shared_order
 from mergekit_symalign.symmetry.heads.solve import (
     GAIN_AXES,
     HEAD_AXES,
+    NUMBERS,
     AttentionMoments,
     HeadActions,
     HeadNorms,
@@ -174,8 +175,9 @@ def heads_distance(
 
 
 def gains_distance(sides: Sides, actions: Mapping[str, AxisAction]) -> float:
-    """Squared distance of the gains of a QK-norm alone."""
-    return sum(total_distance(pair, actions.get(axis)) for axis in GAIN_AXES for pair in sides.get(axis, ()))
+    """Squared distance of the gains of a QK-norm, and of the numbers of heads, alone."""
+    axes = (*GAIN_AXES, NUMBERS)
+    return sum(total_distance(pair, actions.get(axis)) for axis in axes for pair in sides.get(axis, ()))
 
 
 def _general_values(

@@ -22,7 +22,7 @@ from torch import Tensor
 from mergekit_symalign.symmetry.admitted import Admitted, admitted
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, HeadMatrix, Permutation, Scaling
-from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS
 from mergekit_symalign.symmetry.normed_heads import check_coordinates
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale
 from mergekit_symalign.symmetry.steps import TOLERANCE, MovedRows, require, require_size, steps_of
@@ -151,6 +151,9 @@ def _check_heads(actions: Mapping[str, AxisAction], shape: HeadShape, largest: M
     require(bool((orders["key"] == orders["value"]).all()), "key", "its heads are not in the order of the value heads")
     same = bool((orders["query"] == orders["attended"]).all())
     require(same, "attended", "its heads are not in the order of the queries")
+    if shape.numbered:
+        numbers = MovedRows.by(actions.get(NUMBERS), NUMBERS, shape.query_heads, LARGEST).index
+        require(bool((numbers == orders["query"]).all()), NUMBERS, "its numbers are not in the order of the queries")
     of_group = orders["value"].repeat_interleave(group)
     require(bool((orders["query"] // group == of_group).all()), "query", "a query head leaves the group of its KV head")
     for wide, narrow in (("attended", "value"), ("query", "key")):

@@ -104,6 +104,7 @@ class HeadShape:
         rotary: how many of them turn with the position (RoPE); 0 without positions in query and key.
         interleaved: planes are ``(2i, 2i + 1)`` instead of ``(i, i + rotary/2)``.
         norm: normalisation of queries and keys.
+        numbered: query heads have numbers of their own (attention sinks), which move with them.
     """
 
     query_heads: int
@@ -112,6 +113,7 @@ class HeadShape:
     rotary: int
     interleaved: bool = False
     norm: GainScope = GainScope.none
+    numbered: bool = False
 
     @property
     def qk_norm(self) -> bool:

@@ -35,6 +35,7 @@ from mergekit_symalign.symmetry.options import HeadShape, Pair, Rotation, Sides,
 
 HEAD_AXES = ("query", "key", "value", "attended")
 GAIN_AXES = ("query_gain", "key_gain")
+NUMBERS = "query_head"  # of each query head by itself
 
 HeadNorms = Mapping[str, Tensor]  # axis -> squared norm of each of the anchor's coordinates [heads, d]
 
