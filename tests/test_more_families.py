@@ -46,6 +46,7 @@ MERGED = [
     "opt",
     "xlm-roberta",
     "gpt-oss",
+    "bloom",
 ]
 MERGED += [
     "reward",

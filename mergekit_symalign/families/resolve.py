@@ -91,6 +91,7 @@ class ModelLayout:
         rotary: coordinates of each head that RoPE turns, in layers that have it.
         without_rope: layers that have none.
         norm: normalisation of queries and keys.
+        locked: each head has a bias of positions of its own.
         neuron_scale: which factors the neurons have.
         activation: of a plain MLP, as the config names it; None where it decides nothing.
         absent: tensors that the family knows and this config does not have, by the rest of their name.
@@ -104,6 +105,7 @@ class ModelLayout:
     rotary: int
     without_rope: frozenset[int] = frozenset()
     norm: GainScope = GainScope.none
+    locked: bool = False
     neuron_scale: NeuronScale = NeuronScale.signed
     activation: str | None = None
     absent: frozenset[str] = frozenset()
@@ -185,10 +187,12 @@ class ModelLayout:
     def head_shape(self, layer: int) -> HeadShape:
         """The heads of a layer, and how positions enter its queries and keys."""
         g, attention = self.geometry, self.family.attention
-        rotary = 0 if layer in self.without_rope or attention.positions is Positions.none else self.rotary
+        turning = attention.positions is not Positions.none and layer not in self.without_rope and not self.locked
+        rotary = self.rotary if turning else 0
         interleaved = attention.positions is Positions.rope_interleaved
         numbered = any("query_head" in spec.axes for spec in self.inside.values())
-        return HeadShape(g.query_heads, g.kv_heads, g.head_dim, rotary, interleaved, self.norm, numbered)
+        sizes = (g.query_heads, g.kv_heads, g.head_dim, rotary)
+        return HeadShape(*sizes, interleaved, self.norm, numbered, self.locked)
 
     def mlp_shape(self) -> MlpShape:
         """The neurons of a layer, and which factors they have."""
@@ -274,6 +278,7 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
         rotary=_rotary(config, family, geometry, model),
         without_rope=_without_rope(config, attention.without_rope),
         norm=attention.norm if normalised else GainScope.none,
+        locked=_is_locked(config, attention.head_bias),
         neuron_scale=_neuron_scale(config, family),
         activation=lookup(config, family.activation) if family.activation is not None else None,
         absent=frozenset(family.layer) - _present(config, family.layer).keys(),
@@ -297,6 +302,10 @@ def _without_rope(config: Any, exception: LayersWithoutRope | None) -> frozenset
     if exception is None or (exception.when is not None and not lookup(config, exception.when)):
         return frozenset()
     return frozenset(i for i, x in enumerate(lookup(config, exception.key) or ()) if x == exception.value)
+
+
+def _is_locked(config: Any, bias: bool | str) -> bool:
+    return bias if isinstance(bias, bool) else bool(lookup(config, bias))
 
 
 def _neuron_scale(config: Any, family: Family) -> NeuronScale:

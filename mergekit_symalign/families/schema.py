@@ -156,7 +156,7 @@ class SizeKeys(_Data):
     query_heads: str
     kv_heads: Optional[str] = None
     head_dim: Optional[str] = None
-    neurons: str
+    neurons: Optional[str] = None
     experts: Optional[str] = None
 
 
@@ -180,6 +180,8 @@ class AttentionSpec(_Data):
         without_rope: layers that are an exception.
         norm: normalisation of queries and keys.
         norm_when: config key; the normalisation is there only where that is true.
+        head_bias: each head has a bias of its own for each distance (ALiBi, T5), so that heads stay where they are. A
+            config key: only where that is true, and there in place of RoPE.
     """
 
     positions: Positions
@@ -187,6 +189,7 @@ class AttentionSpec(_Data):
     without_rope: Optional[LayersWithoutRope] = None
     norm: GainScope = GainScope.none
     norm_when: Optional[str] = None
+    head_bias: Union[bool, str] = False
 
 
 class StreamSpec(_Data):

@@ -102,7 +102,7 @@ def _aligned_heads(sides: Sides, shape: HeadShape, use: Symmetries, matched: Mat
     m = problem.standing
     before = heads_distance(m, norms, HeadActions(None, None), sides, {})
     if matched is None:
-        matched = match_heads(problem) if use.heads else MatchedHeads(None, None)
+        matched = match_heads(problem)
     order = matched.order
     if order is not None:
         own, _ = head_moments(sides, shape, use.rotation, {axis: order.of_axis(axis) for axis in HEAD_AXES})

@@ -154,6 +154,11 @@ def _check_heads(actions: Mapping[str, AxisAction], shape: HeadShape, largest: M
     if shape.numbered:
         numbers = MovedRows.by(actions.get(NUMBERS), NUMBERS, shape.query_heads, LARGEST).index
         require(bool((numbers == orders["query"]).all()), NUMBERS, "its numbers are not in the order of the queries")
+    if shape.locked:
+        still = torch.arange(shape.query_heads)
+        require(
+            bool((orders["query"] == still).all()), "query", "it moves heads, each of which has its own position bias"
+        )
     of_group = orders["value"].repeat_interleave(group)
     require(bool((orders["query"] // group == of_group).all()), "query", "a query head leaves the group of its KV head")
     for wide, narrow in (("attended", "value"), ("query", "key")):

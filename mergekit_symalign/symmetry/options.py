@@ -68,6 +68,14 @@ class GainScope(str, Enum):
         return self in (GainScope.all, GainScope.centred)
 
 
+class HeadValues(str, Enum):
+    """What stands between values and the output projection, which decides what values may carry."""
+
+    free = "free"  # nothing: a rotation and a scale, or any invertible matrix
+    normed = "normed"  # values are normalised over the head (RMS, no gain): a rotation
+    gated = "gated"  # a gate multiplies each attended coordinate: an order, and a signed factor for each coordinate
+
+
 class NeuronScale(str, Enum):
     """Which factors a neuron's up row may carry while its down column carries the inverse."""
 
@@ -105,6 +113,8 @@ class HeadShape:
         interleaved: planes are ``(2i, 2i + 1)`` instead of ``(i, i + rotary/2)``.
         norm: normalisation of queries and keys.
         numbered: query heads have numbers of their own (attention sinks), which move with them.
+        locked: heads stay where they are: each has a bias of positions of its own (ALiBi, T5).
+        values: what stands between values and the output projection.
     """
 
     query_heads: int
@@ -114,6 +124,13 @@ class HeadShape:
     interleaved: bool = False
     norm: GainScope = GainScope.none
     numbered: bool = False
+    locked: bool = False
+    values: HeadValues = HeadValues.free
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate multiplies each attended coordinate; its rows are the axis ``attended_gate``."""
+        return self.values is HeadValues.gated
 
     @property
     def qk_norm(self) -> bool:
@@ -121,7 +138,7 @@ class HeadShape:
 
     def heads(self, axis: str) -> int:
         """How many heads an axis has."""
-        return self.query_heads if axis in ("query", "attended") else self.kv_heads
+        return self.query_heads if axis in ("query", "attended", "attended_gate") else self.kv_heads
 
     def planes(self) -> list[int]:
         """The coordinates that turn: first those of all planes, then their partners."""

@@ -161,7 +161,7 @@ def _aligned_heads(
     """The same without an order of the coordinates that is one for all heads, and for heads that may be matched."""
     problem = HeadProblem(HeadCovariances(blended, shape, use))
     if matched is None:
-        matched = match_heads(problem) if use.heads else MatchedHeads(None, None)
+        matched = match_heads(problem)
     order = matched.order
     if order is not None:
         moved = _of_heads(order, shape)

@@ -84,7 +84,7 @@ def shared_order(
     def settled(order: Tensor) -> SharedOrder:
         for _ in range(_ROUNDS):
             at = source(order)
-            heads = match_heads(HeadProblem(at)) if at.use.heads else MatchedHeads(None, None)
+            heads = match_heads(HeadProblem(at))
             m = moments(heads.order)
             scores = rest_scores(m.query, m.key, at.shape).sum(0)
             previous, order = order, ordered(scores)
@@ -106,4 +106,6 @@ def _by_keys(source: HeadSource) -> Tensor:
     """What every two coordinates could contribute at best by the keys alone, each head with its best partner [r, r]."""
     rest = source.shape.rest()
     cross = source.all_pairs("key").at(rest).cross.abs()
-    return (cross.amax(1) if source.use.heads else cross.diagonal(dim1=0, dim2=1).movedim(-1, 0)).sum(0)
+    return (
+        cross.amax(1) if source.use.heads and not source.shape.locked else cross.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+    ).sum(0)
