@@ -16,6 +16,7 @@ axis                 length                                      moved by
 ``down``             neurons (read by down)                      dual of ``up``
 ``expert``           experts                                     expert permutation
 ``head``             query or KV heads (beside a gain)           with the gain
+``query_head``       query heads (numbers of each: sinks)        order of the heads
 ``residual``         hidden size                                 residual element of the whole model
 ``vocabulary``       vocabulary, whatever its size               nothing
 ``position``         learned positions                           nothing
@@ -48,6 +49,7 @@ Axis = Literal[
     "attended",
     "query_gain",
     "key_gain",
+    "query_head",
     "gate",
     "up",
     "down",
@@ -65,7 +67,9 @@ Axis = Literal[
     "other",
 ]
 
-ATTENTION_AXES: frozenset[str] = frozenset(("query", "key", "value", "attended", "query_gain", "key_gain"))
+ATTENTION_AXES: frozenset[str] = frozenset(
+    ("query", "key", "value", "attended", "query_gain", "key_gain", "query_head")
+)
 MLP_AXES: frozenset[str] = frozenset(("gate", "up", "down", "expert"))
 
 
@@ -111,7 +115,13 @@ class MlpKind(str, Enum):
     """What a neuron is."""
 
     gated = "gated"  # act(gate) · up, read by down: permutation and signed scale
+    clamped = "clamped"  # gated, and up is clamped, so that no factor passes: permutation
     plain = "plain"  # act(up), read by down: permutation
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether each neuron has a gate row."""
+        return self is not MlpKind.plain
 
 
 class StreamNorm(str, Enum):
@@ -131,6 +141,7 @@ class TensorSpec(_Data):
     Attributes:
         axes: one name for each axis of the stored tensor, in order; several for an axis that is fused of them.
         fused_per_head: the parts of a fused axis follow one another for each KV head, not once.
+        interleaved: a gate row and an up row by turns, neuron by neuron.
         when: config key; the tensor exists only where that is true.
         optional: the tensor may be absent (tied embeddings).
         stored_as: names that checkpoints may have instead (inside a layer: by the rest of the name, or in full with
@@ -146,6 +157,7 @@ class TensorSpec(_Data):
 
     axes: tuple[Union[Axis, tuple[Axis, ...]], ...]
     fused_per_head: bool = False
+    interleaved: bool = False
     when: Optional[str] = None
     optional: bool = False
     stored_as: tuple[str, ...] = ()
@@ -174,7 +186,7 @@ class SizeKeys(_Data):
     query_heads: str
     kv_heads: Optional[str] = None
     head_dim: Optional[str] = None
-    neurons: str
+    neurons: Optional[str] = None
     experts: Optional[str] = None
     shared: tuple[str, ...] = ()  # neurons of the shared expert: the product of these
     dense: Optional[str] = None  # neurons of the MLP of layers without experts
@@ -221,6 +233,8 @@ class AttentionSpec(_Data):
         without_rope: layers that are an exception.
         norm: normalisation of queries and keys.
         norm_when: config key; the normalisation is there only where that is true.
+        head_bias: each head has a bias of its own for each distance (ALiBi, T5), so that heads stay where they are. A
+            config key: only where that is true, and there in place of RoPE.
     """
 
     positions: Positions
@@ -228,6 +242,7 @@ class AttentionSpec(_Data):
     without_rope: Optional[LayersWhere] = None
     norm: GainScope = GainScope.none
     norm_when: Optional[str] = None
+    head_bias: Union[bool, str] = False
 
 
 class StreamSpec(_Data):

@@ -14,7 +14,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError, ParameterError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
-from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.schema import BlockKind, MlpKind
 from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
@@ -133,10 +133,15 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
     if kind.is_mlp and use.neuron_scaling and layout.neuron_scale is NeuronScale.none:
         raise ConfigError(
             "parameter neuron_scaling",
-            f"{layout.family.title} has a plain MLP: its activation stands between the two projections, and a scale "
-            "would change the function",
+            f"{layout.family.title} has {_KEEPS_SCALE[layout.family.mlp]}, and a scale would change the function",
             "Leave neuron_scaling out",
         )
+
+
+_KEEPS_SCALE = {
+    MlpKind.plain: "a plain MLP: its activation stands between the two projections",
+    MlpKind.clamped: "a gated MLP that clamps its up projection",
+}
 
 
 def check_same_neurons(block: Block, checkpoints: Mapping[ModelReference, Checkpoint]) -> None:

@@ -14,7 +14,7 @@ from mergekit_symalign.symmetry.groups import (
     PlaneRotation,
     Scaling,
 )
-from mergekit_symalign.symmetry.heads.solve import GAIN_AXES
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, NUMBERS
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale
 
 Shape = tuple[int, ...]
@@ -32,6 +32,8 @@ def admitted(axis: str, shape: HeadShape | MlpShape, *, full: bool = False) -> A
     if isinstance(shape, MlpShape):
         return _admitted_in_mlp(axis, shape)
     size = (shape.heads(axis) * shape.head_dim,)
+    if axis == NUMBERS:
+        return {Permutation.kind: ((shape.query_heads,),)} if shape.numbered else {}
     if axis in GAIN_AXES:
         return _admitted_gains(axis, shape)
     if axis in ("value", "attended"):
@@ -58,7 +60,7 @@ def _admitted_gains(axis: str, shape: HeadShape) -> Admitted:
     if not shape.qk_norm:
         return {}
     size = (gain_heads(axis, shape) * shape.head_dim,)
-    permutation: Admitted = {Permutation.kind: (size,)} if shape.norm.per_head else {}
+    permutation: Admitted = {Permutation.kind: (size,)} if shape.norm.per_head or shape.reorders else {}
     return {Scaling.kind: (size,), **permutation}
 
 
