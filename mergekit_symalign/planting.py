@@ -16,6 +16,7 @@ from mergekit_symalign.symmetry.groups import (
     Chain,
     HeadMatrix,
     HeadRotation,
+    PerHead,
     Permutation,
     PlaneRotation,
     Rotation,
@@ -24,7 +25,8 @@ from mergekit_symalign.symmetry.groups import (
 )
 from mergekit_symalign.symmetry.heads.order import HeadOrder, moved_axes
 from mergekit_symalign.symmetry.heads.solve import per_query_head
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.latent.heads import MatchedLatentHeads
+from mergekit_symalign.symmetry.options import AttentionShape, GainScope, HeadShape, LatentShape, MlpShape, NeuronScale
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind, centred_basis
 
 Elements = dict[tuple[int, BlockKind], BlockElement]
@@ -92,7 +94,25 @@ class _Draw:
     generator: torch.Generator
     what: Planted
 
-    def attention(self, shape: HeadShape) -> BlockElement:
+    def attention(self, shape: AttentionShape) -> BlockElement:
+        return self.latent(shape) if isinstance(shape, LatentShape) else self.heads(shape)
+
+    def latent(self, shape: LatentShape) -> BlockElement:
+        still, value = self._heads(shape.heads, shape.nope), self._values(shape.heads, shape.value)
+        query = self._query(HeadShape(1, 1, shape.rope, shape.rope, shape.interleaved))
+        assert isinstance(query, PerHead)
+        actions: dict[str, AxisAction] = {"value": value, "attended": value.dual()}
+        actions |= {"q_nope": still, "k_nope": still.dual()}
+        actions |= {"q_pe": query.per_query_head(shape.heads), "k_pe": query.dual()}
+        order = torch.randperm(shape.heads, generator=self.generator) if self.what.heads else None
+        moved = MatchedLatentHeads(order, None, None, actions).actions(shape)
+        for axis, size in shape.latents().items() if self.what.rotation else ():
+            index = Permutation(self._order(size))
+            signed = Chain((index, Scaling(self._signs(size))))
+            moved |= {axis: signed, f"{axis}_read": signed, f"{axis}_gain": index}
+        return BlockElement(moved)
+
+    def heads(self, shape: HeadShape) -> BlockElement:
         value = self._values(shape.kv_heads, shape.head_dim)
         actions: dict[str, AxisAction] = {"value": value, "attended": per_query_head(value.dual(), shape)}
         if shape.qk_norm:

@@ -18,7 +18,7 @@ from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Rotation, Symmetries, ValueOutput
+from mergekit_symalign.symmetry.options import AttentionShape, MlpShape, Rotation, Symmetries, ValueOutput
 
 SYMMETRY_NAMES = tuple(f.name for f in fields(Symmetries))
 
@@ -84,7 +84,7 @@ class Block:
         assert claim.layer is not None
         return claim.layer
 
-    def heads(self, model: ModelReference) -> HeadShape:
+    def heads(self, model: ModelReference) -> AttentionShape:
         """Heads and positions of the layers that are matched, which anchor and model must share."""
         anchor_shape, shape = (self.checkpoints[m].layout.head_shape(self.layer_of(m)) for m in (self.anchor, model))
         if shape != anchor_shape:

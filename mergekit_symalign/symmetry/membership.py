@@ -7,6 +7,8 @@ the shapes and numbers of every step, and then what the axes together have to ob
 - general matrices of values are invertible, their condition numbers bounded;
 - attended values are read by the inverse transpose of what writes them, keys carry the inverse transpose of queries;
 - under a QK-norm queries and keys carry signs, and the gains factors, that both coordinates of a plane share;
+- heads that share a latent share the turns of their planes; a latent carries signs and an order that its gains follow,
+  or a rotation and gains that its readers take up;
 - gate, up and down move the same neurons, experts move as wholes, and down divides by what up is multiplied by.
 """
 
@@ -21,9 +23,9 @@ from torch import Tensor
 from mergekit_symalign.errors import SymmetryError
 from mergekit_symalign.symmetry.admitted import Admitted, admitted, gain_heads
 from mergekit_symalign.symmetry.element import BlockElement
-from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadMatrix, Permutation, Scaling
+from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadMatrix, Permutation, Rotation, Scaling
 from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.options import BlockShape, GainScope, HeadShape, LatentShape, MlpShape, NeuronScale
 
 TOLERANCE = 2e-6  # relative: the largest tolerance of snapping to the identity is 1e-6, on each of two dual axes
 LARGEST = 2.0**60  # of factors, and of their inverses: weights and their products stay within float32's range
@@ -36,7 +38,7 @@ _FACTORS = ("factor", "scale", "plane_scale")
 
 def require_symmetry(
     element: BlockElement,
-    shape: HeadShape | MlpShape,
+    shape: BlockShape,
     *,
     full: bool = False,
     largest: Mapping[str, float] | None = None,
@@ -54,9 +56,14 @@ def require_symmetry(
     """
     for axis, action in element.actions.items():
         _check_steps(axis, action, admitted(axis, shape, full=full))
-    limits = dict.fromkeys((*HEAD_AXES, *GAIN_AXES, "up", "down"), LARGEST) | dict(largest or {})
+    own = tuple(shape.lengths()) if isinstance(shape, LatentShape) else (*HEAD_AXES, *GAIN_AXES, "up", "down")
+    limits = dict.fromkeys(own, LARGEST) | dict(largest or {})
     if isinstance(shape, MlpShape):
         _check_mlp(element.actions, shape, limits)
+    elif isinstance(shape, LatentShape):
+        _check_latent_heads(element.actions, shape, limits)
+        for axis, size in shape.latents().items():
+            _check_latent(element.actions, axis, size, limits)
     else:
         _check_heads(element.actions, shape, limits)
 
@@ -189,6 +196,46 @@ def _check_heads(actions: Mapping[str, AxisAction], shape: HeadShape, largest: M
     if shape.qk_norm:
         _check_signs(query, shape)
         _check_gains(actions, query.order, key.order, shape, largest)
+
+
+def _check_latent_heads(actions: Mapping[str, AxisAction], shape: LatentShape, largest: Mapping[str, float]) -> None:
+    found = {
+        axis: _Heads.moved_by(actions.get(axis), axis, n, d, largest[axis]) for axis, (n, d) in shape.parts().items()
+    }
+    for axis in ("attended", "q_nope", "k_nope", "q_pe"):
+        same = bool((found[axis].order == found["value"].order).all())
+        _require(same, axis, "its heads are not in the order of the value heads")
+    for axis, other in (("attended", "value"), ("k_nope", "q_nope"), ("k_pe", "q_pe")):
+        product = found[other].matrix.mT @ found[axis].matrix
+        _require(_is_identity(product), axis, f"it is not the inverse transpose of {other}")
+
+
+def _check_latent(actions: Mapping[str, AxisAction], axis: str, size: int, largest: Mapping[str, float]) -> None:
+    """A signed permutation that the gains follow without signs, or a rotation and gains that the readers take up."""
+    written, read = steps_of(actions.get(axis)), steps_of(actions.get(f"{axis}_read"))
+    gain = _Rows.moved_by(actions.get(f"{axis}_gain"), f"{axis}_gain", size, largest[f"{axis}_gain"])
+    if not any(isinstance(step, Rotation) for step in (*written, *read)):
+        own = _Rows.moved_by(actions.get(axis), axis, size, largest[axis])
+        of_readers = _Rows.moved_by(actions.get(f"{axis}_read"), f"{axis}_read", size, largest[f"{axis}_read"])
+        _require(bool((own.factor.abs() == 1).all()), axis, "behind a norm it may flip signs only")
+        same = bool((own.index == of_readers.index).all() & (own.factor == of_readers.factor).all())
+        _require(same, f"{axis}_read", f"it does not move as {axis} does")
+        follows = bool((gain.index == own.index).all() & (gain.factor == 1).all())
+        _require(follows, f"{axis}_gain", f"it is not the order of {axis}")
+        return
+    turns = [step for step in read if isinstance(step, Rotation)]
+    single = len(written) == len(turns) == 1 and isinstance(written[0], Rotation)
+    _require(single, axis, "it is no single rotation that its readers share")
+    _require(bool((written[0].tensors()[0] == turns[0].matrix).all()), f"{axis}_read", f"it turns otherwise than {axis}")
+    unmoved = bool((gain.index == torch.arange(size)).all())
+    _require(unmoved, f"{axis}_gain", f"it moves gains, which a rotation of {axis} does not")
+    factor = gain.factor.clone()
+    for step in read:
+        _require(isinstance(step, (Rotation, Scaling)), f"{axis}_read", "beside a rotation it may have factors only")
+        if isinstance(step, Scaling):
+            _check_size(f"{axis}_read", step.factor.double().abs(), largest[f"{axis}_read"])
+            factor = factor * step.factor.double()
+    _require(bool(((factor - 1).abs() <= TOLERANCE).all()), f"{axis}_gain", "the readers do not take it up")
 
 
 def _check_signs(query: _Heads, shape: HeadShape) -> None:

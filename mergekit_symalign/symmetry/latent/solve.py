@@ -1,0 +1,112 @@
+"""One block of multi-head latent attention: from the rows of anchor and model to the element that aligns the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_symalign.symmetry.distance import total_distance
+from mergekit_symalign.symmetry.element import BlockElement
+from mergekit_symalign.symmetry.groups import AxisAction
+from mergekit_symalign.symmetry.latent.heads import MatchedLatentHeads, align_latent_heads
+from mergekit_symalign.symmetry.latent.latents import (
+    READERS,
+    Latents,
+    are_same,
+    best_latents,
+    folded,
+    may_rotate,
+    stored_actions,
+    with_latents,
+)
+from mergekit_symalign.symmetry.options import LatentShape, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.solved import Solved
+
+_ROUNDS = 4  # of heads for given latents, and latents for given heads
+_STILL = 1e-7  # change of a latent's element after which rounds end
+
+
+def align_latent(sides: Sides, shape: LatentShape, use: Symmetries) -> Solved:
+    """Match heads and latents by the symmetries that ``use`` admits.
+
+    The rows that write a latent tell where it comes from, whatever the heads do. From there heads and latents are
+    solved in turns: each step has its optimum, and the distance falls.
+
+    Args:
+        sides: all axes of `LatentShape.lengths`.
+        shape: of the block.
+        use: what is admitted.
+
+    Returns:
+        The element; the route by which the order of the heads was proven, and the squared distances before and after.
+    """
+    rotate = use.rotation is not Rotation.none and may_rotate(sides, shape)
+    before = _distance(sides, shape, {})
+    search = _Search(sides, shape, use, rotate)
+    found = search.best()
+    if found.distance > before:
+        found = search.with_still_latents()
+    facts = {"distance_before": before, "distance_after": found.distance}
+    route = {} if found.heads.route is None else {"heads_route": found.heads.route}
+    return Solved(BlockElement(found.actions), route | facts)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where the rounds ended."""
+
+    heads: MatchedLatentHeads
+    actions: Mapping[str, AxisAction]
+    distance: float
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What the rounds work on.
+
+    Attributes:
+        sides: as stored.
+        shape, use: of the block.
+        rotate: whether latents may rotate.
+    """
+
+    sides: Sides
+    shape: LatentShape
+    use: Symmetries
+    rotate: bool
+
+    def best(self) -> _Found:
+        if self.use.rotation is Rotation.none:
+            return self.with_still_latents()
+        compared = folded(self.sides, self.shape) if self.rotate else self.sides
+        latents = best_latents(compared, self.shape, None, rotate=self.rotate)
+        heads = align_latent_heads(with_latents(compared, self.shape, latents), self.shape, self.use)
+        for _ in range(_ROUNDS):
+            following = best_latents(compared, self.shape, heads.actions(self.shape), rotate=self.rotate)
+            if are_same(latents, following, _STILL):
+                break
+            latents = following
+            moved = with_latents(compared, self.shape, latents)
+            heads = align_latent_heads(moved, self.shape, self.use, heads.planes)
+        return self._found(heads, latents)
+
+    def with_still_latents(self) -> _Found:
+        return self._found(align_latent_heads(self.sides, self.shape, self.use), {})
+
+    def _found(self, heads: MatchedLatentHeads, latents: Latents) -> _Found:
+        x = self.sides["value"][0][1]
+        tolerance = max(torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps, 1e-12)
+        of_heads = {axis: g.snapped(tolerance) for axis, g in heads.actions(self.shape).items()}
+        actions = of_heads | stored_actions(self.sides, latents, tolerance, rotate=self.rotate)
+        return _Found(heads, actions, _distance(self.sides, self.shape, actions))
+
+
+def _distance(sides: Sides, shape: LatentShape, actions: Mapping[str, AxisAction]) -> float:
+    """Squared distance of all tensors, each counted once, under actions on rows and on columns."""
+    reads = {axis: actions[f"{axis}_read"] for axis in shape.latents() if f"{axis}_read" in actions}
+    moved = with_latents(sides, shape, reads)
+    twice = {f"{axis}_read" for axis in READERS}
+    pairs = ((pair, actions.get(axis)) for axis in sides.keys() - twice for pair in moved[axis])
+    return sum(total_distance(pair, action) for pair, action in pairs)
