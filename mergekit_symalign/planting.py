@@ -125,7 +125,7 @@ class _Draw:
 
     def mlp(self, shape: MlpShape) -> BlockElement:
         neurons, experts, permute = shape.neurons, shape.experts, self.what.permutation
-        order = self._order(experts) if permute else torch.arange(experts)
+        order = self._experts(shape) if permute else torch.arange(experts)
         inside = [self._order(neurons) if permute else torch.arange(neurons) for _ in range(experts)]
         gate = Permutation(torch.cat([x + j * neurons for x, j in zip(inside, order.tolist(), strict=True)]))
         up: AxisAction = gate
@@ -189,6 +189,13 @@ class _Draw:
     def _paired(self, planes: Tensor, shape: HeadShape) -> Tensor:
         """The same number for both coordinates of each plane [*, d/2] to [*, d]."""
         return torch.cat((planes, planes), dim=-1).index_select(-1, torch.argsort(torch.tensor(shape.planes())))
+
+    def _experts(self, shape: MlpShape) -> Tensor:
+        """A random order of experts inside their groups, and of the groups."""
+        if shape.groups == 1:
+            return self._order(shape.experts)
+        size = shape.experts // shape.groups
+        return torch.cat([self._order(size) + group * size for group in self._order(shape.groups).tolist()])
 
     def _order(self, n: int) -> Tensor:
         """A random order that is not the identity (of more than one)."""

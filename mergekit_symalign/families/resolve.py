@@ -50,6 +50,7 @@ class Geometry:
     head_dim: int
     neurons: int
     experts: int = 1
+    groups: int = 1
     shared: int = 0
     dense: int = 0
     nope: int = 0
@@ -253,7 +254,8 @@ class ModelLayout:
     def mlp_shape(self, kind: BlockKind = BlockKind.mlp) -> MlpShape:
         """The neurons of one of a layer's MLPs, and which factors they have."""
         gated = self.family.mlp is MlpKind.gated
-        return MlpShape(*self.geometry.mlp(kind), self.neuron_scale, gated)
+        groups = self.geometry.groups if kind is BlockKind.mlp else 1
+        return MlpShape(*self.geometry.mlp(kind), self.neuron_scale, gated, groups)
 
     def _named(self, axis: str | tuple[str, ...], spec: TensorSpec) -> str | Fused:
         if isinstance(axis, str):
@@ -377,7 +379,7 @@ def _geometry(config: Any, family: Family, model: str) -> Geometry:
     sizes |= {key: sizes[key] or 0 for key in ("nope", "rope", "value", "kv_latent", "q_latent")}
     sizes["head_dim"] = sizes["head_dim"] or sizes["nope"] + sizes["rope"] or sizes["hidden"] // sizes["query_heads"]
     sizes["neurons"] = sizes["neurons"] or 4 * sizes["hidden"]
-    sizes["experts"] = sizes["experts"] or 1
+    sizes |= {key: sizes[key] or 1 for key in ("experts", "groups")}
     sizes["dense"] = sizes["dense"] or 0
     sizes["shared"] = prod(lookup(config, key) or 0 for key in family.sizes.shared) if family.sizes.shared else 0
     geometry = Geometry(**sizes)

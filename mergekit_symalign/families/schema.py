@@ -197,6 +197,7 @@ class SizeKeys(_Data):
     head_dim: Optional[str] = None
     neurons: str
     experts: Optional[str] = None
+    groups: Optional[str] = None  # of experts; a router that chooses groups first lets none leave its group
     shared: tuple[str, ...] = ()  # neurons of the shared expert: the product of these
     dense: Optional[str] = None  # neurons of the MLP of layers without experts
     nope: Optional[str] = None  # of multi-head latent attention: coordinates of a head without positions,

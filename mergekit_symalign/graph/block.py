@@ -112,6 +112,25 @@ class Block:
                     f"Use {name}: {wanted}, or value_output: orthogonal",
                 )
 
+    def require_possible_latents(self) -> None:
+        """Heads that share a latent are matched by their weights, towards one anchor.
+
+        Raises:
+            ConfigError: if something else is asked for.
+        """
+        if self.kind.is_mlp or self.layout.geometry.latent is None:
+            return
+        if all(self.agreed("alignment", model) is not None for model in self.moved()):
+            return
+        for name, wanted in (("objective", "weights"), ("anchor", "base")):
+            if self.agreed(name) != wanted:
+                raise ConfigError(
+                    f"parameter {name}",
+                    f"it is {self.agreed(name)} for {self.members[0][0].name}, but attention heads that share a latent "
+                    f"({self.layout.family.title}) are matched by their weights, towards one anchor",
+                    f"Use {name}: {wanted} for self_attn (a filter), or for the whole merge",
+                )
+
     def require_possible_consensus(self, moved: list[ModelReference]) -> None:
         """A consensus is found from weights, of all models at once.
 

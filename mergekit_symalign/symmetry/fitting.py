@@ -102,7 +102,10 @@ def _latent_lengths(shape: LatentShape) -> Mapping[str, int]:
 
 def _mlp_lengths(shape: MlpShape) -> Mapping[str, int]:
     """How many rows each axis of an MLP has."""
-    _require_counts("MlpShape", neurons=shape.neurons, experts=shape.experts)
+    _require_counts("MlpShape", neurons=shape.neurons, experts=shape.experts, groups=shape.groups)
+    if shape.experts % shape.groups:
+        reason = f"{shape.experts} experts cannot be in {shape.groups} groups of one size"
+        raise ShapeError("MlpShape", reason, "Take the counts from the model's config")
     axes = ("gate", "up", "down") if shape.gated else ("up", "down")
     router = {"expert": shape.experts} if shape.experts > 1 else {}
     return dict.fromkeys(axes, shape.neurons * shape.experts) | router

@@ -9,7 +9,7 @@ the shapes and numbers of every step, and then what the axes together have to ob
 - under a QK-norm queries and keys carry signs, and the gains factors, that both coordinates of a plane share;
 - heads that share a latent share the turns of their planes; a latent carries signs and an order that its gains follow,
   or a rotation and gains that its readers take up;
-- gate, up and down move the same neurons, experts move as wholes, and down divides by what up is multiplied by.
+- gate, up and down move the same neurons, experts move as wholes, in their groups, and down divides by what up is multiplied by.
 """
 
 from __future__ import annotations
@@ -281,6 +281,9 @@ def _check_mlp(actions: Mapping[str, AxisAction], shape: MlpShape, largest: Mapp
         _require(bool((gate.index == up.index).all()), "gate", "its neurons are not in the order of the up rows")
     positive = shape.scale is not NeuronScale.positive or bool((up.factor > 0).all())
     _require(positive, "up", "with this activation only positive factors keep the function")
+    size = shape.experts // shape.groups
+    group = expert.index.unflatten(0, (shape.groups, size)) // size
+    _require(bool((group == group[:, :1]).all()), "expert", "an expert leaves its group")
     of_expert = expert.index.repeat_interleave(shape.neurons)
     _require(bool((up.index // shape.neurons == of_expert).all()), "up", "a neuron leaves its expert")
 

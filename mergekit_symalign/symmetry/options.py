@@ -87,12 +87,14 @@ class MlpShape:
         experts: 1 for a dense MLP.
         scale: which factors its neurons have.
         gated: whether each neuron has a gate row.
+        groups: of experts, as many in each; experts change places inside their group, and groups as wholes.
     """
 
     neurons: int
     experts: int = 1
     scale: NeuronScale = NeuronScale.signed
     gated: bool = True
+    groups: int = 1
 
 
 @dataclass(frozen=True)
