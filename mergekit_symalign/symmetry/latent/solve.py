@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,15 +42,28 @@ def align_latent(sides: Sides, shape: LatentShape, use: Symmetries) -> Solved:
     Returns:
         The element; the route by which the order of the heads was proven, and the squared distances before and after.
     """
-    rotate = use.rotation is not Rotation.none and may_rotate(sides, shape)
     before = _distance(sides, shape, {})
-    search = _Search(sides, shape, use, rotate)
-    found = search.best()
-    if found.distance > before:
-        found = search.with_still_latents()
+    found = min(_candidates(sides, shape, use, before), key=lambda one: one.distance)
     facts = {"distance_before": before, "distance_after": found.distance}
     route = {} if found.heads.route is None else {"heads_route": found.heads.route}
     return Solved(BlockElement(found.actions), route | facts)
+
+
+def _candidates(sides: Sides, shape: LatentShape, use: Symmetries, before: float) -> Iterator[_Found]:
+    """Where latents keep their order and signs or not, where they rotate, and where they stay if neither is closer.
+
+    A rotation is found for readers in units of the gains, and may leave the stored ones farther apart than signs do.
+    """
+    signed = _Search(sides, shape, use, rotate=False)
+    if use.rotation is Rotation.none:
+        yield signed.with_still_latents()
+        return
+    found = [signed.best()]
+    if found[0].distance > 0 and may_rotate(sides, shape):
+        found.append(_Search(sides, shape, use, rotate=True).best())
+    yield from found
+    if min(one.distance for one in found) > before:
+        yield signed.with_still_latents()
 
 
 @dataclass(frozen=True)
@@ -78,8 +91,6 @@ class _Search:
     rotate: bool
 
     def best(self) -> _Found:
-        if self.use.rotation is Rotation.none:
-            return self.with_still_latents()
         compared = folded(self.sides, self.shape) if self.rotate else self.sides
         latents = best_latents(compared, self.shape, None, rotate=self.rotate)
         heads = align_latent_heads(with_latents(compared, self.shape, latents), self.shape, self.use)
