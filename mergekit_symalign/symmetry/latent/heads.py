@@ -31,6 +31,7 @@ from mergekit_symalign.symmetry.options import (
     Symmetries,
     ValueOutput,
 )
+from mergekit_symalign.symmetry.rows import compute_dtype
 from mergekit_symalign.symmetry.threads import in_parallel
 
 ORDERED = ("value", "attended", "q_nope", "k_nope", "q_pe")  # axes that an order of the heads moves
@@ -68,7 +69,7 @@ class MatchedLatentHeads:
 def align_latent_heads(
     sides: Sides, shape: LatentShape, use: Symmetries, planes: PlaneRotation | None = None
 ) -> MatchedLatentHeads:
-    """The best order of the heads, and the best turns and scales behind it.
+    """The best order of the heads, and the best turns and scales behind it (`turned_latent_heads`).
 
     Args:
         sides: axes q_nope, k_nope, q_pe, k_pe, value, attended; the model's latents stand as the anchor's do.
@@ -76,10 +77,23 @@ def align_latent_heads(
         use: what is admitted.
         planes: a guess for the order of the heads; from the shared key alone if not given.
     """
+    if not use.heads or shape.heads == 1:
+        return turned_latent_heads(sides, shape, use, None, None)
+    guess = planes or _by_key(sides, shape, rotate=use.rotation is not Rotation.none, scale=use.scaling)
+    return turned_latent_heads(sides, shape, use, *_order(sides, shape, use, guess))
+
+
+def turned_latent_heads(
+    sides: Sides, shape: LatentShape, use: Symmetries, order: Tensor | None, route: str | None
+) -> MatchedLatentHeads:
+    """The best turns and scales behind an order of the heads, each jointly optimal.
+
+    Args:
+        sides, shape, use: as for `align_latent_heads`.
+        order, route: of the heads.
+    """
     rotate = use.rotation is not Rotation.none
     admitted = rotate or use.scaling
-    guess = planes or _by_key(sides, shape, rotate=rotate, scale=use.scaling)
-    order, route = _order(sides, shape, use, guess) if use.heads and shape.heads > 1 else (None, None)
     turns: dict[str, AxisAction] = {}
     found = _planes(sides, shape, order, rotate=rotate, scale=use.scaling) if admitted else None
     if found is not None:
@@ -160,7 +174,7 @@ def _bounds(sides: Sides, shape: LatentShape, use: Symmetries) -> Tensor:
     norms = {name: _norms(sides[axis], shape.heads) for name, axis in names.items()}
 
     def row(i: int) -> Tensor:
-        value, key = (_with_all(sides[axis], shape.heads, i) for axis in ("value", "k_nope"))
+        value, key = (_with_all(sides[names[of]], shape.heads, i, norms[of][1]) for of in ("value", "key"))
         own = {name: (anchor.narrow(0, i, 1), model) for name, (anchor, model) in norms.items()}
         return whole_bounds(own, value, key, (), scale_values=use.scaling, scale_queries=use.scaling)
 
@@ -176,14 +190,14 @@ def _norms(side: Sequence[Pair], heads: int) -> tuple[Tensor, Tensor]:
     return one, other
 
 
-def _with_all(side: Sequence[Pair], heads: int, i: int) -> Moments:
+def _with_all(side: Sequence[Pair], heads: int, i: int, norms: Tensor) -> Moments:
     """Moments of one of the anchor's heads with all of the model's [1, heads, d, d]."""
     found = []
     for anchor, model in side:
-        a, b = anchor.unflatten(0, (heads, -1))[i].double(), model.unflatten(0, (heads, -1)).double()
-        found.append((a @ b.mT, b.square().sum(-1)))
-    cross, norms = (reduce(add, x) for x in zip(*found, strict=True))
-    return Moments(cross.unsqueeze(0), norms.unsqueeze(0))
+        b = model.to(compute_dtype(model.dtype))
+        a = anchor.unflatten(0, (heads, -1))[i].to(b.dtype)
+        found.append((a @ b.mT).double().unflatten(1, (heads, -1)).transpose(0, 1))
+    return Moments(reduce(add, found).unsqueeze(0), norms.unsqueeze(0))
 
 
 def _of_pairs(side: Sequence[Pair], heads: int, i: Tensor, j: Tensor) -> Moments:

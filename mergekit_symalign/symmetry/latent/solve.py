@@ -10,7 +10,7 @@ import torch
 from mergekit_symalign.symmetry.distance import total_distance
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction
-from mergekit_symalign.symmetry.latent.heads import MatchedLatentHeads, align_latent_heads
+from mergekit_symalign.symmetry.latent.heads import MatchedLatentHeads, align_latent_heads, turned_latent_heads
 from mergekit_symalign.symmetry.latent.latents import (
     READERS,
     Latents,
@@ -25,7 +25,7 @@ from mergekit_symalign.symmetry.options import LatentShape, Rotation, Sides, Sym
 from mergekit_symalign.symmetry.solved import Solved
 
 _ROUNDS = 4  # of heads for given latents, and latents for given heads
-_STILL = 1e-7  # change of a latent's element after which rounds end
+_STILL = 1e-4  # change of a latent's element after which rounds end
 
 
 def align_latent(sides: Sides, shape: LatentShape, use: Symmetries) -> Solved:
@@ -60,7 +60,7 @@ def _candidates(sides: Sides, shape: LatentShape, use: Symmetries, before: float
         return
     found = [signed.best()]
     if found[0].distance > 0 and may_rotate(sides, shape):
-        found.append(_Search(sides, shape, use, rotate=True).best())
+        found.append(_Search(sides, shape, use, rotate=True).best(found[0].heads))
     yield from found
     if min(one.distance for one in found) > before:
         yield signed.with_still_latents()
@@ -90,18 +90,28 @@ class _Search:
     use: Symmetries
     rotate: bool
 
-    def best(self) -> _Found:
+    def best(self, start: MatchedLatentHeads | None = None) -> _Found:
+        """From the rows that write the latents, and from an order of the heads if one is known."""
         compared = folded(self.sides, self.shape) if self.rotate else self.sides
         latents = best_latents(compared, self.shape, None, rotate=self.rotate)
-        heads = align_latent_heads(with_latents(compared, self.shape, latents), self.shape, self.use)
+        heads, matched = self._heads(compared, latents, start), start is None
         for _ in range(_ROUNDS):
             following = best_latents(compared, self.shape, heads.actions(self.shape), rotate=self.rotate)
             if are_same(latents, following, _STILL):
                 break
-            latents = following
+            latents, matched = following, False
+            heads = self._heads(compared, latents, heads)
+        if not matched:
             moved = with_latents(compared, self.shape, latents)
             heads = align_latent_heads(moved, self.shape, self.use, heads.planes)
         return self._found(heads, latents)
+
+    def _heads(self, compared: Sides, latents: Latents, known: MatchedLatentHeads | None) -> MatchedLatentHeads:
+        """The best heads for given latents, in an order that is known if one is."""
+        moved = with_latents(compared, self.shape, latents)
+        if known is None:
+            return align_latent_heads(moved, self.shape, self.use)
+        return turned_latent_heads(moved, self.shape, self.use, known.order, known.route)
 
     def with_still_latents(self) -> _Found:
         return self._found(align_latent_heads(self.sides, self.shape, self.use), {})
