@@ -17,6 +17,7 @@ from mergekit_symalign.symmetry.groups import (
     Chain,
     HeadMatrix,
     HeadRotation,
+    PerHead,
     Permutation,
     PlaneRotation,
     Rotation,
@@ -27,7 +28,8 @@ from mergekit_symalign.symmetry.groups import (
 from mergekit_symalign.symmetry.heads.coordinates import order_within, within_heads
 from mergekit_symalign.symmetry.heads.order import HeadOrder, moved_axes
 from mergekit_symalign.symmetry.heads.solve import per_query_head
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.latent.heads import MatchedLatentHeads
+from mergekit_symalign.symmetry.options import BlockShape, GainScope, HeadShape, LatentShape, MlpShape, NeuronScale
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind, centred_basis
 
 Elements = dict[tuple[Layer, BlockKind], BlockElement]
@@ -91,8 +93,25 @@ class _Draw:
     generator: torch.Generator
     what: Planted
 
-    def block(self, shape: HeadShape | MlpShape) -> BlockElement:
-        return self.mlp(shape) if isinstance(shape, MlpShape) else self.attention(shape)
+    def block(self, shape: BlockShape) -> BlockElement:
+        if isinstance(shape, MlpShape):
+            return self.mlp(shape)
+        return self.latent(shape) if isinstance(shape, LatentShape) else self.attention(shape)
+
+    def latent(self, shape: LatentShape) -> BlockElement:
+        still, value = self._heads(shape.heads, shape.nope), self._values(shape.heads, shape.value)
+        query = self._query(HeadShape(1, 1, shape.rope, shape.rope, shape.interleaved))
+        assert isinstance(query, PerHead)
+        actions: dict[str, AxisAction] = {"value": value, "attended": value.dual()}
+        actions |= {"q_nope": still, "k_nope": still.dual()}
+        actions |= {"q_pe": query.per_query_head(shape.heads), "k_pe": query.dual()}
+        order = torch.randperm(shape.heads, generator=self.generator) if self.what.heads else None
+        moved = MatchedLatentHeads(order, None, None, actions).actions(shape)
+        for axis, size in shape.latents().items() if self.what.rotation else ():
+            index = Permutation(self._order(size))
+            signed = Chain((index, Scaling(self._signs(size))))
+            moved |= {axis: signed, f"{axis}_read": signed, f"{axis}_gain": index}
+        return BlockElement(moved)
 
     def attention(self, shape: HeadShape) -> BlockElement:
         value = self._values(shape.kv_heads, shape.head_dim)
@@ -107,7 +126,7 @@ class _Draw:
 
     def mlp(self, shape: MlpShape) -> BlockElement:
         neurons, experts, permute = shape.neurons, shape.experts, self.what.permutation
-        order = self._order(experts) if permute else torch.arange(experts)
+        order = self._experts(shape) if permute else torch.arange(experts)
         inside = [self._order(neurons) if permute else torch.arange(neurons) for _ in range(experts)]
         gate = Permutation(torch.cat([x + j * neurons for x, j in zip(inside, order.tolist(), strict=True)]))
         up: AxisAction = gate
@@ -186,6 +205,13 @@ class _Draw:
         half = shape.rotary // 2
         place = torch.argsort(torch.tensor([*shape.planes(), *shape.rest()]))
         return torch.cat((numbers[..., :half], numbers), dim=-1).index_select(-1, place)
+
+    def _experts(self, shape: MlpShape) -> Tensor:
+        """A random order of experts inside their groups, and of the groups."""
+        if shape.groups == 1:
+            return self._order(shape.experts)
+        size = shape.experts // shape.groups
+        return torch.cat([self._order(size) + group * size for group in self._order(shape.groups).tolist()])
 
     def _order(self, n: int) -> Tensor:
         """A random order that is not the identity (of more than one)."""

@@ -21,6 +21,7 @@ QWEN |= {"tie_word_embeddings": False, "vision_end_token_id": 93}
 DEEP = {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 16}
 GEMMA2 = {"model_type": "gemma2"} | SLIDING
 SHARED = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+SPARSE = {"first_k_dense_replace": 1, "n_group": 2}
 UNTIED = {"tie_word_embeddings": False}
 
 # Name -> transformers class, and its config beyond the sizes.
@@ -65,6 +66,15 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("MptForCausalLM", {"max_seq_len": 64}),
     "mpnet": ("MPNetForMaskedLM", {}),
     "mpnet-bare": ("MPNetModel", {}),
+    "minicpm3": ("MiniCPM3ForCausalLM", {"attention_bias": True} | UNTIED),
+    "youtu": ("YoutuForCausalLM", UNTIED | {"pad_token_id": None}),
+    "deepseek-v2": ("DeepseekV2ForCausalLM", SPARSE | {"topk_method": "group_limited_greedy"}),
+    "deepseek-v2-lite": ("DeepseekV2ForCausalLM", SPARSE | {"q_lora_rank": None, "n_group": 1}),
+    "deepseek-v3": ("DeepseekV3ForCausalLM", SPARSE | {"attention_bias": True}),
+    "deepseek-v3-halves": ("DeepseekV3ForCausalLM", SPARSE | {"rope_interleave": False, "q_lora_rank": None}),
+    "mistral4": ("Mistral4ForCausalLM", SPARSE),
+    "glm4.7-flash": ("Glm4MoeLiteForCausalLM", {}),
+    "axk1": ("AXK1ForCausalLM", {"mlp_layer_types": ["dense", "sparse"]}),
     "xlm-roberta": ("XLMRobertaModel", {}),
     "camembert": ("CamembertForMaskedLM", {}),
     "modernbert-bare": ("ModernBertModel", {}),

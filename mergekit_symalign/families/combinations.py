@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mergekit_symalign.errors import ArchitectureError
-from mergekit_symalign.families.schema import BlockKind, Family, Positions, TensorSpec
+from mergekit_symalign.families.schema import LATENT_AXES, BlockKind, Family, Positions, TensorSpec
 from mergekit_symalign.symmetry.options import GainScope
 
 _HEADS = ("query", "key", "value", "attended")
 _GAINS = ("query_gain", "key_gain")
+_OF_LATENT = sorted(axis for axis in LATENT_AXES if not axis.startswith("q_latent"))
 
 
 def require_known(family: Family) -> None:
@@ -38,8 +39,16 @@ def _problems(family: Family) -> Iterator[str]:
 
 def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
     attention = family.attention
-    if missing := [axis for axis in _HEADS if axis not in axes]:
+    latent = family.sizes.kv_latent is not None
+    if missing := [axis for axis in (_OF_LATENT if latent else _HEADS) if axis not in axes]:
         yield f"no tensor of a layer has the axis {missing[0]}"
+    foreign = ({*_HEADS, *_GAINS} - LATENT_AXES if latent else LATENT_AXES - {*_HEADS}) & axes
+    if foreign:
+        yield f"sizes.kv_latent is {'' if latent else 'not '}given, but a tensor has the axis {min(foreign)}"
+    if latent and None in (family.sizes.nope, family.sizes.rope, family.sizes.value):
+        yield "sizes.kv_latent needs nope, rope and value beside it"
+    if latent and (attention.norm is not GainScope.none or attention.rotary_factor or attention.without_rope):
+        yield "sizes.kv_latent is given, and such heads have no norm, and rope coordinates that turn in all layers"
     if attention.positions is Positions.none and (attention.rotary_factor or attention.without_rope):
         yield "attention.positions is none, so no part of a head turns and no layer is without RoPE"
     if attention.head_bias is True and attention.positions is not Positions.none:

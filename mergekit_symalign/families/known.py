@@ -169,12 +169,20 @@ def _apart(name: str, raw: Raw) -> Iterator[tuple[str, Raw]]:
 
 
 def _inherit(raw: Mapping[str, Raw], name: str) -> Raw:
-    """A family file over the one it extends: mappings are merged, null removes an entry, all else is replaced."""
+    """A family file over those it extends: mappings are merged, null removes an entry, all else is replaced.
+
+    Of several that it extends, the first gives all that it has, the others what their own files say.
+    """
     own = dict(raw[name])
-    parent = own.pop(_EXTENDS, None)
-    if parent is not None and parent not in raw:
-        raise ArchitectureError(f"family {name}", f"it extends {parent}, which there is not", "Correct the file")
-    return own if parent is None else _overlaid(_inherit(raw, parent), own)
+    parents = own.pop(_EXTENDS, None) or ()
+    parents = (parents,) if isinstance(parents, str) else tuple(parents)
+    for parent in parents:
+        if parent not in raw:
+            raise ArchitectureError(f"family {name}", f"it extends {parent}, which there is not", "Correct the file")
+    found = _inherit(raw, parents[0]) if parents else {}
+    for parent in parents[1:]:
+        found = _overlaid(found, {key: value for key, value in raw[parent].items() if key != _EXTENDS})
+    return _overlaid(found, own) if parents else own
 
 
 def _overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> Raw:

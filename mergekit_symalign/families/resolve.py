@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from math import prod
@@ -15,6 +15,7 @@ from mergekit_symalign.families.known import OTHERWISE, families, family_of, loo
 from mergekit_symalign.families.layers import layers_where
 from mergekit_symalign.families.schema import (
     MLP_AXES,
+    AttentionSpec,
     BlockKind,
     Family,
     MlpKind,
@@ -24,7 +25,15 @@ from mergekit_symalign.families.schema import (
 )
 from mergekit_symalign.families.towers import Layer, TowerLayer
 from mergekit_symalign.symmetry.element import Fused, TensorAxes
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.options import (
+    AttentionShape,
+    BlockShape,
+    GainScope,
+    HeadShape,
+    LatentShape,
+    MlpShape,
+    NeuronScale,
+)
 
 __all__ = ["families", "lookup", "supported_architectures"]  # of `known`
 
@@ -43,12 +52,20 @@ class Geometry:
     head_dim: int
     neurons: int
     experts: int = 1
+    groups: int = 1
     shared: int = 0
     dense: int = 0
+    nope: int = 0
+    rope: int = 0
+    value: int = 0
+    kv_latent: int = 0
+    q_latent: int = 0
 
     def length(self, axis: str, gains: GainScope = GainScope.head) -> int | None:
         """Whole length of an axis of a block, or None where any is right (vocabulary, labels)."""
         every = gains.per_head
+        if self.latent is not None and axis in (lengths := self.latent.lengths()):
+            return lengths[axis]
         return {
             "query": self.query_heads * self.head_dim,
             "attended": self.query_heads * self.head_dim,
@@ -65,6 +82,13 @@ class Geometry:
             **{f"dense.{one}": self.dense for one in ("gate", "up", "down")},
             "residual": self.hidden,
         }.get(axis)
+
+    @property
+    def latent(self) -> LatentShape | None:
+        """Of multi-head latent attention, with planes that are not interleaved; None for any other."""
+        if not self.kv_latent:
+            return None
+        return LatentShape(self.query_heads, self.nope, self.rope, self.value, self.kv_latent, self.q_latent)
 
     def mlp(self, kind: BlockKind) -> tuple[int, int]:
         """Neurons and experts of one of a layer's MLPs."""
@@ -134,6 +158,7 @@ class ModelLayout:
         outside: tensors outside the layers, by name.
         inside: tensors of the layers, by the rest of their name; `parts` are those of one layer.
         rotary: coordinates of each head that RoPE turns, in layers that have it.
+        interleaved: rotary planes are neighbouring coordinates.
         without_rope: layers that have none.
         norm: normalisation of queries and keys.
         locked: each head has a bias of positions of its own.
@@ -151,6 +176,7 @@ class ModelLayout:
     outside: Mapping[str, TensorSpec]
     inside: Mapping[str, TensorSpec]
     rotary: int
+    interleaved: bool = False
     without_rope: frozenset[int] = frozenset()
     norm: GainScope = GainScope.none
     locked: bool = False
@@ -276,7 +302,7 @@ class ModelLayout:
         """The tensors of a block, by their name inside the layer."""
         return {part: spec for part, spec in self.inside.items() if spec.block is kind}
 
-    def block_shape(self, layer: Layer, kind: BlockKind) -> HeadShape | MlpShape:
+    def block_shape(self, layer: Layer, kind: BlockKind) -> BlockShape:
         """The heads or neurons of a block."""
         of, index = self.stack(layer)
         return of.mlp_shape(kind) if kind.is_mlp else of.head_shape(index)
@@ -301,19 +327,21 @@ class ModelLayout:
         names[i] = names.pop(j)
         return TensorAxes(tuple(names), (i, j, self.shape(spec)[j] or 0), spec.offset)
 
-    def head_shape(self, layer: int) -> HeadShape:
+    def head_shape(self, layer: int) -> AttentionShape:
         """The heads of a layer, and how positions enter its queries and keys."""
         g, attention = self.geometry, self.family.attention
+        if g.latent is not None:
+            return replace(g.latent, interleaved=self.interleaved)
         turning = attention.positions is not Positions.none and layer not in self.without_rope and not self.locked
         rotary = self.rotary if turning else 0
-        interleaved = attention.positions is Positions.rope_interleaved
         numbered = any("query_head" in spec.axes for spec in self.inside.values())
         sizes = (g.query_heads, g.kv_heads, g.head_dim, rotary)
-        return HeadShape(*sizes, interleaved, self.norm, numbered, self.locked)
+        return HeadShape(*sizes, self.interleaved, self.norm, numbered, self.locked)
 
     def mlp_shape(self, kind: BlockKind = BlockKind.mlp) -> MlpShape:
         """The neurons of one of a layer's MLPs, and which factors they have."""
-        return MlpShape(*self.geometry.mlp(kind), self.neuron_scale, self.family.mlp.has_gate)
+        groups = self.geometry.groups if kind is BlockKind.mlp else 1
+        return MlpShape(*self.geometry.mlp(kind), self.neuron_scale, self.family.mlp.has_gate, groups)
 
     def _named(self, axis: str | tuple[str, ...], spec: TensorSpec) -> str | Fused:
         if isinstance(axis, str):
@@ -403,6 +431,7 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
         outside=_present(config, {family.prefix + k: x for k, x in family.tensors.items()} | family.task_heads),
         inside=inside,
         rotary=_rotary(config, family, geometry, model),
+        interleaved=_interleaved(config, attention),
         without_rope=layers_where(flat, config, layers, family.layer_kinds) if flat else frozenset(),
         norm=attention.norm if normalised else GainScope.none,
         locked=_is_locked(config, attention.head_bias),
@@ -469,9 +498,10 @@ def _geometry(config: Any, family: Family, model: str) -> Geometry:
     keys = family.sizes.model_dump(exclude={"layers", "shared"})
     sizes: dict[str, Any] = {key: lookup(config, where) if where is not None else None for key, where in keys.items()}
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["query_heads"]
-    sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["query_heads"]
+    sizes |= {key: sizes[key] or 0 for key in ("nope", "rope", "value", "kv_latent", "q_latent")}
+    sizes["head_dim"] = sizes["head_dim"] or sizes["nope"] + sizes["rope"] or sizes["hidden"] // sizes["query_heads"]
     sizes["neurons"] = sizes["neurons"] or 4 * sizes["hidden"]
-    sizes["experts"] = sizes["experts"] or 1
+    sizes |= {key: sizes[key] or 1 for key in ("experts", "groups")}
     sizes["dense"] = sizes["dense"] or 0
     sizes["shared"] = prod(lookup(config, key) or 0 for key in family.sizes.shared) if family.sizes.shared else 0
     geometry = Geometry(**sizes)
@@ -481,14 +511,26 @@ def _geometry(config: Any, family: Family, model: str) -> Geometry:
             f"{geometry.query_heads} query heads cannot share {geometry.kv_heads} KV heads evenly",
             "Check the model's config.json",
         )
+    if geometry.latent is not None and geometry.query_heads != geometry.kv_heads:
+        raise ArchitectureError(
+            f"model {model}",
+            f"it has {geometry.query_heads} query heads and {geometry.kv_heads} KV heads, but heads that share a "
+            "latent have keys of their own",
+            "Check the model's config.json",
+        )
     return geometry
+
+
+def _interleaved(config: Any, attention: AttentionSpec) -> bool:
+    when = attention.interleaved_when
+    return attention.positions is Positions.rope_interleaved or (when is not None and bool(lookup(config, when)))
 
 
 def _rotary(config: Any, family: Family, geometry: Geometry, model: str) -> int:
     """How many coordinates of each head RoPE turns."""
     factors = [lookup(config, key) for key in family.attention.rotary_factor]
     factor = next((f for f in factors if f is not None), 1.0)
-    rotary = int(geometry.head_dim * factor)
+    rotary = int((geometry.rope or geometry.head_dim) * factor)
     if rotary % 2 and family.attention.positions is not Positions.none:
         what = f"head dimension {rotary}" if factor == 1 else f"rotary part {rotary} of the head dimension"
         raise ArchitectureError(

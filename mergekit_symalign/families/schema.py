@@ -17,6 +17,14 @@ axis                 length                                      moved by
 ``expert``           experts                                     expert permutation
 ``head``             query or KV heads (beside a gain)           with the gain
 ``query_head``       query heads (numbers of each: sinks)        order of the heads
+``q_nope``           heads × coordinates without positions       query/key element
+``k_nope``           the same                                    its dual
+``q_pe``             heads × coordinates that turn               query/key planes, one for all heads
+``k_pe``             coordinates that turn                       its dual
+``kv_latent``        latent of keys and values                   latent element
+``kv_latent_gain``   the same, of its norm                       latent element, without signs
+``kv_latent_read``   the same, of what reads it                  latent element
+``q_latent``, …      latent of queries                           the same
 ``residual``         hidden size                                 residual element of the whole model
 ``vocabulary``       vocabulary, whatever its size               nothing
 ``position``         learned positions                           nothing
@@ -29,6 +37,8 @@ the decoder is then the embedding. One that a classifier reads moves along, whic
 ``expert`` beside a neuron axis and ``head`` beside a gain are stored apart and belong together: the symmetry acts on
 experts × neurons, heads × coordinates.
 
+The axes from ``q_nope`` on are of multi-head latent attention, beside ``value`` and ``attended``.
+
 A layer may have further MLPs: an expert that every token passes (``shared.gate``, ``shared.up``, ``shared.down``), and
 the MLP of those layers that have no experts (``dense.gate``, …).
 """
@@ -40,7 +50,7 @@ from typing import Any, Literal, Optional, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mergekit_symalign.symmetry.options import GainScope
+from mergekit_symalign.symmetry.options import GainScope, LatentShape
 
 Axis = Literal[
     "query",
@@ -61,15 +71,25 @@ Axis = Literal[
     "dense.up",
     "dense.down",
     "head",
+    "q_nope",
+    "k_nope",
+    "q_pe",
+    "k_pe",
+    "kv_latent",
+    "kv_latent_gain",
+    "kv_latent_read",
+    "q_latent",
+    "q_latent_gain",
+    "q_latent_read",
     "residual",
     "vocabulary",
     "position",
     "other",
 ]
 
-ATTENTION_AXES: frozenset[str] = frozenset(
-    ("query", "key", "value", "attended", "query_gain", "key_gain", "query_head")
-)
+LATENT_AXES: frozenset[str] = frozenset(LatentShape(1, 1, 2, 1, 1, 1).lengths())
+HEAD_AXES: frozenset[str] = frozenset(("query", "key", "value", "attended", "query_gain", "key_gain", "query_head"))
+ATTENTION_AXES: frozenset[str] = HEAD_AXES | LATENT_AXES
 MLP_AXES: frozenset[str] = frozenset(("gate", "up", "down", "expert"))
 
 
@@ -188,8 +208,14 @@ class SizeKeys(_Data):
     head_dim: Optional[str] = None
     neurons: Optional[str] = None
     experts: Optional[str] = None
+    groups: Optional[str] = None  # of experts; a router that chooses groups first lets none leave its group
     shared: tuple[str, ...] = ()  # neurons of the shared expert: the product of these
     dense: Optional[str] = None  # neurons of the MLP of layers without experts
+    nope: Optional[str] = None  # of multi-head latent attention: coordinates of a head without positions,
+    rope: Optional[str] = None  # that turn,
+    value: Optional[str] = None  # and of its value;
+    kv_latent: Optional[str] = None  # of the latent of keys and values,
+    q_latent: Optional[str] = None  # and of the latent of queries
 
     def config_keys(self) -> tuple[str, ...]:
         """All config keys that are named here."""
@@ -229,6 +255,7 @@ class AttentionSpec(_Data):
 
     Attributes:
         positions: how positions enter.
+        interleaved_when: config key; planes are neighbouring coordinates, as for ``rope_interleaved``, if that is true.
         rotary_factor: config keys of the share of each head that RoPE turns; the first that is there counts.
         without_rope: layers that are an exception.
         norm: normalisation of queries and keys.
@@ -238,6 +265,7 @@ class AttentionSpec(_Data):
     """
 
     positions: Positions
+    interleaved_when: Optional[str] = None
     rotary_factor: tuple[str, ...] = ()
     without_rope: Optional[LayersWhere] = None
     norm: GainScope = GainScope.none

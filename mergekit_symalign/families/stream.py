@@ -12,7 +12,7 @@ from mergekit_symalign.errors import ParameterError
 from mergekit_symalign.families.resolve import ModelLayout, lookup
 from mergekit_symalign.families.schema import BlockKind, StreamNorm, TensorSpec
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import HeadShape, Symmetries
+from mergekit_symalign.symmetry.options import AttentionShape, Symmetries
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, Residual, ResidualKind
 from mergekit_symalign.symmetry.residual.scope import Block, Norm, Scope
 
@@ -127,7 +127,7 @@ def layer_scope(
     layer: int,
     names: Collection[str],
     use: Mapping[str, Symmetries] | None = None,
-    heads: HeadShape | None = None,
+    heads: AttentionShape | None = None,
 ) -> Scope:
     """A layer of a model, by the names inside it.
 

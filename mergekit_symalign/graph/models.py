@@ -124,6 +124,13 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
             "a rotation before the norm's gains breaks the model",
             "Use rotation: exact",
         )
+    if kind is BlockKind.attention and use.rotation is Rotation.full and layout.geometry.latent is not None:
+        raise ConfigError(
+            "parameter rotation",
+            f"full is not possible for {layout.family.title}: the keys that turn with the position are one for all "
+            "heads, and no matrix of a head can turn them",
+            "Use rotation: exact",
+        )
     if not 1 < use.condition <= CONDITION:
         raise ParameterError(
             "parameter condition",

@@ -33,7 +33,15 @@ from mergekit_symalign.symmetry.groups import (
 )
 from mergekit_symalign.symmetry.heads.order import moved_axes
 from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS, per_query_head
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Symmetries, ValueOutput
+from mergekit_symalign.symmetry.options import (
+    BlockShape,
+    HeadShape,
+    LatentShape,
+    MlpShape,
+    NeuronScale,
+    Symmetries,
+    ValueOutput,
+)
 from mergekit_symalign.symmetry.options import Rotation as Turns
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind
 from mergekit_symalign.symmetry.solve import without_identities
@@ -76,6 +84,18 @@ class Learned(ABC):
         axes = dict.fromkeys((*self.fixed.actions, *acting))
         steps = {axis: tuple(of[axis] for of in (self.fixed.actions, acting) if axis in of) for axis in axes}
         return without_identities(BlockElement({axis: shortest(Chain(of)) for axis, of in steps.items()}))
+
+
+@dataclass(frozen=True)
+class Still(Learned):
+    """An element of which nothing is learned: heads that share a latent stay as they were solved."""
+
+    fixed: BlockElement
+    numbers: Numbers = field(default_factory=dict)
+    manifolds: Mapping[str, Manifold] = field(default_factory=dict)
+
+    def element(self, numbers: Numbers) -> BlockElement:
+        return BlockElement({})
 
 
 @dataclass(frozen=True)
@@ -234,9 +254,7 @@ class LearnedNeurons(Learned):
         return BlockElement({axis: Chain(of) for axis, of in steps.items() if of})
 
 
-def learned_block(
-    element: BlockElement, shape: HeadShape | MlpShape, use: Symmetries, *, orders: bool = False
-) -> Learned:
+def learned_block(element: BlockElement, shape: BlockShape, use: Symmetries, *, orders: bool = False) -> Learned:
     """What is learned of a block's element.
 
     Args:
@@ -247,6 +265,8 @@ def learned_block(
     """
     if isinstance(shape, MlpShape):
         return LearnedNeurons.of(element, shape, use, orders=orders)
+    if isinstance(shape, LatentShape):
+        return Still(element)
     return LearnedHeads.of(element, shape, use, orders=orders)
 
 

@@ -151,7 +151,7 @@ def align_mlp(sides: Sides, shape: MlpShape, use: Symmetries) -> Solved:
     if not use.permutation and scale is NeuronScale.none:
         return Solved(BlockElement({}))
     if shape.experts > 1:
-        experts, gate, up = align_experts(sides, shape.experts, permute=use.permutation, scale=scale)
+        experts, gate, up = align_experts(sides, shape, permute=use.permutation, scale=scale)
         return Solved(_neurons({"expert": experts}, gate, up, sides))
     pairs = NeuronPairs(sides.get("gate", ()), sides["up"], sides["down"])
     found = align_neurons(pairs, permute=use.permutation, scale=scale)

@@ -8,13 +8,15 @@ the shapes and numbers of every step, and then what the axes together have to ob
 - attended values are read by the inverse transpose of what writes them, keys carry the inverse transpose of queries;
 - under a QK-norm coordinates that turn stay, others may change places within their head; queries and keys carry signs,
   and the gains factors, that both coordinates of a plane share;
-- gate, up and down move the same neurons, experts move as wholes, and down divides by what up is multiplied by.
+- heads that share a latent share the turns of their planes; a latent carries signs and an order that its gains follow,
+  or a rotation and gains that its readers take up;
+- gate, up and down move the same neurons, experts move as wholes and inside their groups, and down divides by what up
+  is multiplied by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,9 +25,10 @@ from mergekit_symalign.symmetry.admitted import Admitted, admitted
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, HeadMatrix, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS
+from mergekit_symalign.symmetry.latent.membership import check_latent, check_latent_heads
 from mergekit_symalign.symmetry.normed_heads import check_coordinates
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale
-from mergekit_symalign.symmetry.steps import TOLERANCE, MovedRows, require, require_size, steps_of
+from mergekit_symalign.symmetry.options import BlockShape, HeadShape, LatentShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.steps import TOLERANCE, MovedHeads, MovedRows, is_identity, require, steps_of
 
 LARGEST = 2.0**60  # of factors, and of their inverses: weights and their products stay within float32's range
 CONDITION = 1e4  # of general matrices: beyond it, weights in bfloat16 have nothing left of what it shrinks
@@ -36,7 +39,7 @@ _FACTORS = ("factor", "scale", "plane_scale")
 
 def require_symmetry(
     element: BlockElement,
-    shape: HeadShape | MlpShape,
+    shape: BlockShape,
     *,
     full: bool = False,
     largest: Mapping[str, float] | None = None,
@@ -54,9 +57,14 @@ def require_symmetry(
     """
     for axis, action in element.actions.items():
         _check_steps(axis, action, admitted(axis, shape, full=full))
-    limits = dict.fromkeys((*HEAD_AXES, *GAIN_AXES, "up", "down"), LARGEST) | dict(largest or {})
+    own = tuple(shape.lengths()) if isinstance(shape, LatentShape) else (*HEAD_AXES, *GAIN_AXES, "up", "down")
+    limits = dict.fromkeys(own, LARGEST) | dict(largest or {})
     if isinstance(shape, MlpShape):
         _check_mlp(element.actions, shape, limits)
+    elif isinstance(shape, LatentShape):
+        check_latent_heads(element.actions, shape, limits)
+        for axis, size in shape.latents().items():
+            check_latent(element.actions, axis, size, limits)
     else:
         _check_heads(element.actions, shape, limits)
 
@@ -99,53 +107,13 @@ def _check_numbers(axis: str, step: AxisAction) -> None:
         require(bounded, axis, f"a matrix of its {step.kind} has a condition number above {CONDITION:.0f}")
     elif matrix is not None:
         exact = matrix.double()
-        require(_is_identity(exact.mT @ exact), axis, f"a matrix of its {step.kind} is not orthogonal")
-
-
-def _is_identity(x: Tensor) -> bool:
-    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return bool(((x - eye).abs() <= TOLERANCE).all())
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """An action on heads: slot ``i`` takes head ``order[i]`` and multiplies it by ``matrix[i]``.
-
-    Attributes:
-        order: int64 [heads].
-        matrix: float64 [heads, d, d].
-    """
-
-    order: Tensor
-    matrix: Tensor
-
-    @staticmethod
-    def moved_by(action: AxisAction | None, axis: str, heads: int, d: int, largest: float) -> _Heads:
-        order, matrix = torch.arange(heads), torch.eye(d, dtype=torch.float64).repeat(heads, 1, 1)
-        for step in steps_of(action):
-            if isinstance(step, Permutation):
-                moved = _order_of_wholes(step.index, heads, axis, "heads")
-                order, matrix = order[moved], matrix[moved]
-            else:
-                matrix = step.transform(matrix.flatten(0, 1)).unflatten(0, (heads, d))
-                require_size(axis, matrix.square().sum(-1).sqrt(), largest)
-        return _Heads(order, matrix)
-
-
-def _order_of_wholes(index: Tensor, wholes: int, axis: str, what: str) -> Tensor:
-    """The order of heads, from an index of their coordinates."""
-    parts = index.long().unflatten(0, (wholes, -1))
-    d = parts.shape[1]
-    order = parts.select(1, 0) // d
-    moved = order.unsqueeze(1) * d + torch.arange(d)
-    require(bool((parts == moved).all()), axis, f"it moves parts of {what}, which move as wholes")
-    return order
+        require(is_identity(exact.mT @ exact), axis, f"a matrix of its {step.kind} is not orthogonal")
 
 
 def _check_heads(actions: Mapping[str, AxisAction], shape: HeadShape, largest: Mapping[str, float]) -> None:
     d, group = shape.head_dim, shape.queries_per_kv
     axes = ("value", "attended") if shape.qk_norm else HEAD_AXES
-    heads = {axis: _Heads.moved_by(actions.get(axis), axis, shape.heads(axis), d, largest[axis]) for axis in axes}
+    heads = {axis: MovedHeads.by(actions.get(axis), axis, shape.heads(axis), d, largest[axis]) for axis in axes}
     orders = {axis: found.order for axis, found in heads.items()}
     orders |= check_coordinates(actions, shape, largest) if shape.qk_norm else {}
     require(bool((orders["key"] == orders["value"]).all()), "key", "its heads are not in the order of the value heads")
@@ -165,7 +133,7 @@ def _check_heads(actions: Mapping[str, AxisAction], shape: HeadShape, largest: M
         if wide in heads:
             product = heads[wide].matrix.mT @ heads[narrow].matrix.repeat_interleave(group, dim=0)
             axis, other = (wide, narrow) if wide == "attended" else (narrow, wide)
-            require(_is_identity(product), axis, f"it is not the inverse transpose of {other}")
+            require(is_identity(product), axis, f"it is not the inverse transpose of {other}")
 
 
 def _check_mlp(actions: Mapping[str, AxisAction], shape: MlpShape, largest: Mapping[str, float]) -> None:
@@ -179,5 +147,8 @@ def _check_mlp(actions: Mapping[str, AxisAction], shape: MlpShape, largest: Mapp
         require(bool((gate.index == up.index).all()), "gate", "its neurons are not in the order of the up rows")
     positive = shape.scale is not NeuronScale.positive or bool((up.factor > 0).all())
     require(positive, "up", "with this activation only positive factors keep the function")
+    in_group = shape.experts // shape.groups
+    group = expert.index.unflatten(0, (shape.groups, in_group)) // in_group
+    require(bool((group == group[:, :1]).all()), "expert", "an expert leaves its group")
     of_expert = expert.index.repeat_interleave(shape.neurons)
     require(bool((up.index // shape.neurons == of_expert).all()), "up", "a neuron leaves its expert")

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+VALUES = ("value", "attended")  # axes
+
 GREATEST_CONDITION = 100.0  # of a general matrix of values, unless the user says otherwise
 
 Pair = tuple[Tensor, Tensor]
@@ -93,12 +95,60 @@ class MlpShape:
         experts: 1 for a dense MLP.
         scale: which factors its neurons have.
         gated: whether each neuron has a gate row.
+        groups: of experts, as many in each; experts change places inside their group, and groups as wholes.
     """
 
     neurons: int
     experts: int = 1
     scale: NeuronScale = NeuronScale.signed
     gated: bool = True
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """The shape of an attention whose keys and values come from a latent that all heads share (MLA).
+
+    Attributes:
+        heads: count.
+        nope: coordinates of a head's query and key without positions.
+        rope: those that turn with the position; the key's are one for all heads.
+        value: of a head's value.
+        kv_latent: of the latent that keys and values are read from.
+        q_latent: of the latent that queries are read from; 0 without one.
+        interleaved: rotary planes are ``(2i, 2i + 1)`` instead of ``(i, i + rope/2)``.
+    """
+
+    heads: int
+    nope: int
+    rope: int
+    value: int
+    kv_latent: int
+    q_latent: int = 0
+    interleaved: bool = False
+
+    @property
+    def rotary(self) -> int:
+        return self.rope
+
+    def latents(self) -> dict[str, int]:
+        """The axes of the latents, and how many coordinates they have."""
+        return {"kv_latent": self.kv_latent} | ({"q_latent": self.q_latent} if self.q_latent else {})
+
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """How many heads each axis of heads has, and how many coordinates a head."""
+        h = self.heads
+        still = dict.fromkeys(("q_nope", "k_nope"), (h, self.nope))
+        return still | {"q_pe": (h, self.rope), "k_pe": (1, self.rope)} | dict.fromkeys(VALUES, (h, self.value))
+
+    def lengths(self) -> dict[str, int]:
+        """The length of every axis."""
+        heads = {axis: n * d for axis, (n, d) in self.parts().items()}
+        return heads | {axis + part: n for axis, n in self.latents().items() for part in ("", "_gain", "_read")}
+
+    def planes(self) -> list[int]:
+        """The coordinates that turn: first those of all planes, then their partners."""
+        return HeadShape(1, 1, self.rope, self.rope, self.interleaved).planes()
 
 
 @dataclass(frozen=True)
@@ -176,3 +226,7 @@ class HeadShape:
     @property
     def queries_per_kv(self) -> int:
         return self.query_heads // self.kv_heads
+
+
+AttentionShape = HeadShape | LatentShape
+BlockShape = AttentionShape | MlpShape

@@ -40,6 +40,46 @@ class MovedRows:
         return MovedRows(index, factor)
 
 
+def is_identity(x: Tensor) -> bool:
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return bool(((x - eye).abs() <= TOLERANCE).all())
+
+
+@dataclass(frozen=True)
+class MovedHeads:
+    """An action on heads: slot ``i`` takes head ``order[i]`` and multiplies it by ``matrix[i]``.
+
+    Attributes:
+        order: int64 [heads].
+        matrix: float64 [heads, d, d].
+    """
+
+    order: Tensor
+    matrix: Tensor
+
+    @staticmethod
+    def by(action: AxisAction | None, axis: str, heads: int, d: int, largest: float) -> MovedHeads:
+        order, matrix = torch.arange(heads), torch.eye(d, dtype=torch.float64).repeat(heads, 1, 1)
+        for step in steps_of(action):
+            if isinstance(step, Permutation):
+                moved = _order_of_wholes(step.index, heads, axis, "heads")
+                order, matrix = order[moved], matrix[moved]
+            else:
+                matrix = step.transform(matrix.flatten(0, 1)).unflatten(0, (heads, d))
+                require_size(axis, matrix.square().sum(-1).sqrt(), largest)
+        return MovedHeads(order, matrix)
+
+
+def _order_of_wholes(index: Tensor, wholes: int, axis: str, what: str) -> Tensor:
+    """The order of heads, from an index of their coordinates."""
+    parts = index.long().unflatten(0, (wholes, -1))
+    d = parts.shape[1]
+    order = parts.select(1, 0) // d
+    moved = order.unsqueeze(1) * d + torch.arange(d)
+    require(bool((parts == moved).all()), axis, f"it moves parts of {what}, which move as wholes")
+    return order
+
+
 def steps_of(action: AxisAction | None) -> Sequence[AxisAction]:
     """The single steps of an action, in order; none of an absent one."""
     if action is None:

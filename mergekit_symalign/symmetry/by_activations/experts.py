@@ -22,7 +22,7 @@ from mergekit_symalign.symmetry.by_activations.covariance import (
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.groups import Permutation
-from mergekit_symalign.symmetry.neurons.experts import joined_experts
+from mergekit_symalign.symmetry.neurons.experts import grouped_assignment, joined_experts
 from mergekit_symalign.symmetry.options import MlpShape, NeuronScale, Sides, Symmetries
 from mergekit_symalign.symmetry.rows import compute_dtype
 from mergekit_symalign.symmetry.solved import Solved
@@ -109,7 +109,7 @@ def align_experts_by(
     scale = shape.scale if use.neuron_scaling else NeuronScale.none
     if not use.permutation and scale is NeuronScale.none:
         return Solved(BlockElement({}), BY_ACTIVATIONS)
-    order = _match_experts(routing, weights) if use.permutation else list(range(shape.experts))
+    order = _match_experts(routing, weights, shape.groups) if use.permutation else list(range(shape.experts))
     pairs = []
     for i, j in enumerate(order):
         at = _tokens_of(routing, i, j)
@@ -125,11 +125,13 @@ def align_experts_by(
     return Solved(element, BY_ACTIVATIONS)
 
 
-def _match_experts(routing: tuple[Routing, Routing], weights: Sides) -> list[int]:
+def _match_experts(routing: tuple[Routing, Routing], weights: Sides, groups: int) -> list[int]:
     """The model's expert for each of the anchor's."""
     logits = Covariance.of_rows([(routing[0].logits.mT, routing[1].logits.mT)])
-    order: list[int] = best_assignment(with_grain(logits, Covariance.of_rows(weights["expert"])).cross).tolist()
-    return order
+    costs = -with_grain(logits, Covariance.of_rows(weights["expert"])).cross
+    if groups == 1:
+        return best_assignment(-costs).tolist()
+    return grouped_assignment(costs, lambda i, j: costs[i, j], groups).tolist()
 
 
 def _tokens_of(routing: tuple[Routing, Routing], i: int, j: int) -> Tensor:
