@@ -30,6 +30,8 @@ def _problems(family: Family) -> Iterator[str]:
             yield f"{name} has axes of the attention and of the MLP, and a tensor belongs to one of the two"
         if spec.fused_per_head and not any(isinstance(axis, tuple) for axis in spec.axes):
             yield f"{name} is fused_per_head, but none of its axes is fused"
+        if spec.fused_groups != 1 and (spec.fused_per_head or "expert" in spec.axes):
+            yield f"{name} has fused_groups, and its parts already follow one another by heads or experts"
     for name in (name for name, spec in family.tensors.items() if spec.block is not None):
         yield f"{name} has an axis of a layer's block, but lies outside the layers"
 
@@ -38,7 +40,8 @@ def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
     attention = family.attention
     if missing := [axis for axis in _HEADS if axis not in axes]:
         yield f"no tensor of a layer has the axis {missing[0]}"
-    if attention.positions is Positions.none and (attention.rotary_factor or attention.without_rope):
+    turns = attention.rotary_factor or attention.rotary_dim is not None or attention.without_rope is not None
+    if attention.positions is Positions.none and turns:
         yield "attention.positions is none, so no part of a head turns and no layer is without RoPE"
     has_gains = [axis for axis in _GAINS if axis in axes]
     if attention.norm is GainScope.none and has_gains:

@@ -103,6 +103,7 @@ class TensorSpec(_Data):
     Attributes:
         axes: one name for each axis of the stored tensor, in order; several for an axis that is fused of them.
         fused_per_head: the parts of a fused axis follow one another for each KV head, not once.
+        fused_groups: how often the parts of a fused axis follow one another, each time with the next share of every part.
         when: config key; the tensor exists only where that is true.
         optional: the tensor may be absent (tied embeddings).
         stored_as: names that checkpoints may have instead (inside a layer: by the rest of the name, or in full with
@@ -117,6 +118,7 @@ class TensorSpec(_Data):
 
     axes: tuple[Union[Axis, tuple[Axis, ...]], ...]
     fused_per_head: bool = False
+    fused_groups: int = 1
     when: Optional[str] = None
     optional: bool = False
     stored_as: tuple[str, ...] = ()
@@ -136,13 +138,14 @@ class SizeKeys(_Data):
     """Where the transformers config keeps each size.
 
     Left out or absent from the config: as many KV heads as query heads, heads that share the hidden size evenly, four
-    times as many neurons.
+    times as many neurons. Where the config key ``one_kv_head`` is true, all query heads share one KV head.
     """
 
     layers: str
     hidden: str
     query_heads: str
     kv_heads: Optional[str] = None
+    one_kv_head: Optional[str] = None
     head_dim: Optional[str] = None
     neurons: str
     experts: Optional[str] = None
@@ -165,6 +168,7 @@ class AttentionSpec(_Data):
     Attributes:
         positions: how positions enter.
         rotary_factor: config keys of the share of each head that RoPE turns; the first that is there counts.
+        rotary_dim: config key of the number of coordinates of each head that RoPE turns; all of them where it is absent.
         without_rope: layers that are an exception.
         norm: normalisation of queries and keys.
         norm_when: config key; the normalisation is there only where that is true.
@@ -172,6 +176,7 @@ class AttentionSpec(_Data):
 
     positions: Positions
     rotary_factor: tuple[str, ...] = ()
+    rotary_dim: Optional[str] = None
     without_rope: Optional[LayersWithoutRope] = None
     norm: GainScope = GainScope.none
     norm_when: Optional[str] = None
@@ -183,10 +188,12 @@ class StreamSpec(_Data):
     Attributes:
         norm: of all norms on it.
         returned: the model returns the stream itself, behind its last norm.
+        computed_positions: positions are added to it that are calculated, not stored, so its coordinates are fixed.
     """
 
     norm: StreamNorm = StreamNorm.rms
     returned: bool = False
+    computed_positions: bool = False
 
 
 class Wrapper(_Data):
