@@ -103,7 +103,7 @@ class TensorSpec(_Data):
     Attributes:
         axes: one name for each axis of the stored tensor, in order; several for an axis that is fused of them.
         fused_per_head: the parts of a fused axis follow one another for each KV head, not once.
-        fused_groups: how often the parts of a fused axis follow one another, each time with the next share of every part.
+        fused_groups: how often the parts of a fused axis follow one another, each time with the next share of all.
         when: config key; the tensor exists only where that is true.
         optional: the tensor may be absent (tied embeddings).
         stored_as: names that checkpoints may have instead (inside a layer: by the rest of the name, or in full with
@@ -147,7 +147,7 @@ class SizeKeys(_Data):
     kv_heads: Optional[str] = None
     one_kv_head: Optional[str] = None
     head_dim: Optional[str] = None
-    neurons: str
+    neurons: Optional[str] = None
     experts: Optional[str] = None
 
 
@@ -168,7 +168,7 @@ class AttentionSpec(_Data):
     Attributes:
         positions: how positions enter.
         rotary_factor: config keys of the share of each head that RoPE turns; the first that is there counts.
-        rotary_dim: config key of the number of coordinates of each head that RoPE turns; all of them where it is absent.
+        rotary_dim: config key of the number of coordinates of each head that RoPE turns; all, where it is absent.
         without_rope: layers that are an exception.
         norm: normalisation of queries and keys.
         norm_when: config key; the normalisation is there only where that is true.

@@ -107,7 +107,8 @@ class Checkpoint:
     def _stored_by_place(self) -> dict[tuple[str, bool], list[str]]:
         table: dict[tuple[str, bool], list[str]] = {}
         for stored, place in self.names.places(self.headers).items():
-            table.setdefault((place.name, place.piece), []).append(stored)
+            for name in (place.name, *place.others):
+                table.setdefault((name, place.piece), []).append(stored)
         return table
 
     def _joined(self, name: str) -> Header | None:

@@ -28,11 +28,13 @@ class Place:
 
     Attributes:
         name: of the parameter or buffer in the model.
-        piece: whether it is only a part of it, to be joined with others.
+        piece: whether it is converted: it is only a part of it, to be joined with others, or is to be taken apart.
+        others: further parameters that it is taken apart into.
     """
 
     name: str
     piece: bool
+    others: tuple[str, ...] = ()
 
 
 class Names:
@@ -56,7 +58,7 @@ class Names:
         name, pattern = rename_source_key(stored, self._renamings, self._converters, prefix, self._state)
         if name not in self._state and stored in self._state:
             name, pattern = stored, None
-        return Place(name, pattern is not None) if name in self._state else None
+        return Place(name, pattern is not None, self._others(name, pattern)) if name in self._state else None
 
     def places(self, stored: Iterable[str]) -> dict[str, Place]:
         """Of all these tensors that have one."""
@@ -78,6 +80,13 @@ class Names:
     def is_left_behind(self, stored: str) -> bool:
         """Whether old checkpoints of this model carry such a tensor, and transformers passes over it in silence."""
         return self._silent is not None and self._silent.search(stored) is not None
+
+    def _others(self, name: str, pattern: str | None) -> tuple[str, ...]:
+        """What else is made of a tensor that a converter took for the first of its targets."""
+        targets = (t.target_patterns for t in self._converters if pattern in t.source_patterns)
+        first, *rest = next((found for found in targets if found[0] in name), [""])
+        possible = (name.replace(first, other, 1) for other in rest)
+        return tuple(other for other in possible if other in self._state)
 
     @cached_property
     def linear(self) -> Mapping[str, Linear]:
