@@ -16,7 +16,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
-from mergekit_symalign.errors import CheckpointError
+from mergekit_symalign.errors import ArchitectureError, CheckpointError
+from mergekit_symalign.families.resolve import ModelLayout
+from mergekit_symalign.families.stream import embedding_name, head_name, ties_embeddings
 from mergekit_symalign.graph.linear import Linear, linear_layers
 
 _MOVED = ("rotary_emb.inv_freq", "position_ids")  # buffers that were stored once
@@ -107,6 +109,58 @@ class Names:
         patterns = set(self._model._keys_to_ignore_on_load_unexpected or ())
         patterns |= {rf"(^|\.){re.escape(last)}$" for last in _MOVED if any(name.endswith(last) for name in buffers)}
         return re.compile("|".join(f"({pattern})" for pattern in sorted(patterns))) if patterns else None
+
+
+class StoredNames:
+    """The same for a model whose code transformers does not have: stored tensors are called as in the model.
+
+    Args:
+        layout: of the model.
+        config: its transformers config.
+    """
+
+    def __init__(self, layout: ModelLayout, config: Any) -> None:
+        self._layout = layout
+        tied = (embedding_name(layout), head_name(layout)) if ties_embeddings(config, layout) else ()
+        self._tied = frozenset(name for name in tied if name is not None)
+
+    def place(self, stored: str) -> Place | None:
+        return None if self._layout.claim(stored) is None else Place(self._layout.canonical(stored), False)
+
+    def places(self, stored: Iterable[str]) -> dict[str, Place]:
+        found = ((name, self.place(name)) for name in stored)
+        return {name: place for name, place in found if place is not None}
+
+    def prefixed(self, name: str) -> str:
+        return self._layout.family.prefix + name
+
+    def tied(self, name: str) -> frozenset[str]:
+        return self._tied if name in self._tied else frozenset((name,))
+
+    def all_tied(self) -> frozenset[str]:
+        return self._tied
+
+    def is_left_behind(self, stored: str) -> bool:
+        return stored.endswith(_MOVED)
+
+    @property
+    def linear(self) -> Mapping[str, Linear]:
+        """
+        Raises:
+            ArchitectureError: always, as nothing tells which tensors are linear layers.
+        """
+        title = self._layout.family.title
+        raise ArchitectureError(
+            f"architecture {title}",
+            "its code is not in transformers, and methods that use data have to run it",
+            "Use a method without data",
+        )
+
+
+def names_of(config: Any, layout: ModelLayout, model: str) -> Names | StoredNames:
+    """What the stored tensors of a model are called, whether or not transformers has its code."""
+    known = hasattr(transformers, config.architectures[0])
+    return Names(config, model) if known else StoredNames(layout, config)
 
 
 def _without_weights(config: Any, model: str) -> PreTrainedModel:
