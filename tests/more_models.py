@@ -19,6 +19,12 @@ QWEN_TOWER |= {"patch_size": 14}
 QWEN = {"text_config": MROPE, "image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92}
 QWEN |= {"tie_word_embeddings": False, "vision_end_token_id": 93}
 DEEP = {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 16}
+AUDIO = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 40, "num_mel_bins": 8}
+AUDIO |= {"max_source_positions": 16}
+VOXTRAL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+VOXTRAL |= {"num_mel_bins": 8, "max_source_positions": 16}
+HEARS = {"audio_token_index": 90} | {"tie_word_embeddings": False}
+OVIS = {"hidden_size": 48, "vocab_size": 97, "vision_config": {"vocab_size": 20}}
 GEMMA2 = {"model_type": "gemma2"} | SLIDING
 SHARED = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "intermediate_size": 64}
 UNTIED = {"tie_word_embeddings": False}
@@ -107,6 +113,27 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | {"window_size": 28}}),
     "qwen3-vl": ("Qwen3VLForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | DEEP}),
     "qwen3-vl-moe": ("Qwen3VLMoeForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | DEEP}),
+    "llava-next-video": ("LlavaNextVideoForConditionalGeneration", IMAGES | {"video_token_index": 91}),
+    "video-llava": ("VideoLlavaForConditionalGeneration", IMAGES | {"video_token_index": 91}),
+    "vip-llava": ("VipLlavaForConditionalGeneration", IMAGES | {"vision_feature_layers": [-2, -1]}),
+    "got-ocr": (
+        "GotOcr2ForConditionalGeneration",
+        IMAGES | {"text_config": {"model_type": "qwen2"}, "vision_config": {"output_channels": 16, "mlp_dim": 40}},
+    ),
+    "cohere2-vision": ("Cohere2VisionForConditionalGeneration", IMAGES | {"alignment_intermediate_size": 32}),
+    "qwen2-audio": ("Qwen2AudioForConditionalGeneration", HEARS | {"audio_config": AUDIO}),
+    "voxtral": ("VoxtralForConditionalGeneration", HEARS | {"audio_config": VOXTRAL}),
+    "audio-flamingo": ("AudioFlamingo3ForConditionalGeneration", HEARS | {"audio_config": VOXTRAL}),
+    "glm-asr": ("GlmAsrForConditionalGeneration", HEARS | {"audio_config": VOXTRAL}),
+    "deepseek-vl": ("DeepseekVLForConditionalGeneration", IMAGES),
+    "lighton-ocr": ("LightOnOcrForConditionalGeneration", IMAGES),
+    "ovis2": ("Ovis2ForConditionalGeneration", IMAGES | OVIS),
+    "paddleocr": ("PaddleOCRVLForConditionalGeneration", {"text_config": MROPE | {"use_bias": True}} | UNTIED),
+    "videollama3": ("VideoLlama3ForConditionalGeneration", IMAGES),
+    "hyperclovax-vl": ("HyperCLOVAXVisionV2ForConditionalGeneration", {"vision_config": QWEN_TOWER} | UNTIED),
+    "glm4.6v": ("Glm46VForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | {"image_size": 28}}),
+    "glm-ocr": ("GlmOcrForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER}),
+    "exaone4.5": ("Exaone4_5_ForConditionalGeneration", UNTIED | {"vision_config": QWEN_TOWER}),
     "glm4v": ("Glm4vForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | {"image_size": 28}}),
 }
 
