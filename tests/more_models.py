@@ -19,6 +19,12 @@ QWEN_TOWER |= {"patch_size": 14}
 QWEN = {"text_config": MROPE, "image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92}
 QWEN |= {"tie_word_embeddings": False, "vision_end_token_id": 93}
 DEEP = {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 16}
+AUDIO = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 40, "num_mel_bins": 8}
+AUDIO |= {"max_source_positions": 16}
+VOXTRAL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+VOXTRAL |= {"num_mel_bins": 8, "max_source_positions": 16}
+HEARS = {"audio_token_index": 90} | {"tie_word_embeddings": False}
+OVIS = {"hidden_size": 48, "vocab_size": 97, "vision_config": {"vocab_size": 20}}
 GEMMA2 = {"model_type": "gemma2"} | SLIDING
 SHARED = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 SPARSE = {"first_k_dense_replace": 1, "n_group": 2}
@@ -46,6 +52,21 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("GraniteMoeForCausalLM", UNTIED),
     "vaultgemma": ("VaultGemmaForCausalLM", SLIDING | UNTIED),
     "opt": ("OPTForCausalLM", {"word_embed_proj_dim": 48, "tie_word_embeddings": True}),
+    "gptj": ("GPTJForCausalLM", {"rotary_dim": 4}),
+    "codegen": ("CodeGenForCausalLM", {"rotary_dim": 4}),
+    "bigcode": ("GPTBigCodeForCausalLM", {"multi_query": True}),
+    "bigcode-many": ("GPTBigCodeForCausalLM", {"multi_query": False}),
+    "gpt-neo": ("GPTNeoForCausalLM", {"window_size": 8, "attention_types": [[["global", "local"], 1]]}),
+    "falcon": ("FalconForCausalLM", {"new_decoder_architecture": True} | UNTIED),
+    "jais2": ("Jais2ForCausalLM", {}),
+    "xglm": ("XGLMForCausalLM", {}),
+    "biogpt": ("BioGptForCausalLM", {}),
+    "gpt": ("OpenAIGPTLMHeadModel", {}),
+    "neox-japanese": ("GPTNeoXJapaneseForCausalLM", {}),
+    "emu3": ("Emu3ForCausalLM", {}),
+    "hyperclovax": ("HyperCLOVAXForCausalLM", {"use_post_norm": True}),
+    "apertus1.5": ("Apertus1p5TextForCausalLM", {}),
+    "modernbert-decoder": ("ModernBertDecoderForCausalLM", SLIDING),
     "qwen2-moe": ("Qwen2MoeForCausalLM", {"shared_expert_intermediate_size": 40}),
     "glm4-moe": ("Glm4MoeForCausalLM", SHARED | {"use_qk_norm": True, "partial_rotary_factor": 0.5}),
     "solar-open": ("SolarOpenForCausalLM", SHARED),
@@ -77,6 +98,22 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "axk1": ("AXK1ForCausalLM", {"mlp_layer_types": ["dense", "sparse"]}),
     "xlm-roberta": ("XLMRobertaModel", {}),
     "camembert": ("CamembertForMaskedLM", {}),
+    "roberta-decoder": ("RobertaForCausalLM", {"is_decoder": True}),
+    "bert-decoder": ("BertLMHeadModel", {"is_decoder": True}),
+    "data2vec": ("Data2VecTextForMaskedLM", {}),
+    "ernie": ("ErnieForMaskedLM", {"use_task_id": True}),
+    "layoutlm": ("LayoutLMForMaskedLM", {}),
+    "bigbird": ("BigBirdForMaskedLM", {"attention_type": "original_full"}),
+    "roformer": ("RoFormerForMaskedLM", {"embedding_size": 48}),
+    "electra": ("ElectraForMaskedLM", {"embedding_size": 48}),
+    "deberta": ("DebertaForMaskedLM", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
+    "megatron-bert": ("MegatronBertForMaskedLM", {}),
+    "megatron-labels": ("MegatronBertForSequenceClassification", {}),
+    "xlm-roberta-xl": ("XLMRobertaXLForMaskedLM", {}),
+    "roberta-prelayernorm": ("RobertaPreLayerNormForMaskedLM", {}),
+    "gte": ("GteForMaskedLM", {}),
+    "nomic-bert": ("NomicBertForMaskedLM", {}),
+    "jina-v3": ("JinaEmbeddingsV3ForMaskedLM", {}),
     "modernbert-bare": ("ModernBertModel", {}),
     "qwen3-embedding": ("Qwen3Model", {}),
     "reward": ("LlamaForSequenceClassification", {}),
@@ -100,6 +137,27 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | {"window_size": 28}}),
     "qwen3-vl": ("Qwen3VLForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | DEEP}),
     "qwen3-vl-moe": ("Qwen3VLMoeForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | DEEP}),
+    "llava-next-video": ("LlavaNextVideoForConditionalGeneration", IMAGES | {"video_token_index": 91}),
+    "video-llava": ("VideoLlavaForConditionalGeneration", IMAGES | {"video_token_index": 91}),
+    "vip-llava": ("VipLlavaForConditionalGeneration", IMAGES | {"vision_feature_layers": [-2, -1]}),
+    "got-ocr": (
+        "GotOcr2ForConditionalGeneration",
+        IMAGES | {"text_config": {"model_type": "qwen2"}, "vision_config": {"output_channels": 16, "mlp_dim": 40}},
+    ),
+    "cohere2-vision": ("Cohere2VisionForConditionalGeneration", IMAGES | {"alignment_intermediate_size": 32}),
+    "qwen2-audio": ("Qwen2AudioForConditionalGeneration", HEARS | {"audio_config": AUDIO}),
+    "voxtral": ("VoxtralForConditionalGeneration", HEARS | {"audio_config": VOXTRAL}),
+    "audio-flamingo": ("AudioFlamingo3ForConditionalGeneration", HEARS | {"audio_config": VOXTRAL}),
+    "glm-asr": ("GlmAsrForConditionalGeneration", HEARS | {"audio_config": VOXTRAL}),
+    "deepseek-vl": ("DeepseekVLForConditionalGeneration", IMAGES),
+    "lighton-ocr": ("LightOnOcrForConditionalGeneration", IMAGES),
+    "ovis2": ("Ovis2ForConditionalGeneration", IMAGES | OVIS),
+    "paddleocr": ("PaddleOCRVLForConditionalGeneration", {"text_config": MROPE | {"use_bias": True}} | UNTIED),
+    "videollama3": ("VideoLlama3ForConditionalGeneration", IMAGES),
+    "hyperclovax-vl": ("HyperCLOVAXVisionV2ForConditionalGeneration", {"vision_config": QWEN_TOWER} | UNTIED),
+    "glm4.6v": ("Glm46VForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | {"image_size": 28}}),
+    "glm-ocr": ("GlmOcrForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER}),
+    "exaone4.5": ("Exaone4_5_ForConditionalGeneration", UNTIED | {"vision_config": QWEN_TOWER}),
     "glm4v": ("Glm4vForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | {"image_size": 28}}),
 }
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import load, merge_config, merged, squared_distance
+from hub_models import CLASSES as HUB
 from models import perturbed
 from more_models import MORE, family_for, more_model
 from safetensors.torch import save_file
@@ -33,7 +34,8 @@ from mergekit_symalign.trial.checks import (
 )
 from mergekit_symalign.trial.models import class_of, outputs, randomise, relative_deviation, small_model, with_weights
 
-SETTINGS = dict(MORE.values())
+WITHOUT_CODE = {"LLaMaForCausalLM", *(kind.__name__ for kind in HUB)}  # the first is of old checkpoints
+SETTINGS = {class_of(name).config_class: settings for name, settings in reversed(MORE.values())}
 MERGED = [
     "olmo",
     "exaone4-hybrid",
@@ -71,16 +73,11 @@ def test_the_table_describes_the_model(name: str) -> None:
 def test_every_supported_class_has_all_its_tensors_claimed() -> None:
     """Those that are derived from another one's head, too."""
     for name in supported_architectures():
-        if name == "LLaMaForCausalLM":
-            continue  # of old checkpoints; transformers has no such class
-        model = small_model(name, family_for(name), SETTINGS.get(name, _NEEDED.get(name)))
+        if name in WITHOUT_CODE:
+            continue
+        model = small_model(name, family_for(name), SETTINGS.get(class_of(name).config_class))
         layout = resolve(model.config, model=name)
         assert [*unclaimed_tensors(model, layout), *missing_tensors(model, layout)] == [], name
-
-
-_NEEDED: dict[str, dict[str, Any]] = {
-    "Exaone4Model": SETTINGS["Exaone4ForCausalLM"],
-}
 
 
 class Twins:

@@ -33,6 +33,8 @@ def _problems(family: Family) -> Iterator[str]:
             yield f"{name} is fused_per_head, but none of its axes is fused"
         if spec.interleaved and ("gate", "up") not in spec.axes:
             yield f"{name} is interleaved, but no axis of it is gate and up"
+        if spec.fused_groups != 1 and (spec.fused_per_head or "expert" in spec.axes):
+            yield f"{name} has fused_groups, and its parts already follow one another by heads or experts"
     for name in (name for name, spec in family.tensors.items() if spec.block is not None):
         yield f"{name} has an axis of a layer's block, but lies outside the layers"
 
@@ -47,9 +49,10 @@ def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
         yield f"sizes.kv_latent is {'' if latent else 'not '}given, but a tensor has the axis {min(foreign)}"
     if latent and None in (family.sizes.nope, family.sizes.rope, family.sizes.value):
         yield "sizes.kv_latent needs nope, rope and value beside it"
-    if latent and (attention.norm is not GainScope.none or attention.rotary_factor or attention.without_rope):
+    turns = attention.rotary_factor or attention.rotary_dim is not None or attention.without_rope is not None
+    if latent and (attention.norm is not GainScope.none or turns):
         yield "sizes.kv_latent is given, and such heads have no norm, and rope coordinates that turn in all layers"
-    if attention.positions is Positions.none and (attention.rotary_factor or attention.without_rope):
+    if attention.positions is Positions.none and turns:
         yield "attention.positions is none, so no part of a head turns and no layer is without RoPE"
     if attention.head_bias is True and attention.positions is not Positions.none:
         yield "attention.head_bias is of every model, but attention.positions is not none"

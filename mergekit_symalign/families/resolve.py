@@ -347,7 +347,7 @@ class ModelLayout:
         if isinstance(axis, str):
             return axis
         groups = self.geometry.experts if "expert" in spec.axes else 1
-        groups = self.geometry.kv_heads if spec.fused_per_head else groups
+        groups = self.geometry.kv_heads if spec.fused_per_head else max(groups, spec.fused_groups)
         groups = self.geometry.experts * self.geometry.neurons if spec.interleaved else groups
         return Fused(tuple((part, self.geometry.length(part, self.norm) or 0) for part in axis), groups)
 
@@ -497,7 +497,7 @@ def _geometry(config: Any, family: Family, model: str) -> Geometry:
     """Sizes from the config, with transformers' own rules for those it may leave out."""
     keys = family.sizes.model_dump(exclude={"layers", "shared"})
     sizes: dict[str, Any] = {key: lookup(config, where) if where is not None else None for key, where in keys.items()}
-    sizes["kv_heads"] = sizes["kv_heads"] or sizes["query_heads"]
+    sizes["kv_heads"] = 1 if sizes.pop("one_kv_head") else sizes["kv_heads"] or sizes["query_heads"]
     sizes |= {key: sizes[key] or 0 for key in ("nope", "rope", "value", "kv_latent", "q_latent")}
     sizes["head_dim"] = sizes["head_dim"] or sizes["nope"] + sizes["rope"] or sizes["hidden"] // sizes["query_heads"]
     sizes["neurons"] = sizes["neurons"] or 4 * sizes["hidden"]
@@ -530,9 +530,11 @@ def _rotary(config: Any, family: Family, geometry: Geometry, model: str) -> int:
     """How many coordinates of each head RoPE turns."""
     factors = [lookup(config, key) for key in family.attention.rotary_factor]
     factor = next((f for f in factors if f is not None), 1.0)
-    rotary = int((geometry.rope or geometry.head_dim) * factor)
+    counted = lookup(config, family.attention.rotary_dim) if family.attention.rotary_dim is not None else None
+    rotary = int((geometry.rope or geometry.head_dim) * factor) if counted is None else int(counted)
     if rotary % 2 and family.attention.positions is not Positions.none:
-        what = f"head dimension {rotary}" if factor == 1 else f"rotary part {rotary} of the head dimension"
+        whole = rotary == geometry.head_dim
+        what = f"head dimension {rotary}" if whole else f"rotary part {rotary} of the head dimension"
         raise ArchitectureError(
             f"model {model}", f"{what} is odd, so it has no rotary planes", "Check the model's config.json"
         )

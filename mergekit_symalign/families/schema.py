@@ -162,6 +162,7 @@ class TensorSpec(_Data):
         axes: one name for each axis of the stored tensor, in order; several for an axis that is fused of them.
         fused_per_head: the parts of a fused axis follow one another for each KV head, not once.
         interleaved: a gate row and an up row by turns, neuron by neuron.
+        fused_groups: how often the parts of a fused axis follow one another, each time with the next share of all.
         when: config key; the tensor exists only where that is true.
         optional: the tensor may be absent (tied embeddings).
         stored_as: names that checkpoints may have instead (inside a layer: by the rest of the name, or in full with
@@ -178,6 +179,7 @@ class TensorSpec(_Data):
     axes: tuple[Union[Axis, tuple[Axis, ...]], ...]
     fused_per_head: bool = False
     interleaved: bool = False
+    fused_groups: int = 1
     when: Optional[str] = None
     optional: bool = False
     stored_as: tuple[str, ...] = ()
@@ -198,13 +200,14 @@ class SizeKeys(_Data):
     """Where the transformers config keeps each size.
 
     Left out or absent from the config: as many KV heads as query heads, heads that share the hidden size evenly, four
-    times as many neurons.
+    times as many neurons. Where the config key ``one_kv_head`` is true, all query heads share one KV head.
     """
 
     layers: str
     hidden: str
     query_heads: str
     kv_heads: Optional[str] = None
+    one_kv_head: Optional[str] = None
     head_dim: Optional[str] = None
     neurons: Optional[str] = None
     experts: Optional[str] = None
@@ -257,6 +260,7 @@ class AttentionSpec(_Data):
         positions: how positions enter.
         interleaved_when: config key; planes are neighbouring coordinates, as for ``rope_interleaved``, if that is true.
         rotary_factor: config keys of the share of each head that RoPE turns; the first that is there counts.
+        rotary_dim: config key of the number of coordinates of each head that RoPE turns; all, where it is absent.
         without_rope: layers that are an exception.
         norm: normalisation of queries and keys.
         norm_when: config key; the normalisation is there only where that is true.
@@ -267,6 +271,7 @@ class AttentionSpec(_Data):
     positions: Positions
     interleaved_when: Optional[str] = None
     rotary_factor: tuple[str, ...] = ()
+    rotary_dim: Optional[str] = None
     without_rope: Optional[LayersWhere] = None
     norm: GainScope = GainScope.none
     norm_when: Optional[str] = None
@@ -279,10 +284,12 @@ class StreamSpec(_Data):
     Attributes:
         norm: of all norms on it.
         returned: the model returns the stream itself, behind its last norm.
+        computed_positions: positions are added to it that are calculated, not stored, so its coordinates are fixed.
     """
 
     norm: StreamNorm = StreamNorm.rms
     returned: bool = False
+    computed_positions: bool = False
 
 
 class Tower(_Data):

@@ -56,6 +56,8 @@ def residual_group(layout: ModelLayout, tied: bool) -> ResidualGroup:
     """
     if layout.family.stream.returned:
         return ResidualGroup(None, None, *_RETURNED)
+    if layout.family.stream.computed_positions:
+        return ResidualGroup(None, None, *_COMPUTED)
     plain = layout.family.stream.norm is StreamNorm.rms
     permutation = ResidualKind.signed_permutation if plain else ResidualKind.permutation
     if (refused := _why_no_rotation(layout, tied=tied)) is not None:
@@ -198,6 +200,10 @@ _PERMUTE = "Use residual: permutation, which is exact"
 _RETURNED = (
     "it returns the residual stream itself, in whose coordinates others read it",
     "Use residual: none, or the class of this model that has a task head",
+)
+_COMPUTED = (
+    "positions are added to the residual stream that are calculated in fixed coordinates and stored nowhere",
+    "Use residual: none",
 )
 
 

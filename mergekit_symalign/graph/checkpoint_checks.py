@@ -18,7 +18,7 @@ from mergekit_symalign.families.towers import Layer
 from mergekit_symalign.graph.fresh import forget_loader
 from mergekit_symalign.graph.headers import Header
 from mergekit_symalign.graph.leftovers import unread
-from mergekit_symalign.graph.names import Names
+from mergekit_symalign.graph.names import Names, StoredNames, names_of
 from mergekit_symalign.graph.opening import open_headers
 
 MERGE_PLAINLY = "Use MergeKit's own method for this merge, or a checkpoint of the expected layout"
@@ -54,9 +54,9 @@ class Checkpoint:
         return Checkpoint(model, config, layout, headers.listed, headers.unlisted)
 
     @cached_property
-    def names(self) -> Names:
+    def names(self) -> Names | StoredNames:
         """What transformers calls the stored tensors; built only where names alone do not tell."""
-        return Names(self.config, str(self.model))
+        return names_of(self.config, self.layout, str(self.model))
 
     def stored(self, info: WeightInfo) -> Header | None:
         """Header of a planned tensor, as a load finds it or as MergeKit will join its pieces; None if absent."""
@@ -108,7 +108,8 @@ class Checkpoint:
     def _stored_by_place(self) -> dict[tuple[str, bool], list[str]]:
         table: dict[tuple[str, bool], list[str]] = {}
         for stored, place in self.names.places(self.headers).items():
-            table.setdefault((place.name, place.piece), []).append(stored)
+            for name in (place.name, *place.others):
+                table.setdefault((name, place.piece), []).append(stored)
         return table
 
     def _joined(self, name: str) -> Header | None:

@@ -34,6 +34,15 @@ _VISION |= {"image_size": 28, "patch_size": 14}
 class EverythingInFloat64(TorchFunctionMode):
     """transformers computes norms and rotary tables in float32 whatever the model's dtype: here in float64."""
 
+    def __enter__(self) -> TorchFunctionMode:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(self._default)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
         return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
@@ -82,7 +91,8 @@ def class_of(name: str) -> Any:
 def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """Sharp weights, norms away from 1, and biases away from 0, in place."""
     generator = torch.Generator().manual_seed(seed)
-    biases = ((name, x) for name, x in model.named_buffers() if name.endswith("bias") and x.is_floating_point())
+    kept, buffers = model.state_dict().keys(), model.named_buffers()
+    biases = ((name, x) for name, x in buffers if name in kept and name.endswith("bias") and x.is_floating_point())
     for name, x in (*model.named_parameters(), *biases):
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         if x.ndim >= 2 and "norm" not in name:
@@ -128,7 +138,8 @@ def relative_deviation(a: Tensor, b: Tensor) -> float:
 
 
 def _small_config(config_class: Any, family: Family) -> dict[str, Any]:
-    sizes = {key: where for key, where in family.sizes.model_dump(exclude={"shared"}).items() if where is not None}
+    keys = family.sizes.model_dump(exclude={"shared"})
+    sizes = {key: where for key, where in keys.items() if key in _SIZES and where is not None}
     alike = {"kv_heads": _SIZES["query_heads"]} if family.sizes.kv_latent else {}
     text = {where: (_SIZES | alike)[key] for key, where in sizes.items()} | _TEXT
     if not family.config:
