@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from mergekit_symalign.commands.outcome import bars
 from mergekit_symalign.errors import GeometryError
-from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.opening import opening, require_config, require_openable
+from mergekit_symalign.graph.plain_merge import resolve_stored
 
 Item = TypeVar("Item")
 
@@ -36,7 +36,7 @@ def require_one_family(names: Sequence[str], options: MergeOptions) -> None:
     families = {}
     for name, reference in models.items():
         config = require_config(reference, trust_remote_code=options.trust_remote_code)
-        families[name] = resolve(config, model=name).family.name
+        families[name] = resolve_stored(config, reference).family.name
     anchor, model = names[0], names[-1]
     if families[anchor] != families[model]:
         raise GeometryError(

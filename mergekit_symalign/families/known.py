@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -83,6 +84,12 @@ def supported_architectures() -> tuple[str, ...]:
     return tuple(sorted({*_by_class(), *_wrapper_by_class()}))
 
 
+def title_of(architecture: str) -> str:
+    """The title of the family that describes a supported class."""
+    wrapper = _wrapper_by_class().get(architecture)
+    return _by_class()[architecture].title if wrapper is None else wrapper.title
+
+
 def family_of(config: Any, model: str) -> Family:
     """The family of the model that a transformers config describes, with the head of its class.
 
@@ -121,11 +128,17 @@ def _of_class(name: str, model: str, shown: str) -> Family:
     if name not in known:
         what = f"architecture {name}" if name == shown else f"text model {name} inside a {shown} model"
         raise ArchitectureError(
-            f"model {model}",
-            f"{what} is not supported by the aligned methods",
-            f"Supported: {', '.join(supported_architectures())}. {OTHERWISE}",
+            f"model {model}", f"{what} is not supported by the aligned methods", f"{_nearest(name)}. {OTHERWISE}"
         )
     return known[name]
+
+
+def _nearest(name: str) -> str:
+    """The supported classes whose names are like this one, and where all are listed."""
+    supported = supported_architectures()
+    near = get_close_matches(name, supported, n=3)
+    named = f", the nearest by name {' or '.join(near)}" if near else ""
+    return f"{len(supported)} classes are supported{named}; mergekit-symalign families lists all"
 
 
 @cache

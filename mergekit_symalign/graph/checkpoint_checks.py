@@ -19,8 +19,7 @@ from mergekit_symalign.graph.headers import Header
 from mergekit_symalign.graph.leftovers import unread
 from mergekit_symalign.graph.names import Names
 from mergekit_symalign.graph.opening import open_headers
-
-MERGE_PLAINLY = "Use MergeKit's own method for this merge, or a checkpoint of the expected layout"
+from mergekit_symalign.graph.plain_merge import plain_merge
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"tensor {name} of model {self.model}",
                 f"MergeKit merges it, but family {self.layout.family.name} does not know it",
-                MERGE_PLAINLY,
+                plain_merge(self.config, self.model, self.headers),
             )
         return claim
 

@@ -13,9 +13,10 @@ from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError, ParameterError
-from mergekit_symalign.families.resolve import ModelLayout, resolve
+from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.plain_merge import resolve_stored
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.symmetry.membership import CONDITION
 from mergekit_symalign.symmetry.options import NeuronScale, Rotation, Symmetries
@@ -193,7 +194,7 @@ def _resolved(config: Any, model: ModelReference) -> ModelLayout:
             "its config has a quantization_config: the checkpoint is quantised",
             "Use the model's unquantised checkpoint",
         )
-    return resolve(config, model=str(model))
+    return resolve_stored(config, model)
 
 
 def _may_lack(layout: ModelLayout, name: str) -> bool:
