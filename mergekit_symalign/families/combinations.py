@@ -9,6 +9,7 @@ from mergekit_symalign.families.schema import ATTENTION_AXES, MLP_AXES, Family, 
 from mergekit_symalign.symmetry.options import GainScope
 
 _HEADS = ("query", "key", "value", "attended")
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 _GAINS = ("query_gain", "key_gain")
 
 
@@ -59,6 +60,8 @@ def _of_mlp(family: Family, axes: set[str]) -> Iterator[str]:
         yield f"mlp is {family.mlp.value}, but {'no' if gated else 'a'} tensor of a layer has the axis gate"
     if gated and family.activation is not None:
         yield "activation is of a plain MLP, but mlp is gated"
+    if gated and (restricted := [key for key in _ACTIVATIONS if family.variants.get(key)]):
+        yield f"variants.{restricted[0]} is no reason to refuse a model: a gated MLP may have any activation"
     if (family.sizes.experts is not None) != ("expert" in axes):
         yield "sizes.experts and the axis expert belong together, and one of them is missing"
 
