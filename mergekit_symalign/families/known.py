@@ -17,7 +17,7 @@ from mergekit_symalign.families.classes import LANGUAGE, classes_of, with_head
 from mergekit_symalign.families.combinations import require_known
 from mergekit_symalign.families.named import named_architecture
 from mergekit_symalign.families.schema import Family, Wrapper
-from mergekit_symalign.families.wrappers import text_class, wrapped
+from mergekit_symalign.families.wrappers import text_class, without_pictures, wrapped
 
 _ALSO, _EXTENDS = "also", "extends"
 OTHERWISE = (
@@ -108,10 +108,29 @@ def family_around(wrapper: Wrapper, config: Any, model: str) -> Family:
     Raises:
         ArchitectureError: no family has the architecture of the text model.
     """
+    return wrapped(wrapper, _text_family(wrapper, config, model))
+
+
+def family_inside(outer: Any, config: Any, model: str) -> Family | None:
+    """The family of a text model by the names that its tensors have inside a model around a text model.
+
+    Args:
+        outer: config of the model around a text model.
+        config: of a text model.
+        model: whose it is, for errors.
+
+    Returns:
+        None if the text model is of another kind than the one inside.
+    """
+    wrapper = _wrapper_by_class()[named_architecture(outer, model=model, supported=supported_architectures())]
+    inside, own = _text_family(wrapper, outer, model), family_of(config, model)
+    return wrapped(without_pictures(wrapper), inside) if own == inside else None
+
+
+def _text_family(wrapper: Wrapper, config: Any, model: str) -> Family:
     part = lookup(config, wrapper.config)
     known = wrapper.text_families.get(str(getattr(part, "model_type", None)))
-    text = _of_class(text_class(part), model, wrapper.name) if known is None else with_head(families()[known], LANGUAGE)
-    return wrapped(wrapper, text)
+    return _of_class(text_class(part), model, wrapper.name) if known is None else with_head(families()[known], LANGUAGE)
 
 
 def lookup(config: Any, key: str) -> Any:

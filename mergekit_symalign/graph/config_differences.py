@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergekit.common import ModelReference
 
 from mergekit_symalign.families.function import Differences, config_differences
-from mergekit_symalign.families.resolve import ModelLayout
+from mergekit_symalign.families.resolve import ModelLayout, text_config
 
 LOG = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ def compare_functions(
     layout: ModelLayout,
     *,
     only: ModelReference | None,
+    texts: Collection[ModelReference] = (),
     trust_remote_code: bool,
 ) -> Functions:
     """
@@ -90,11 +91,15 @@ def compare_functions(
         models: all that the merge reads.
         layout: the anchor's.
         only: the model that the output consists of, if it is a whole one.
+        texts: models that are compared with the text model inside the anchor.
         trust_remote_code: MergeKit's option.
     """
     config = anchor.config(trust_remote_code=trust_remote_code)
     configs = {m: m.config(trust_remote_code=trust_remote_code) for m in models if m != anchor}
-    found = {model: config_differences(config, other, layout) for model, other in configs.items()}
+    found = {
+        model: config_differences(text_config(config, layout.family) if model in texts else config, other, layout)
+        for model, other in configs.items()
+    }
     own = only if only in configs and type(configs[only]) is type(config) else None
     return Functions(anchor, {model: differences for model, differences in found.items() if differences}, own)
 

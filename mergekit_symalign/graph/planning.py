@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit import merge_methods
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -35,6 +36,7 @@ from mergekit_symalign.graph.ready import Context, DataPlan, Ready, ready
 from mergekit_symalign.graph.solutions import Applied, Solutions
 from mergekit_symalign.graph.stream_tasks import ApplyStream
 from mergekit_symalign.graph.streaming import in_order
+from mergekit_symalign.graph.text_parts import NO_TEXTS, TextParts
 from mergekit_symalign.graph.untie import TIED, models_to_untie, planned_head, require_files, untie_config
 from mergekit_symalign.methods import ALIGNMENT_NAMES, DataMethod, PlannedMethod
 from mergekit_symalign.whole_file import require_writable_folder
@@ -53,15 +55,18 @@ class AlignedPlan:
         options: MergeKit's options.
         method: ours.
         listed: models that the user listed (the anchor takes part in a method without base only if it is one).
+        texts: the text models that are merged into the anchor's text part.
     """
 
     config: MergeConfiguration
     options: MergeOptions
     method: PlannedMethod
     listed: frozenset[ModelReference]
+    texts: TextParts = NO_TEXTS
 
     def __post_init__(self) -> None:
-        self._models = Models(self.options.trust_remote_code)
+        self._models = Models(self.options.trust_remote_code, self.texts)
+        self._alone: set[str] = set()
         self._alignments = Alignments(self._models.checkpoints)
         self.reports = Reports()
         self._functions = Functions()
@@ -91,6 +96,13 @@ class AlignedPlan:
                 "the merge is planned in memory, which writes no files",
                 "Leave it out, or solve first: mergekit-symalign solve ANCHOR MODEL -o FILE",
             )
+
+    def having(self, name: str, infos: Sequence[WeightInfo], models: Sequence[ModelReference]) -> list[ModelReference]:
+        """Those of the models that have a tensor of the output; what one alone has passes into the output as it is."""
+        there = [m for m, info in zip(models, infos, strict=True) if self._models.has_place(info, m)]
+        if len(there) == 1 < len(models):
+            self._alone.add(name)
+        return there
 
     def other_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
         """The name under which this model's checkpoint has a tensor, if it is not the tensor's own."""
@@ -159,7 +171,8 @@ class AlignedPlan:
 
     def _ready(self, planned: Planned, aligned: Mapping[ModelReference, ApplyBlock | ApplyStream]) -> Ready:
         _, task = planned
-        order = tuple(m for m in task.model_order if self._takes_part(m, task))
+        alone = planned[0].name in self._alone
+        order = tuple(m for m in task.model_order if alone or self._takes_part(m, task))
         listed = task.base_model in order and not isinstance(self.method.inner, DataMethod)
         base = task.base_model if self.method.anchor_is_base or listed else None
         return ready(planned, order, base, aligned, self._models.checkpoints, self.config)
@@ -197,6 +210,7 @@ class AlignedPlan:
             self._models.checkpoints,
             self._models.checkpoints[anchor].layout,
             only=self._only_model(planned),
+            texts=self.texts.layouts,
             trust_remote_code=self.options.trust_remote_code,
         )
         return found.without(TIED) if self._untied else found
@@ -266,6 +280,8 @@ class AlignedPlan:
     def _merge_task(self, one: Ready) -> ExecuteMergeMethodTask:
         """The inner method on the aligned inputs of one tensor."""
         task, inner = one.planned, self.method.inner
+        if one.name in self._alone:
+            return one.merged_by(merge_methods.get("passthrough"), {}, {one.order[0]: {"scale": None}})
         shared = {name: value for name, value in task.parameters.items() if name not in ALIGNMENT_NAMES}
         own = {
             m: {
