@@ -12,6 +12,7 @@ from mergekit.common import ModelReference
 
 from mergekit_symalign.families.function import Differences, config_differences
 from mergekit_symalign.families.resolve import ModelLayout, text_config
+from mergekit_symalign.families.stream import ties_embeddings
 
 LOG = logging.getLogger(__name__)
 
@@ -97,11 +98,18 @@ def compare_functions(
     config = anchor.config(trust_remote_code=trust_remote_code)
     configs = {m: m.config(trust_remote_code=trust_remote_code) for m in models if m != anchor}
     found = {
-        model: config_differences(text_config(config, layout.family) if model in texts else config, other, layout)
+        model: config_differences(_text_part(config, layout) if model in texts else config, other, layout)
         for model, other in configs.items()
     }
     own = only if only in configs and type(configs[only]) is type(config) else None
     return Functions(anchor, {model: differences for model, differences in found.items() if differences}, own)
+
+
+def _text_part(config: Any, layout: ModelLayout) -> Any:
+    """What a config says of the text model inside; whether that one's head is its embedding, the outer config says."""
+    part = copy.deepcopy(text_config(config, layout.family))
+    part.tie_word_embeddings = ties_embeddings(config, layout)
+    return part
 
 
 def take_over(out: Any, own: Any, differences: Differences) -> None:

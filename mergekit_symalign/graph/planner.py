@@ -112,10 +112,9 @@ def _know_other_names(planner: Any, plan: Any) -> None:
 
     @functools.wraps(original)
     def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
-        there = plan.having(weight.name, weights_in, models)
-        infos = [known(info, model) for info, model in zip(weights_in, models, strict=True) if model in there]
+        infos = [known(info, model) for info, model in zip(weights_in, models, strict=True)]
         wanted = plan.planned_head(weight, models[0], lambda: _asks_to_untie(planner, weight.name, cfg_reader))
-        original(weight=wanted, weights_in=infos, models=there, cfg_reader=cfg_reader)
+        original(weight=wanted, weights_in=infos, models=models, cfg_reader=cfg_reader)
 
     architecture = planner._model_arch
     planner.plan_tensor = plan_tensor

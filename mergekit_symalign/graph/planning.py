@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergekit import merge_methods
 from mergekit.architecture import WeightInfo
-from mergekit.common import ModelReference
+from mergekit.common import ImmutableMap, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel
@@ -97,13 +97,6 @@ class AlignedPlan:
                 "Leave it out, or solve first: mergekit-symalign solve ANCHOR MODEL -o FILE",
             )
 
-    def having(self, name: str, infos: Sequence[WeightInfo], models: Sequence[ModelReference]) -> list[ModelReference]:
-        """Those of the models that have a tensor of the output; what one alone has passes into the output as it is."""
-        there = [m for m, info in zip(models, infos, strict=True) if self._models.has_place(info, m)]
-        if len(there) == 1 < len(models):
-            self._alone.add(name)
-        return there
-
     def other_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
         """The name under which this model's checkpoint has a tensor, if it is not the tensor's own."""
         return self._models.other_names(info, model)
@@ -119,6 +112,7 @@ class AlignedPlan:
     def rewrite(self, planned: list[Planned]) -> list[tuple[WeightInfo, Task]]:
         """Check everything that headers can tell, then give every block's tensors to their aligned tasks."""
         self._models.open(m for _, task in planned for m in gather_of(task).weight_info)
+        planned = [self._of_those_that_have_it(one) for one in planned]
         planned = [(weight, task) for weight, task in planned if not self._models.is_superfluous(task)]
         self._unread = self._models.check(planned)
         self._untied = models_to_untie(planned, self._models.checkpoints) if self.method.aligns else ()
@@ -133,6 +127,19 @@ class AlignedPlan:
         self.reports.find(merged.findings)
         self._head = self._report_head(planned, merged)
         return merged.tensors
+
+    def _of_those_that_have_it(self, planned: Planned) -> Planned:
+        """The task without text models that lack the tensor; what one model alone has goes into the output as it is."""
+        weight, task = planned
+        infos = gather_of(task).weight_info.items()
+        there = {m: info for m, info in infos if self._models.has_place(info, m)}
+        if len(there) == len(task.model_order):
+            return planned
+        if len(there) == 1:
+            self._alone.add(weight.name)
+        gather = gather_of(task).model_copy(update={"weight_info": ImmutableMap(data=there)})
+        order = tuple(m for m in task.model_order if m in there)
+        return weight, task.model_copy(update={"gather_tensors": gather, "model_order": order})
 
     def _depth(self, planned: Planned) -> float:
         """Where a tensor stands in the model: MergeKit lists those of an inferred architecture in any order."""
