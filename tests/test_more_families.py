@@ -196,6 +196,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "plain with gate": ({"mlp": "plain"}, "mlp is plain, but a tensor of a layer has the axis gate"),
     "activation of a gated MLP": ({"activation": "hidden_act"}, "activation is of a plain MLP"),
+    "restricted activation of a gated MLP": ({"variants": {"hidden_act": ["silu"]}}, "may have any activation"),
     "experts without sizes": (
         {"layer": {"mlp.gate.weight": {"axes": ["expert", "residual"]}}},
         "sizes.experts and the axis",

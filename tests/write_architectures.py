@@ -56,8 +56,9 @@ CLASSES = """
 
 {classes}
 
-Anything else is refused with this list. Inside a family, variants that nobody has checked (another activation, another
-kind of RoPE, clamped queries, …) are refused too. The message names the config key and its value.
+Anything else is refused; `mergekit-symalign families` prints this list. Inside a family, variants that nobody has
+checked (another activation of a plain MLP, clamped queries, …) are refused too. The message names the config key and
+its value, and says whether MergeKit's own merge would keep every tensor.
 """
 
 

@@ -9,6 +9,7 @@ from mergekit_symalign.families.schema import LATENT_AXES, BlockKind, Family, Po
 from mergekit_symalign.symmetry.options import GainScope
 
 _HEADS = ("query", "key", "value", "attended")
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 _GAINS = ("query_gain", "key_gain")
 _OF_LATENT = sorted(axis for axis in LATENT_AXES if not axis.startswith("q_latent"))
 
@@ -75,6 +76,8 @@ def _of_mlp(family: Family, axes: set[str]) -> Iterator[str]:
         yield f"mlp is {family.mlp.value}, but {'no' if gated else 'a'} tensor of a layer has the axis gate"
     if gated and family.activation is not None:
         yield f"activation is of a plain MLP, but mlp is {family.mlp.value}"
+    if gated and (restricted := [key for key in _ACTIVATIONS if family.variants.get(key)]):
+        yield f"variants.{restricted[0]} is no reason to refuse a model: a gated MLP may have any activation"
     for kind, size in ((BlockKind.shared, family.sizes.shared), (BlockKind.dense, family.sizes.dense)):
         if bool(size) != bool(kind.names & axes):
             yield f"sizes.{kind.value} and the axes {kind.prefix}* belong together, and one of them is missing"

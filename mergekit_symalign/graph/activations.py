@@ -13,8 +13,9 @@ from mergekit.graph import Task
 from mergekit_symalign.activations.runner import EXPERTS, LayerRunner, Recorded
 from mergekit_symalign.activations.statistics import Statistics, Stream, run_layer
 from mergekit_symalign.errors import ModelError
-from mergekit_symalign.families.resolve import ModelLayout, resolve
+from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.graph.plain_merge import resolve_stored
 from mergekit_symalign.graph.solve import SolveBlock, packed
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by, align_mlp_by
 from mergekit_symalign.symmetry.by_activations.experts import Routing, align_experts_by
@@ -39,7 +40,7 @@ def runner_of(model: ModelReference, digest: str, trust_remote_code: bool) -> La
     config = model.config(trust_remote_code=trust_remote_code)
     if config_digest(config) != digest:
         raise ModelError(f"model {model}", "its config was replaced while it was in use", "Start again")
-    return LayerRunner(config, resolve(config, model=str(model)))
+    return LayerRunner(config, resolve_stored(config, model))
 
 
 def config_digest(config: Any) -> str:

@@ -193,13 +193,12 @@ class Alignments:
     ) -> Origin:
         """What a file belongs to, from the settings of each of its blocks."""
         agreed, differing = agreed_settings(settings)
-        layout = self.checkpoints[model].layout
         return Origin(
             anchor=str(anchor),
             model=str(model),
             anchor_fingerprint=self._fingerprint(anchor),
             model_fingerprint=self._fingerprint(model),
-            family=layout.family.name,
+            family=self.checkpoints[model].family_name,
             sizes=sizes_of(self.checkpoints[model]),
             settings=agreed,
             versions=package_versions(),
@@ -215,7 +214,7 @@ class Alignments:
     def _checked(self, path: Path, anchor: ModelReference, model: ModelReference) -> AlignmentFile:
         file = AlignmentFile.open(path)
         checkpoint = self.checkpoints[model]
-        file.require_family(checkpoint.layout.family.name, sizes_of(checkpoint), str(model))
+        file.require_family(checkpoint.family_name, sizes_of(checkpoint), str(model))
         file.require_anchor(str(anchor), self._fingerprint(anchor))
         file.require_model(str(model), self._fingerprint(model))
         require_known_blocks(file, checkpoint.layout)

@@ -15,9 +15,12 @@ from mergekit_symalign.errors import ConfigError, GeometryError
 from mergekit_symalign.families.resolve import ModelLayout, text_config
 from mergekit_symalign.graph.complete import LayoutOf
 from mergekit_symalign.graph.config_groups import Group, groups_of
+from mergekit_symalign.graph.text_parts import NO_TEXTS, TextParts
 
 
-def check_layers(config: MergeConfiguration, arch: ModelArchitecture, trust_remote_code: bool) -> None:
+def check_layers(
+    config: MergeConfiguration, arch: ModelArchitecture, trust_remote_code: bool, texts: TextParts = NO_TEXTS
+) -> None:
     """Whole models must have as many layers as the anchor, and slices must name layers that there are.
 
     Raises:
@@ -26,7 +29,8 @@ def check_layers(config: MergeConfiguration, arch: ModelArchitecture, trust_remo
     """
 
     def depth(module: str, model: ModelReference) -> int:
-        layers: int = arch.modules[module].architecture.num_layers(model.config(trust_remote_code=trust_remote_code))
+        planned = texts.config_for(model).config(trust_remote_code=trust_remote_code)
+        layers: int = arch.modules[module].architecture.num_layers(planned)
         return layers
 
     _check_modules(config, arch)

@@ -13,11 +13,13 @@ from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError, ParameterError
-from mergekit_symalign.families.resolve import ModelLayout, resolve
+from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind, MlpKind
 from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.plain_merge import resolve_stored
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
+from mergekit_symalign.graph.text_parts import NO_TEXTS, TextParts
 from mergekit_symalign.symmetry.membership import CONDITION
 from mergekit_symalign.symmetry.options import NeuronScale, Rotation, Symmetries
 
@@ -28,10 +30,12 @@ class Models:
 
     Attributes:
         trust_remote_code: MergeKit's option.
+        texts: the text models among them that are merged into another one.
         checkpoints: of the models that were opened.
     """
 
     trust_remote_code: bool
+    texts: TextParts = NO_TEXTS
     checkpoints: dict[ModelReference, Checkpoint] = field(default_factory=dict)
 
     def open(self, models: Iterable[ModelReference]) -> None:
@@ -41,7 +45,9 @@ class Models:
     def _opened(self, model: ModelReference) -> Checkpoint:
         if model not in self.checkpoints:
             config = model.config(trust_remote_code=self.trust_remote_code)
-            self.checkpoints[model] = Checkpoint.open(model, config, _resolved(config, model))
+            own, inside = _resolved(config, model), self.texts.layouts.get(model)
+            layouts = (own,) if inside is None else (inside, own)
+            self.checkpoints[model] = Checkpoint.open(model, config, *layouts)
         return self.checkpoints[model]
 
     def layout(self, model: ModelReference) -> ModelLayout:
@@ -51,6 +57,10 @@ class Models:
             ArchitectureError, CheckpointError: as `other_names`.
         """
         return self._opened(model).layout
+
+    def has_place(self, info: WeightInfo, model: ModelReference) -> bool:
+        """Whether a model has a tensor of the output (`Checkpoint.has_place`)."""
+        return self._opened(model).has_place(info.name)
 
     def other_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
         """The name under which this model's checkpoint has a tensor, if it is not the tensor's own.
@@ -224,7 +234,7 @@ def _resolved(config: Any, model: ModelReference) -> ModelLayout:
             "its config has a quantization_config: the checkpoint is quantised",
             "Use the model's unquantised checkpoint",
         )
-    return resolve(config, model=str(model))
+    return resolve_stored(config, model)
 
 
 def _may_lack(layout: ModelLayout, name: str) -> bool:

@@ -248,7 +248,7 @@ def _loads(
     for weight, task in planned:
         claim = _claim(weight.name, model, models)
         infos = gather_of(task).weight_info
-        if claim is not None and all(models.checkpoints[m].stored(infos[m]) is not None for m in both):
+        if claim is not None and all(m in infos and models.checkpoints[m].stored(infos[m]) for m in both):
             loads = GatherAligned(**dict(gather_of(task))).loads()
             found.setdefault(claim.layer, {})[claim.part] = loads[model]
     return found
