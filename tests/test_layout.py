@@ -37,15 +37,17 @@ ROOMS: dict[str, str] = {
     "symmetry/heads": f"errors {ELEMENTS} symmetry/scale symmetry/distance symmetry/assignment",
     "symmetry/by_activations": f"errors {ELEMENTS} symmetry/solved symmetry/assignment symmetry/neurons symmetry/heads",
     "symmetry/blocks": f"{ELEMENTS} symmetry/solved symmetry/distance symmetry/neurons symmetry/heads",
-    "symmetry/latent": f"{ELEMENTS} symmetry/distance symmetry/solved symmetry/assignment symmetry/heads",
+    "symmetry/steps": "errors symmetry/groups",
+    "symmetry/latent": f"{ELEMENTS} symmetry/distance symmetry/solved symmetry/assignment symmetry/heads "
+    "symmetry/steps",
     "symmetry/describe": f"{ELEMENTS} symmetry/distance",
     "symmetry/consensus": f"errors {ELEMENTS}",
     "symmetry/solve": f"errors {ELEMENTS} symmetry/solved symmetry/blocks symmetry/latent symmetry/describe "
     "symmetry/consensus",
     "symmetry/admitted": f"{ELEMENTS} symmetry/heads",
-    "symmetry/steps": "errors symmetry/groups",
     "symmetry/normed_heads": "symmetry/options symmetry/groups symmetry/heads symmetry/admitted symmetry/steps",
-    "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/admitted symmetry/steps symmetry/normed_heads",
+    "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/latent symmetry/admitted symmetry/steps "
+    "symmetry/normed_heads",
     "symmetry/residual": f"errors {ELEMENTS} symmetry/distance symmetry/assignment symmetry/heads "
     "symmetry/by_activations symmetry/solve symmetry/admitted symmetry/steps",
     "families": "errors symmetry/options symmetry/element symmetry/residual",

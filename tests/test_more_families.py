@@ -217,8 +217,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "block outside": ({"tensors": {"x.weight": {"axes": ["up", "residual"]}}}, "lies outside the layers"),
     "unknown axis": ({"layer": {"x.weight": {"axes": ["quety", "residual"]}}}, "quety"),
     "reader that is not there": (
-        {"layer": {"self_attn.v_proj.weight": None}},
-        r"input_layernorm.weight is read by \['self_attn.v_proj",
+        {"tensors": {"norm.weight": {"axes": ["residual"], "read_by": ["lm_hed.weight"]}}},
+        r"norm.weight is read by \['lm_hed",
     ),
     "unknown parent": ({"extends": "lama"}, "extends lama, which there is not"),
 }

@@ -56,8 +56,8 @@ class Block:
 
     @cached_property
     def axes(self) -> tuple[TensorAxes, ...]:
-        specs = [self.layout.claim(weight.name).spec for weight, _ in self.members]  # type: ignore[union-attr]
-        return tuple(self.layout.axes(spec) for spec in specs)
+        placed = (self.checkpoints[self.anchor].layout.placed(weight.name) for weight, _ in self.members)
+        return tuple(one.layout.axes(one.claim.spec) for one in placed if one is not None)
 
     @property
     def mlp(self) -> MlpShape:

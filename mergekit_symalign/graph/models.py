@@ -190,6 +190,13 @@ def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
             f"it is of family {ours.family.name}, but the anchor {anchor.model} is of family {theirs.family.name}",
             "Merge models of one architecture",
         )
+    if other.own_layout is None:  # a text model has none of the towers around it
+        _check_same_towers(anchor, other)
+    _check_same_layers(other.model, anchor.model, "", ours, theirs)
+
+
+def _check_same_towers(anchor: Checkpoint, other: Checkpoint) -> None:
+    ours, theirs = other.layout, anchor.layout
     towers = [{name: of.family.name for name, of in one.towers.items()} for one in (ours, theirs)]
     if towers[0] != towers[1]:
         mine, its = (", ".join(f"{name} {of}" for name, of in one.items()) or "none" for one in towers)
@@ -200,7 +207,6 @@ def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
         )
     for name, tower in ours.towers.items():
         _check_same_layers(other.model, anchor.model, f" of {name}", tower, theirs.towers[name])
-    _check_same_layers(other.model, anchor.model, "", ours, theirs)
 
 
 def _check_same_layers(
