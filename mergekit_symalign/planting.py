@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ from mergekit_symalign.symmetry.groups import (
     rotary_action,
 )
 from mergekit_symalign.symmetry.heads.coordinates import order_within, within_heads
+from mergekit_symalign.symmetry.heads.gated import GATE, gate_action
 from mergekit_symalign.symmetry.heads.order import HeadOrder, moved_axes
 from mergekit_symalign.symmetry.heads.solve import per_query_head
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.options import GainScope, HeadShape, HeadValues, MlpShape, NeuronScale
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind, centred_basis
 
 Elements = dict[tuple[int, BlockKind], BlockElement]
@@ -98,8 +99,10 @@ class _Draw:
     what: Planted
 
     def attention(self, shape: HeadShape) -> BlockElement:
-        value = self._values(shape.kv_heads, shape.head_dim)
+        value = self._values(shape)
         actions: dict[str, AxisAction] = {"value": value, "attended": per_query_head(value.dual(), shape)}
+        gate = gate_action(value) if shape.gated else None
+        actions |= {} if gate is None else {GATE: per_query_head(gate, shape)}
         if shape.qk_norm:
             rows = self._coordinates(shape)
             actions |= {"query": per_query_head(rows, shape), "key": rows} | self._gains(shape, rows)
@@ -171,9 +174,15 @@ class _Draw:
             rotation = torch.linalg.qr(self._normal(heads, d, d)).Q
         return HeadRotation(rotation, self._scale(heads))
 
-    def _values(self, heads: int, d: int) -> AxisAction:
-        if self.what.condition <= 1:
-            return self._heads(heads, d)
+    def _values(self, shape: HeadShape) -> AxisAction:
+        heads, d = shape.kv_heads, shape.head_dim
+        if shape.gated:
+            factors = Scaling(self._scale(heads * d) * self._signs(heads * d))
+            orders = torch.stack([self._order(d) for _ in range(heads)])
+            return Chain((within_heads(orders), factors)) if self.what.rotation else factors
+        if self.what.condition <= 1 or shape.values is HeadValues.normed:
+            turned = self._heads(heads, d)
+            return replace(turned, scale=torch.ones(heads)) if shape.values is HeadValues.normed else turned
         left, right = (torch.linalg.qr(self._normal(heads, d, d)).Q for _ in range(2))
         even = torch.rand(heads, d, generator=self.generator, dtype=torch.float64) - 0.5
         return HeadMatrix((left * self.what.condition ** even.unsqueeze(1)) @ right)

@@ -21,7 +21,7 @@ from mergekit_symalign.families.schema import (
     TensorSpec,
 )
 from mergekit_symalign.symmetry.element import Fused, TensorAxes
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.options import GainScope, HeadShape, HeadValues, MlpShape, NeuronScale
 
 __all__ = ["families", "lookup", "supported_architectures"]  # of `known`
 
@@ -49,6 +49,7 @@ class Geometry:
             "attended": self.query_heads * self.head_dim,
             "key": self.kv_heads * self.head_dim,
             "value": self.kv_heads * self.head_dim,
+            "attended_gate": self.query_heads * self.head_dim,
             "query_gain": self.head_dim * (self.query_heads if every else 1),
             "key_gain": self.head_dim * (self.kv_heads if every else 1),
             "query_head": self.query_heads,
@@ -190,9 +191,14 @@ class ModelLayout:
         turning = attention.positions is not Positions.none and layer not in self.without_rope and not self.locked
         rotary = self.rotary if turning else 0
         interleaved = attention.positions is Positions.rope_interleaved
-        numbered = any("query_head" in spec.axes for spec in self.inside.values())
+        axes = {name for spec in self.inside.values() for axis in spec.axes for name in _names(axis)}
         sizes = (g.query_heads, g.kv_heads, g.head_dim, rotary)
-        return HeadShape(*sizes, interleaved, self.norm, numbered, self.locked)
+        return HeadShape(*sizes, interleaved, self.norm, "query_head" in axes, self.locked, self._values(axes))
+
+    def _values(self, axes: set[str]) -> HeadValues:
+        if "attended_gate" in axes:
+            return HeadValues.gated
+        return HeadValues.normed if self.family.attention.value_norm else HeadValues.free
 
     def mlp_shape(self) -> MlpShape:
         """The neurons of a layer, and which factors they have."""
@@ -203,7 +209,8 @@ class ModelLayout:
         if isinstance(axis, str):
             return axis
         groups = self.geometry.experts if "expert" in spec.axes else 1
-        groups = self.geometry.kv_heads if spec.fused_per_head else groups
+        if spec.fused_per_head:
+            groups = self.geometry.kv_heads if {"key", "value"} & set(axis) else self.geometry.query_heads
         groups = self.geometry.experts * self.geometry.neurons if spec.interleaved else groups
         return Fused(tuple((part, self.geometry.length(part, self.norm) or 0) for part in axis), groups)
 

@@ -9,6 +9,7 @@ axis                 length                                      moved by
 ``key``              KV heads × head dimension                   its dual
 ``value``            KV heads × head dimension                   value/output element
 ``attended``         query heads × head dimension (read by o)    its dual
+``attended_gate``    query heads × head dimension (multiplies)   order of ``value``
 ``query_gain``       head dimension (× query heads)              gain scale (QK-norm)
 ``key_gain``         head dimension (× KV heads)                 its dual
 ``gate``             neurons (of every expert)                   neuron permutation
@@ -44,6 +45,7 @@ Axis = Literal[
     "key",
     "value",
     "attended",
+    "attended_gate",
     "query_gain",
     "key_gain",
     "query_head",
@@ -59,7 +61,7 @@ Axis = Literal[
 ]
 
 ATTENTION_AXES: frozenset[str] = frozenset(
-    ("query", "key", "value", "attended", "query_gain", "key_gain", "query_head")
+    ("query", "key", "value", "attended", "attended_gate", "query_gain", "key_gain", "query_head")
 )
 MLP_AXES: frozenset[str] = frozenset(("gate", "up", "down", "expert"))
 
@@ -112,7 +114,8 @@ class TensorSpec(_Data):
 
     Attributes:
         axes: one name for each axis of the stored tensor, in order; several for an axis that is fused of them.
-        fused_per_head: the parts of a fused axis follow one another for each KV head, not once.
+        fused_per_head: the parts of a fused axis follow one another for each KV head, not once (for each query head,
+            where only these have parts).
         interleaved: a gate row and an up row by turns, neuron by neuron.
         when: config key; the tensor exists only where that is true.
         optional: the tensor may be absent (tied embeddings).
@@ -182,6 +185,7 @@ class AttentionSpec(_Data):
         norm_when: config key; the normalisation is there only where that is true.
         head_bias: each head has a bias of its own for each distance (ALiBi, T5), so that heads stay where they are. A
             config key: only where that is true, and there in place of RoPE.
+        value_norm: values are normalised over the head (RMS, without a gain), so that they have no scale.
     """
 
     positions: Positions
@@ -190,6 +194,7 @@ class AttentionSpec(_Data):
     norm: GainScope = GainScope.none
     norm_when: Optional[str] = None
     head_bias: Union[bool, str] = False
+    value_norm: bool = False
 
 
 class StreamSpec(_Data):

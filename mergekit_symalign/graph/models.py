@@ -18,7 +18,7 @@ from mergekit_symalign.families.schema import BlockKind, MlpKind
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.symmetry.membership import CONDITION
-from mergekit_symalign.symmetry.options import NeuronScale, Rotation, Symmetries
+from mergekit_symalign.symmetry.options import HeadValues, NeuronScale, Rotation, Symmetries, ValueOutput
 
 
 @dataclass
@@ -123,6 +123,14 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
             "a rotation before the norm's gains breaks the model",
             "Use rotation: exact",
         )
+    if kind is BlockKind.attention and use.value_output is ValueOutput.general:
+        values = layout.head_shape(0).values
+        if values is not HeadValues.free:
+            raise ConfigError(
+                "parameter value_output",
+                f"general is not exact for {layout.family.title}: {_STANDS_BETWEEN[values]}",
+                "Use value_output: orthogonal, which takes the largest group that is exact",
+            )
     if not 1 < use.condition <= CONDITION:
         raise ParameterError(
             "parameter condition",
@@ -137,6 +145,10 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
         )
 
 
+_STANDS_BETWEEN = {
+    HeadValues.normed: "its values are normalised",
+    HeadValues.gated: "a gate multiplies each coordinate of its attended values",
+}
 _KEEPS_SCALE = {
     MlpKind.plain: "a plain MLP: its activation stands between the two projections",
     MlpKind.clamped: "a gated MLP that clamps its up projection",

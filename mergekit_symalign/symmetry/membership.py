@@ -6,6 +6,7 @@ the shapes and numbers of every step, and then what the axes together have to ob
 - heads move as wholes, and query heads with the KV head of their group;
 - general matrices of values are invertible, their condition numbers bounded;
 - attended values are read by the inverse transpose of what writes them, keys carry the inverse transpose of queries;
+- values that a gate multiplies carry an order, which the gate follows, and factors; normalised ones no scale;
 - under a QK-norm coordinates that turn stay, others may change places within their head; queries and keys carry signs,
   and the gains factors, that both coordinates of a plane share;
 - gate, up and down move the same neurons, experts move as wholes, and down divides by what up is multiplied by.
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.admitted import Admitted, admitted
+from mergekit_symalign.symmetry.coordinates import check_coordinates, check_gated
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, HeadMatrix, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS
-from mergekit_symalign.symmetry.normed_heads import check_coordinates
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.options import HeadShape, HeadValues, MlpShape, NeuronScale
 from mergekit_symalign.symmetry.steps import TOLERANCE, MovedRows, require, require_size, steps_of
 
 LARGEST = 2.0**60  # of factors, and of their inverses: weights and their products stay within float32's range
@@ -144,10 +145,14 @@ def _order_of_wholes(index: Tensor, wholes: int, axis: str, what: str) -> Tensor
 
 def _check_heads(actions: Mapping[str, AxisAction], shape: HeadShape, largest: Mapping[str, float]) -> None:
     d, group = shape.head_dim, shape.queries_per_kv
-    axes = ("value", "attended") if shape.qk_norm else HEAD_AXES
+    axes = (*(() if shape.gated else ("value", "attended")), *(() if shape.qk_norm else ("query", "key")))
     heads = {axis: _Heads.moved_by(actions.get(axis), axis, shape.heads(axis), d, largest[axis]) for axis in axes}
     orders = {axis: found.order for axis, found in heads.items()}
     orders |= check_coordinates(actions, shape, largest) if shape.qk_norm else {}
+    orders |= check_gated(actions, shape, largest) if shape.gated else {}
+    if shape.values is HeadValues.normed:
+        turned = heads["value"].matrix
+        require(_is_identity(turned.mT @ turned), "value", "values are normalised, and a scale would be lost")
     require(bool((orders["key"] == orders["value"]).all()), "key", "its heads are not in the order of the value heads")
     same = bool((orders["query"] == orders["attended"]).all())
     require(same, "attended", "its heads are not in the order of the queries")

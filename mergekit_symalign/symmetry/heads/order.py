@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import AxisAction, Permutation, behind
+from mergekit_symalign.symmetry.heads.gated import GATE
 from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS
 from mergekit_symalign.symmetry.options import HeadShape, Pair, Sides
 
@@ -39,7 +40,8 @@ class HeadOrder:
 
 def moved_axes(shape: HeadShape) -> tuple[str, ...]:
     """The axes that a permutation of heads moves."""
-    return HEAD_AXES + (GAIN_AXES if shape.norm.per_head else ()) + ((NUMBERS,) if shape.numbered else ())
+    gate = (GATE,) if shape.gated else ()
+    return HEAD_AXES + gate + (GAIN_AXES if shape.norm.per_head else ()) + ((NUMBERS,) if shape.numbered else ())
 
 
 def reordered_gains(sides: Sides, order: HeadOrder, shape: HeadShape) -> dict[str, list[Pair]]:
