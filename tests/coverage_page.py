@@ -30,7 +30,7 @@ OUT = """
 | Qwen2-VL | MergeKit does not find the number of layers in its config, so it plans no merge |
 | heads for answers to questions of decoders and BERT, BERT for pre-training | MergeKit drops the head's tensors |
 | GPT-J, GPTBigCode, GPT-Neo, Falcon, T5, BART, Whisper | not described yet |
-| Llama 4, Gemma 3n, Gemma 4, Qwen3-Next, Qwen3.5, AFMoE, hybrids with state spaces | not described yet: their layers differ |
+| Llama 4, Gemma 3n, Gemma 4, Qwen3-Next, Qwen3.5, AFMoE, hybrids with state spaces | their layers differ |
 | DeepSeek and other models with MLA | no solver |
 | NanoChat (QK-norm without gains), DiffLlama (differential attention), BitNet (norms in the attention) | no solver |
 """

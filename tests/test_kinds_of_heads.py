@@ -40,6 +40,9 @@ SHAPES = {
     "gate, no RoPE, sinks": HeadShape(4, 2, 6, 0, values=HeadValues.gated, numbered=True),
     "values normed": replace(PLAIN, norm=GainScope.head, values=HeadValues.normed),
     "values normed, partial RoPE": HeadShape(4, 2, 8, 4, norm=GainScope.head, values=HeadValues.normed),
+    "keys are values": HeadShape(6, 2, 8, 8, norm=GainScope.head, values=HeadValues.keys),
+    "keys are values, partial RoPE": HeadShape(4, 2, 9, 4, norm=GainScope.head, values=HeadValues.keys),
+    "keys are values, own gains": HeadShape(4, 2, 7, 2, norm=GainScope.all, values=HeadValues.keys),
 }
 
 
@@ -83,8 +86,9 @@ def test_by_activations_too(name: str) -> None:
     sibling = noisy(anchor, 0.02)
     twin = moved(sibling, planted(shape, 3))
     x = random_tokens(200).mT
-    seen = {axis: Covariance.of_rows([(anchor[axis] @ x, twin[axis] @ x)]) for axis in ("query", "key", "value")}
-    seen["attended"] = Covariance.of_rows([(wide(anchor["value"], shape) @ x, wide(twin["value"], shape) @ x)])
+    values = "key" if shape.of_keys else "value"
+    seen = {axis: Covariance.of_rows([(anchor[axis] @ x, twin[axis] @ x)]) for axis in ("query", "key", values)}
+    seen["attended"] = Covariance.of_rows([(wide(anchor[values], shape) @ x, wide(twin[values], shape) @ x)])
     found = align_attention_by(seen, sides_of(anchor, twin), shape, Symmetries()).element
     require_symmetry(found, shape)
     back = moved(twin, found)
@@ -210,6 +214,16 @@ def test_a_general_matrix_is_never_taken(name: str) -> None:
     require_symmetry(found, shape)
 
 
+GEMMA4 = {
+    "layer_types": ["full_attention"] * 2,
+    "global_head_dim": 8,
+    "num_global_key_value_heads": 2,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "attention_k_eq_v": False,
+    "enable_moe_block": False,
+    "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+}
 # Attentions of classes whose layers differ, in models whose layers are alike.
 FILES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "query and gate in one tensor": (
@@ -242,18 +256,25 @@ FILES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             },
         },
     ),
+    "keys that are values": (
+        "Gemma4ForCausalLM",
+        GEMMA4 | {"attention_k_eq_v": True},
+        {
+            "extends": "qwen3",
+            "attention": {"value_norm": True},
+            "layer": {
+                "self_attn.v_proj.weight": None,
+                "self_attn.v_proj.bias": None,
+                "layer_scalar": {"axes": ["other"]},
+                "input_layernorm.weight": {"axes": ["residual"], "read_by": ["self_attn.q_proj.weight"]},
+                "pre_feedforward_layernorm.weight": {"axes": ["residual"]},
+                "post_feedforward_layernorm.weight": {"axes": ["residual"]},
+            },
+        },
+    ),
     "normalised values": (
         "Gemma4ForCausalLM",
-        {
-            "layer_types": ["full_attention"] * 2,
-            "global_head_dim": 8,
-            "num_global_key_value_heads": 2,
-            "hidden_size_per_layer_input": 0,
-            "num_kv_shared_layers": 0,
-            "attention_k_eq_v": False,
-            "enable_moe_block": False,
-            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
-        },
+        GEMMA4,
         {
             "extends": "qwen3",
             "attention": {"value_norm": True},

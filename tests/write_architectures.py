@@ -97,7 +97,9 @@ def mlp(layout: ModelLayout) -> str:
     """What is exact for neurons."""
     shape = layout.mlp_shape()
     clamped = shape.gated and shape.scale is NeuronScale.none
-    return ("gated, clamped: permutation" if clamped else MLP[shape.scale]) + ("; experts with their router rows" if shape.experts > 1 else "")
+    return ("gated, clamped: permutation" if clamped else MLP[shape.scale]) + (
+        "; experts with their router rows" if shape.experts > 1 else ""
+    )
 
 
 def measure(name: str, folder: Path) -> str:

@@ -185,7 +185,8 @@ class AttentionSpec(_Data):
         norm_when: config key; the normalisation is there only where that is true.
         head_bias: each head has a bias of its own for each distance (ALiBi, T5), so that heads stay where they are. A
             config key: only where that is true, and there in place of RoPE.
-        value_norm: values are normalised over the head (RMS, without a gain), so that they have no scale.
+        value_norm: values are normalised over the head (RMS, without a gain), so that they have no scale. Under a
+            QK-norm, without a tensor that has the axis ``value``, they are what the key projection writes.
     """
 
     positions: Positions

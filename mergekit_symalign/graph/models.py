@@ -147,6 +147,7 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
 
 _STANDS_BETWEEN = {
     HeadValues.normed: "its values are normalised",
+    HeadValues.keys: "its values are what the key projection writes",
     HeadValues.gated: "a gate multiplies each coordinate of its attended values",
 }
 _KEEPS_SCALE = {
