@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,10 +26,20 @@ from mergekit_symalign.symmetry.groups import (
     rotary_action,
 )
 from mergekit_symalign.symmetry.heads.coordinates import order_within, within_heads
+from mergekit_symalign.symmetry.heads.gated import GATE, gate_action
+from mergekit_symalign.symmetry.heads.of_keys import with_attended, with_own_values
 from mergekit_symalign.symmetry.heads.order import HeadOrder, moved_axes
 from mergekit_symalign.symmetry.heads.solve import per_query_head
 from mergekit_symalign.symmetry.latent.heads import MatchedLatentHeads
-from mergekit_symalign.symmetry.options import BlockShape, GainScope, HeadShape, LatentShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.options import (
+    BlockShape,
+    GainScope,
+    HeadShape,
+    HeadValues,
+    LatentShape,
+    MlpShape,
+    NeuronScale,
+)
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind, centred_basis
 
 Elements = dict[tuple[Layer, BlockKind], BlockElement]
@@ -99,7 +109,8 @@ class _Draw:
         return self.latent(shape) if isinstance(shape, LatentShape) else self.attention(shape)
 
     def latent(self, shape: LatentShape) -> BlockElement:
-        still, value = self._heads(shape.heads, shape.nope), self._values(shape.heads, shape.value)
+        of_values = HeadShape(shape.heads, shape.heads, shape.value, rotary=0)
+        still, value = self._heads(shape.heads, shape.nope), self._values(of_values)
         query = self._query(HeadShape(1, 1, shape.rope, shape.rope, shape.interleaved))
         assert isinstance(query, PerHead)
         actions: dict[str, AxisAction] = {"value": value, "attended": value.dual()}
@@ -114,8 +125,13 @@ class _Draw:
         return BlockElement(moved)
 
     def attention(self, shape: HeadShape) -> BlockElement:
-        value = self._values(shape.kv_heads, shape.head_dim)
+        if shape.of_keys:
+            own = self.attention(with_own_values(shape)).actions
+            return BlockElement(with_attended(own))
+        value = self._values(shape)
         actions: dict[str, AxisAction] = {"value": value, "attended": per_query_head(value.dual(), shape)}
+        gate = gate_action(value) if shape.gated else None
+        actions |= {} if gate is None else {GATE: per_query_head(gate, shape)}
         if shape.qk_norm:
             rows = self._coordinates(shape)
             actions |= {"query": per_query_head(rows, shape), "key": rows} | self._gains(shape, rows)
@@ -187,9 +203,15 @@ class _Draw:
             rotation = torch.linalg.qr(self._normal(heads, d, d)).Q
         return HeadRotation(rotation, self._scale(heads))
 
-    def _values(self, heads: int, d: int) -> AxisAction:
-        if self.what.condition <= 1:
-            return self._heads(heads, d)
+    def _values(self, shape: HeadShape) -> AxisAction:
+        heads, d = shape.kv_heads, shape.head_dim
+        if shape.gated:
+            factors = Scaling(self._scale(heads * d) * self._signs(heads * d))
+            orders = torch.stack([self._order(d) for _ in range(heads)])
+            return Chain((within_heads(orders), factors)) if self.what.rotation else factors
+        if self.what.condition <= 1 or shape.values is HeadValues.normed:
+            turned = self._heads(heads, d)
+            return replace(turned, scale=torch.ones(heads)) if shape.values is HeadValues.normed else turned
         left, right = (torch.linalg.qr(self._normal(heads, d, d)).Q for _ in range(2))
         even = torch.rand(heads, d, generator=self.generator, dtype=torch.float64) - 0.5
         return HeadMatrix((left * self.what.condition ** even.unsqueeze(1)) @ right)

@@ -45,9 +45,9 @@ ROOMS: dict[str, str] = {
     "symmetry/solve": f"errors {ELEMENTS} symmetry/solved symmetry/blocks symmetry/latent symmetry/describe "
     "symmetry/consensus",
     "symmetry/admitted": f"{ELEMENTS} symmetry/heads",
-    "symmetry/normed_heads": "symmetry/options symmetry/groups symmetry/heads symmetry/admitted symmetry/steps",
+    "symmetry/coordinates": "symmetry/options symmetry/groups symmetry/heads symmetry/admitted symmetry/steps",
     "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/latent symmetry/admitted symmetry/steps "
-    "symmetry/normed_heads",
+    "symmetry/coordinates",
     "symmetry/residual": f"errors {ELEMENTS} symmetry/distance symmetry/assignment symmetry/heads "
     "symmetry/by_activations symmetry/solve symmetry/admitted symmetry/steps",
     "families": "errors symmetry/options symmetry/element symmetry/residual",

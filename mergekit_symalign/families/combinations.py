@@ -43,7 +43,9 @@ def _problems(family: Family) -> Iterator[str]:
 def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
     attention = family.attention
     latent = family.sizes.kv_latent is not None
-    if missing := [axis for axis in (_OF_LATENT if latent else _HEADS) if axis not in axes]:
+    of_keys = attention.value_norm and attention.norm is not GainScope.none  # no values of their own
+    needed = [axis for axis in (_OF_LATENT if latent else _HEADS) if not (axis == "value" and of_keys)]
+    if missing := [axis for axis in needed if axis not in axes]:
         yield f"no tensor of a layer has the axis {missing[0]}"
     foreign = ({*_HEADS, *_GAINS} - LATENT_AXES if latent else LATENT_AXES - {*_HEADS}) & axes
     if foreign:
@@ -57,6 +59,8 @@ def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
         yield "attention.positions is none, so no part of a head turns and no layer is without RoPE"
     if attention.head_bias is True and attention.positions is not Positions.none:
         yield "attention.head_bias is of every model, but attention.positions is not none"
+    if attention.value_norm and "attended_gate" in axes:
+        yield "attention.value_norm and the axis attended_gate together have no solver"
     has_gains = [axis for axis in _GAINS if axis in axes]
     if attention.norm is GainScope.none and has_gains:
         yield f"a tensor has the axis {has_gains[0]}, but attention.norm is none"

@@ -30,6 +30,7 @@ from mergekit_symalign.symmetry.options import (
     BlockShape,
     GainScope,
     HeadShape,
+    HeadValues,
     LatentShape,
     MlpShape,
     NeuronScale,
@@ -72,6 +73,7 @@ class Geometry:
             "attended": self.query_heads * self.head_dim,
             "key": self.kv_heads * self.head_dim,
             "value": self.kv_heads * self.head_dim,
+            "attended_gate": self.query_heads * self.head_dim,
             "query_gain": self.head_dim * (self.query_heads if every else 1),
             "key_gain": self.head_dim * (self.kv_heads if every else 1),
             "query_head": self.query_heads,
@@ -335,9 +337,17 @@ class ModelLayout:
             return replace(g.latent, interleaved=self.interleaved)
         turning = attention.positions is not Positions.none and layer not in self.without_rope and not self.locked
         rotary = self.rotary if turning else 0
-        numbered = any("query_head" in spec.axes for spec in self.inside.values())
+        axes = {name for spec in self.inside.values() for axis in spec.axes for name in _names(axis)}
         sizes = (g.query_heads, g.kv_heads, g.head_dim, rotary)
-        return HeadShape(*sizes, self.interleaved, self.norm, numbered, self.locked)
+        numbered, values = "query_head" in axes, self._values(axes)
+        return HeadShape(*sizes, self.interleaved, self.norm, numbered, self.locked, values)
+
+    def _values(self, axes: set[str]) -> HeadValues:
+        if "attended_gate" in axes:
+            return HeadValues.gated
+        if "value" not in axes:
+            return HeadValues.keys
+        return HeadValues.normed if self.family.attention.value_norm else HeadValues.free
 
     def mlp_shape(self, kind: BlockKind = BlockKind.mlp) -> MlpShape:
         """The neurons of one of a layer's MLPs, and which factors they have."""
@@ -348,7 +358,9 @@ class ModelLayout:
         if isinstance(axis, str):
             return axis
         groups = self.geometry.experts if "expert" in spec.axes else 1
-        groups = self.geometry.kv_heads if spec.fused_per_head else max(groups, spec.fused_groups)
+        groups = max(groups, spec.fused_groups)
+        if spec.fused_per_head:
+            groups = self.geometry.kv_heads if {"key", "value"} & set(axis) else self.geometry.query_heads
         groups = self.geometry.experts * self.geometry.neurons if spec.interleaved else groups
         return Fused(tuple((part, self.geometry.length(part, self.norm) or 0) for part in axis), groups)
 

@@ -9,6 +9,7 @@ axis                 length                                      moved by
 ``key``              KV heads × head dimension                   its dual
 ``value``            KV heads × head dimension                   value/output element
 ``attended``         query heads × head dimension (read by o)    its dual
+``attended_gate``    query heads × head dimension (multiplies)   order of ``value``
 ``query_gain``       head dimension (× query heads)              gain scale (QK-norm)
 ``key_gain``         head dimension (× KV heads)                 its dual
 ``gate``             neurons (of every expert)                   neuron permutation
@@ -57,6 +58,7 @@ Axis = Literal[
     "key",
     "value",
     "attended",
+    "attended_gate",
     "query_gain",
     "key_gain",
     "query_head",
@@ -88,7 +90,9 @@ Axis = Literal[
 ]
 
 LATENT_AXES: frozenset[str] = frozenset(LatentShape(1, 1, 2, 1, 1, 1).lengths())
-HEAD_AXES: frozenset[str] = frozenset(("query", "key", "value", "attended", "query_gain", "key_gain", "query_head"))
+HEAD_AXES: frozenset[str] = frozenset(
+    ("query", "key", "value", "attended", "attended_gate", "query_gain", "key_gain", "query_head")
+)
 ATTENTION_AXES: frozenset[str] = HEAD_AXES | LATENT_AXES
 MLP_AXES: frozenset[str] = frozenset(("gate", "up", "down", "expert"))
 
@@ -160,7 +164,8 @@ class TensorSpec(_Data):
 
     Attributes:
         axes: one name for each axis of the stored tensor, in order; several for an axis that is fused of them.
-        fused_per_head: the parts of a fused axis follow one another for each KV head, not once.
+        fused_per_head: the parts of a fused axis follow one another for each KV head, not once (for each query head,
+            where only these have parts).
         interleaved: a gate row and an up row by turns, neuron by neuron.
         fused_groups: how often the parts of a fused axis follow one another, each time with the next share of all.
         when: config key; the tensor exists only where that is true.
@@ -266,6 +271,8 @@ class AttentionSpec(_Data):
         norm_when: config key; the normalisation is there only where that is true.
         head_bias: each head has a bias of its own for each distance (ALiBi, T5), so that heads stay where they are. A
             config key: only where that is true, and there in place of RoPE.
+        value_norm: values are normalised over the head (RMS, without a gain), so that they have no scale. Under a
+            QK-norm, without a tensor that has the axis ``value``, they are what the key projection writes.
     """
 
     positions: Positions
@@ -276,6 +283,7 @@ class AttentionSpec(_Data):
     norm: GainScope = GainScope.none
     norm_when: Optional[str] = None
     head_bias: Union[bool, str] = False
+    value_norm: bool = False
 
 
 class StreamSpec(_Data):

@@ -21,7 +21,7 @@ from mergekit_symalign.graph.plain_merge import resolve_stored
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.graph.text_parts import NO_TEXTS, TextParts
 from mergekit_symalign.symmetry.membership import CONDITION
-from mergekit_symalign.symmetry.options import NeuronScale, Rotation, Symmetries
+from mergekit_symalign.symmetry.options import HeadShape, HeadValues, NeuronScale, Rotation, Symmetries, ValueOutput
 
 
 @dataclass
@@ -141,6 +141,15 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
             "heads, and no matrix of a head can turn them",
             "Use rotation: exact",
         )
+    if kind is BlockKind.attention and use.value_output is ValueOutput.general:
+        shape = layout.head_shape(0)
+        values = shape.values if isinstance(shape, HeadShape) else HeadValues.free
+        if values is not HeadValues.free:
+            raise ConfigError(
+                "parameter value_output",
+                f"general is not exact for {layout.family.title}: {_STANDS_BETWEEN[values]}",
+                "Use value_output: orthogonal, which takes the largest group that is exact",
+            )
     if not 1 < use.condition <= CONDITION:
         raise ParameterError(
             "parameter condition",
@@ -155,6 +164,11 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
         )
 
 
+_STANDS_BETWEEN = {
+    HeadValues.normed: "its values are normalised",
+    HeadValues.keys: "its values are what the key projection writes",
+    HeadValues.gated: "a gate multiplies each coordinate of its attended values",
+}
 _KEEPS_SCALE = {
     MlpKind.plain: "a plain MLP: its activation stands between the two projections",
     MlpKind.clamped: "a gated MLP that clamps its up projection",

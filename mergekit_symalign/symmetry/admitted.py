@@ -15,8 +15,17 @@ from mergekit_symalign.symmetry.groups import (
     Rotation,
     Scaling,
 )
+from mergekit_symalign.symmetry.heads.gated import GATE
 from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, NUMBERS
-from mergekit_symalign.symmetry.options import VALUES, BlockShape, HeadShape, LatentShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.options import (
+    VALUES,
+    BlockShape,
+    HeadShape,
+    HeadValues,
+    LatentShape,
+    MlpShape,
+    NeuronScale,
+)
 
 Shape = tuple[int, ...]
 Admitted = Mapping[str, tuple[Shape, ...]]  # kind of step -> shapes of its numbers
@@ -39,9 +48,12 @@ def admitted(axis: str, shape: BlockShape, *, full: bool = False) -> Admitted:
         return {Permutation.kind: ((shape.query_heads,),)} if shape.numbered else {}
     if axis in GAIN_AXES:
         return _admitted_gains(axis, shape)
+    if axis == GATE:
+        return {Permutation.kind: (size,)} if shape.gated else {}
+    if axis == "value" and shape.of_keys:
+        return {}
     if axis in ("value", "attended"):
-        d, heads = shape.head_dim, shape.heads(axis)
-        return {Permutation.kind: (size,), HeadRotation.kind: _rotation(heads, d), HeadMatrix.kind: ((heads, d, d),)}
+        return {Permutation.kind: (size,), **_admitted_values(shape.heads(axis), shape)}
     if axis in ("query", "key"):
         return {Permutation.kind: (size,), **_admitted_turns(shape.heads(axis), shape, full=full)}
     return {}
@@ -60,6 +72,14 @@ def _admitted_in_latent(axis: str, shape: LatentShape) -> Admitted:
         return turned if axis == "k_pe" else {**order, **turned}
     general: Admitted = {HeadMatrix.kind: ((heads, d, d),)} if axis in VALUES else {}
     return {**order, HeadRotation.kind: _rotation(heads, d), **general} if heads else {}
+
+
+def _admitted_values(heads: int, shape: HeadShape) -> Admitted:
+    d = shape.head_dim
+    if shape.gated or shape.of_keys:
+        return {Scaling.kind: ((heads * d,),)}
+    general: Admitted = {HeadMatrix.kind: ((heads, d, d),)} if shape.values is HeadValues.free else {}
+    return {HeadRotation.kind: _rotation(heads, d), **general}
 
 
 def _admitted_in_mlp(axis: str, shape: MlpShape) -> Admitted:

@@ -7,6 +7,7 @@ that axis first: a weight and its bias are two of them, and the bias counts as o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,8 +16,10 @@ from mergekit_symalign.symmetry.distance import total_distance
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction
 from mergekit_symalign.symmetry.heads.from_rows import HeadRows
+from mergekit_symalign.symmetry.heads.gated import GATE, gate_action
 from mergekit_symalign.symmetry.heads.general import GeneralOptimum, align_general, value_grams
 from mergekit_symalign.symmetry.heads.match import HeadProblem, MatchedHeads, match_heads
+from mergekit_symalign.symmetry.heads.of_keys import joined_rows, with_attended, with_own_values
 from mergekit_symalign.symmetry.heads.order import HeadOrder, after, reordered_gains
 from mergekit_symalign.symmetry.heads.shared import reordered, shared_order
 from mergekit_symalign.symmetry.heads.solve import (
@@ -39,6 +42,7 @@ from mergekit_symalign.symmetry.neurons.match import align_neurons
 from mergekit_symalign.symmetry.options import (
     Facts,
     HeadShape,
+    HeadValues,
     MlpShape,
     NeuronScale,
     Pair,
@@ -71,6 +75,11 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> Solved:
     >>> torch.equal(found.element.actions["value"](swapped, 0), rows)
     True
     """
+    if shape.of_keys:
+        solved = align_attention(
+            joined_rows(sides, shape), with_own_values(shape), replace(use, value_output=ValueOutput.orthogonal)
+        )
+        return Solved(BlockElement(with_attended(solved.element.actions)), solved.facts)
     if not shape.one_order or use.rotation is Rotation.none:
         return _aligned_heads(sides, shape, use)
     own, norms = head_moments(sides, shape, use.rotation)
@@ -79,7 +88,7 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> Solved:
     def moments(order: HeadOrder | None) -> AttentionMoments:
         if order is None:
             return standing
-        beside = {axis: order.of_axis(axis) for axis in HEAD_AXES}
+        beside = {axis: order.of_axis(axis) for axis in (*HEAD_AXES, GATE)}
         return head_moments(sides, shape, use.rotation, beside)[0].per_kv_head(shape.kv_heads)
 
     def source(order: Tensor) -> HeadRows:
@@ -105,7 +114,7 @@ def _aligned_heads(sides: Sides, shape: HeadShape, use: Symmetries, matched: Mat
         matched = match_heads(problem)
     order = matched.order
     if order is not None:
-        own, _ = head_moments(sides, shape, use.rotation, {axis: order.of_axis(axis) for axis in HEAD_AXES})
+        own, _ = head_moments(sides, shape, use.rotation, {axis: order.of_axis(axis) for axis in (*HEAD_AXES, GATE)})
         m = own.per_kv_head(shape.kv_heads)
         sides = {**sides, **reordered_gains(sides, order, shape)}
     settled = order is None and not shape.own_orders
@@ -115,6 +124,8 @@ def _aligned_heads(sides: Sides, shape: HeadShape, use: Symmetries, matched: Mat
     value = found.value if general is None else general.action
     if value is not None:
         actions |= {"value": value, "attended": per_query_head(value.dual(), shape)}
+        gate = gate_action(value) if shape.gated else None
+        actions |= {} if gate is None else {GATE: per_query_head(gate, shape)}
     if found.query is not None:
         actions |= {"query": per_query_head(found.query, shape), "key": found.query.dual()}
     actions |= solve_gains(sides, shape, use, found.query)
@@ -183,8 +194,9 @@ def gains_distance(sides: Sides, actions: Mapping[str, AxisAction]) -> float:
 def _general_values(
     sides: Sides, shape: HeadShape, use: Symmetries, found: HeadActions, order: HeadOrder | None
 ) -> GeneralOptimum | None:
-    """Any invertible matrix for each KV head, from the optimum of rotation and scale; None if not asked for."""
-    if use.value_output is not ValueOutput.general:
+    """Any invertible matrix for each KV head, from the optimum of rotation and scale; None if not asked for, or not
+    exact."""
+    if use.value_output is not ValueOutput.general or shape.values is not HeadValues.free:
         return None
     beside = None if order is None else {axis: order.of_axis(axis) for axis in ("value", "attended")}
     value, attended = value_grams(sides, shape, beside)

@@ -58,7 +58,8 @@ def describe_heads(element: BlockElement, shape: AttentionShape) -> Facts:
         mean square of its angles, a general one with its rotation's); smallest and largest factor, of a general matrix
         its singular values, and the largest condition number of those (``value_condition_max``); coordinates whose sign
         was flipped by a QK-norm's sign; where coordinates may change places, how many did within their head
-        (``query_coordinates_moved``). Where heads share latents, also how many of those there are and how many moved.
+        (``query_coordinates_moved``, ``value_coordinates_moved``). Where heads share latents, also how many of those
+        there are and how many moved.
     """
     facts: Facts = {}
     for name, axis, heads, d in _counted(shape):
@@ -76,9 +77,11 @@ def describe_heads(element: BlockElement, shape: AttentionShape) -> Facts:
         turned = torch.cat(angles) if angles else torch.zeros(1)
         facts |= {f"{name}_angle_median": float(turned.median()), f"{name}_angle_max": float(turned.max())}
         factors += [factor for step in steps for factor in _factors(step)]
-    if isinstance(shape, HeadShape) and shape.reorders:
-        of_queries = _order(element.actions.get("query"), shape.query_heads * shape.head_dim)
-        facts["query_coordinates_moved"] = 0 if of_queries is None else _count_within(of_queries, shape.head_dim)
+    if isinstance(shape, HeadShape):
+        for name, counted in (("query", shape.reorders), ("value", shape.gated)):
+            if counted:
+                of_axis = _order(element.actions.get(name), shape.heads(name) * shape.head_dim)
+                facts[f"{name}_coordinates_moved"] = 0 if of_axis is None else _count_within(of_axis, shape.head_dim)
     return facts | _conditions(element.actions.get("value")) | _range(factors)
 
 
@@ -101,7 +104,8 @@ def _counted(shape: AttentionShape) -> tuple[tuple[str, str, int, int], ...]:
     if isinstance(shape, LatentShape):
         return (("kv", "value", shape.heads, shape.value), ("query", "q_nope", shape.heads, shape.nope))
     d = shape.head_dim
-    return (("kv", "value", shape.kv_heads, d), ("query", "query", shape.query_heads, d))
+    kv = "key" if shape.of_keys else "value"
+    return (("kv", kv, shape.kv_heads, d), ("query", "query", shape.query_heads, d))
 
 
 def _steps(g: AxisAction | None) -> Iterator[AxisAction]:

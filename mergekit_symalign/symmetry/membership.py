@@ -6,6 +6,7 @@ the shapes and numbers of every step, and then what the axes together have to ob
 - heads move as wholes, and query heads with the KV head of their group;
 - general matrices of values are invertible, their condition numbers bounded;
 - attended values are read by the inverse transpose of what writes them, keys carry the inverse transpose of queries;
+- values that a gate multiplies carry an order, which the gate follows, and factors; normalised ones no scale;
 - under a QK-norm coordinates that turn stay, others may change places within their head; queries and keys carry signs,
   and the gains factors, that both coordinates of a plane share;
 - heads that share a latent share the turns of their planes; a latent carries signs and an order that its gains follow,
@@ -22,12 +23,12 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.admitted import Admitted, admitted
+from mergekit_symalign.symmetry.coordinates import check_coordinates, check_gated, check_of_keys
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, HeadMatrix, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS
 from mergekit_symalign.symmetry.latent.membership import check_latent, check_latent_heads
-from mergekit_symalign.symmetry.normed_heads import check_coordinates
-from mergekit_symalign.symmetry.options import BlockShape, HeadShape, LatentShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.options import BlockShape, HeadShape, HeadValues, LatentShape, MlpShape, NeuronScale
 from mergekit_symalign.symmetry.steps import TOLERANCE, MovedHeads, MovedRows, is_identity, require, steps_of
 
 LARGEST = 2.0**60  # of factors, and of their inverses: weights and their products stay within float32's range
@@ -112,10 +113,18 @@ def _check_numbers(axis: str, step: AxisAction) -> None:
 
 def _check_heads(actions: Mapping[str, AxisAction], shape: HeadShape, largest: Mapping[str, float]) -> None:
     d, group = shape.head_dim, shape.queries_per_kv
-    axes = ("value", "attended") if shape.qk_norm else HEAD_AXES
+    axes = (
+        *(() if shape.gated or shape.of_keys else ("value", "attended")),
+        *(() if shape.qk_norm else ("query", "key")),
+    )
     heads = {axis: MovedHeads.by(actions.get(axis), axis, shape.heads(axis), d, largest[axis]) for axis in axes}
     orders = {axis: found.order for axis, found in heads.items()}
     orders |= check_coordinates(actions, shape, largest) if shape.qk_norm else {}
+    orders |= check_gated(actions, shape, largest) if shape.gated else {}
+    orders |= check_of_keys(actions, shape, largest) if shape.of_keys else {}
+    if shape.values is HeadValues.normed:
+        turned = heads["value"].matrix
+        require(is_identity(turned.mT @ turned), "value", "values are normalised, and a scale would be lost")
     require(bool((orders["key"] == orders["value"]).all()), "key", "its heads are not in the order of the value heads")
     same = bool((orders["query"] == orders["attended"]).all())
     require(same, "attended", "its heads are not in the order of the queries")

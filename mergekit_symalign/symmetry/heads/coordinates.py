@@ -15,11 +15,11 @@ from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Sc
 from mergekit_symalign.symmetry.heads.moments import Moments, plane_correlation
 from mergekit_symalign.symmetry.heads.procrustes import align_gains
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, Pair
-from mergekit_symalign.symmetry.scale import quartic_scale
+from mergekit_symalign.symmetry.scale import best_saving
 
 
 def align_coordinates(
-    query: Moments, key: Moments, shape: HeadShape, *, reorder: bool, costs: Tensor | None = None
+    query: Moments, key: Moments, shape: HeadShape, *, reorder: bool, gains: Tensor | None = None
 ) -> AxisAction:
     """The order and the signs of the coordinates of each KV head: jointly optimal.
 
@@ -27,7 +27,7 @@ def align_coordinates(
         query, key: of n KV heads; coordinates of whole heads.
         shape: of the heads.
         reorder: whether coordinates that do not turn may change places.
-        costs: what the gains of each two such coordinates cost [n, rest, rest] (`gain_costs`).
+        gains: what the gains of every two such coordinates contribute [n, rest, rest] (`gain_scores`).
 
     Returns:
         What query and key rows carry; its own dual.
@@ -37,10 +37,10 @@ def align_coordinates(
     turning = plane_correlation(_at(cross, planes)).real
     still = _at(cross, rest)
     if shape.norm is GainScope.centred:
-        place, sign = _of_one_sign(turning, still, costs, reorder=reorder)
+        place, sign = _of_one_sign(turning, still, gains, reorder=reorder)
         of_planes, of_rest = (sign.unsqueeze(1).expand(-1, x.shape[1]) for x in (turning, still))
     else:
-        place = _places(still.abs(), costs, reorder=reorder)
+        place = _places(still.abs(), gains, reorder=reorder)
         of_planes, of_rest = _sign(turning), _sign(_taken(still, place))
     factor = cross.new_ones(cross.shape[:2])
     factor[:, planes], factor[:, rest] = torch.cat((of_planes, of_planes), dim=-1), of_rest
@@ -56,8 +56,8 @@ def rest_scores(query: Moments, key: Moments, shape: HeadShape) -> Tensor:
     return _at(cross, torch.tensor(shape.rest(), device=cross.device)).abs()
 
 
-def gain_costs(query: Pair, key: Pair, shape: HeadShape, *, scale: bool, signed: bool) -> Tensor:
-    """Squared distances of the gains of every two coordinates that do not turn, less the anchor's squares.
+def gain_scores(query: Pair, key: Pair, shape: HeadShape, *, scale: bool, signed: bool) -> Tensor:
+    """What the gains of every two coordinates that do not turn contribute when matched.
 
     Args:
         query, key: gains of anchor and model, [n, heads that share an order, d] each.
@@ -69,16 +69,10 @@ def gain_costs(query: Pair, key: Pair, shape: HeadShape, *, scale: bool, signed:
         [n, rest, rest]: anchor's coordinate, model's.
     """
     rest = torch.tensor(shape.rest(), device=query[0].device)
-    (q_a, q_b), (k_a, k_b) = (
-        (a.index_select(-1, rest).double(), b.index_select(-1, rest).double()) for a, b in (query, key)
-    )
+    (q_a, q_b), (k_a, k_b) = ([x.index_select(-1, rest).double() for x in pair] for pair in (query, key))
     p, q = q_a.mT @ q_b, k_a.mT @ k_b
-    b, o = (x.square().sum(1).unsqueeze(1).expand_as(p) for x in (q_b, k_b))
-    found = []
-    for sign in (1, -1) if scale and signed else (1,):
-        s = quartic_scale(b, o, sign * p, sign * q) if scale else torch.ones_like(b)
-        found.append(s**2 * b + o / s**2 - 2 * sign * (s * p + q / s))
-    return torch.stack(found).amin(0)
+    b, o = (x.square().sum(1, keepdim=True) for x in (q_b, k_b))
+    return best_saving(p, b, q, o, signed=signed) if scale else p + q
 
 
 def gain_factors(query: Pair, key: Pair, shape: HeadShape, *, signed: bool) -> Tensor:
@@ -114,26 +108,25 @@ def order_within(action: AxisAction | None, d: int) -> Tensor | None:
     return first.index.unflatten(0, (-1, d)) % d if isinstance(first, Permutation) else None
 
 
-def _of_one_sign(turning: Tensor, still: Tensor, costs: Tensor | None, *, reorder: bool) -> tuple[Tensor, Tensor]:
+def _of_one_sign(turning: Tensor, still: Tensor, gains: Tensor | None, *, reorder: bool) -> tuple[Tensor, Tensor]:
     """The places of the rest, and one sign for each head."""
     places, worth = [], []
     for sign in (1, -1):
-        place = _places(sign * still, costs, reorder=reorder)
-        cost = torch.zeros(len(still), device=still.device) if costs is None else _taken(costs, place).sum(-1) / 2
+        place = _places(sign * still, gains, reorder=reorder)
+        more = torch.zeros(len(still), device=still.device) if gains is None else _taken(gains, place).sum(-1)
         places.append(place)
-        worth.append(sign * (turning.sum(-1) + _taken(still, place).sum(-1)) - cost)
+        worth.append(sign * (turning.sum(-1) + _taken(still, place).sum(-1)) + more)
     flipped = worth[1] > worth[0]
     place = torch.where(flipped.unsqueeze(1), places[1], places[0])
     return place, torch.where(flipped, -1.0, 1.0).to(still.dtype)
 
 
-def _places(score: Tensor, costs: Tensor | None, *, reorder: bool) -> Tensor:
+def _places(score: Tensor, gains: Tensor | None, *, reorder: bool) -> Tensor:
     """Which coordinate of the model each of the anchor's takes [n, rest]."""
     n, r, _ = score.shape
     if not reorder or r < 2:
         return torch.arange(r, device=score.device).expand(n, r)
-    saved = score if costs is None else score - costs / 2
-    return torch.stack([best_assignment(one) for one in saved])
+    return torch.stack([best_assignment(one) for one in (score if gains is None else score + gains)])
 
 
 def _taken(x: Tensor, place: Tensor) -> Tensor:

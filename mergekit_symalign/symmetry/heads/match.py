@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment.linear import lazy_assignment
+from mergekit_symalign.symmetry.heads.gated import GATE
 from mergekit_symalign.symmetry.heads.moments import Moments
 from mergekit_symalign.symmetry.heads.order import HeadOrder
 from mergekit_symalign.symmetry.heads.pairs import GroupMoments, HeadPairs, PlaneMoments
 from mergekit_symalign.symmetry.heads.solve import (
     AttentionMoments,
     HeadActions,
-    remaining,
+    apart,
     solve_heads,
 )
 from mergekit_symalign.symmetry.options import Facts, HeadShape, Symmetries
@@ -134,8 +135,7 @@ class HeadProblem:
 
     def standing_costs(self) -> Tensor:
         """What every KV head costs there without any action, less the anchor's norms [KV heads]."""
-        m = self.standing
-        return remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
+        return apart(self.standing, HeadActions(None, None))
 
     def cost(self, i: Tensor, j: Tensor) -> Tensor:
         """Distance that remains between anchor's KV head ``i[n]`` and model's ``j[n]``, less the anchor's norms."""
@@ -157,13 +157,14 @@ class HeadProblem:
             previous, order = order, pairs.order(found)
             if bool((order == previous).all()):
                 break
-        return remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key), previous
+        return apart(m, found), previous
 
     def pairs(self, i: Tensor, j: Tensor) -> HeadPairs:
         """Moments of some pairs."""
         value, key = (self.source.group_moments(axis, i, j).summed() for axis in ("value", "key"))
         attended, query = (self.source.group_moments(axis, i, j) for axis in ("attended", "query"))
-        return HeadPairs(value, key, attended, query)
+        gate = self.source.group_moments(GATE, i, j) if self.source.own.gate is not None else None
+        return HeadPairs(value, key, attended, query, gate)
 
     def start(self, pairs: HeadPairs) -> Tensor:
         """A first order of the query heads of each pair [pairs, heads], by the rotation of the KV heads alone."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import AxisAction, Permutation, behind
+from mergekit_symalign.symmetry.heads.gated import GATE
 from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS
 from mergekit_symalign.symmetry.options import HeadShape, Pair, Sides
 
@@ -39,7 +40,9 @@ class HeadOrder:
 
 def moved_axes(shape: HeadShape) -> tuple[str, ...]:
     """The axes that a permutation of heads moves."""
-    return HEAD_AXES + (GAIN_AXES if shape.norm.per_head else ()) + ((NUMBERS,) if shape.numbered else ())
+    heads = tuple(axis for axis in HEAD_AXES if axis != "value" or not shape.of_keys)
+    gate = (GATE,) if shape.gated else ()
+    return heads + gate + (GAIN_AXES if shape.norm.per_head else ()) + ((NUMBERS,) if shape.numbered else ())
 
 
 def reordered_gains(sides: Sides, order: HeadOrder, shape: HeadShape) -> dict[str, list[Pair]]:

@@ -18,7 +18,7 @@ from mergekit_symalign.symmetry.groups import AxisAction, Permutation, behind
 from mergekit_symalign.symmetry.heads.coordinates import rest_scores, within_heads
 from mergekit_symalign.symmetry.heads.match import HeadProblem, HeadSource, MatchedHeads, match_heads
 from mergekit_symalign.symmetry.heads.order import HeadOrder
-from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, AttentionMoments, costs_of_gains, remaining
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, AttentionMoments, apart, scores_of_gains
 from mergekit_symalign.symmetry.options import HeadShape, Sides
 
 _ROUNDS = 8
@@ -31,7 +31,7 @@ class SharedOrder:
     Attributes:
         order: int64 [d]; slot ``i`` takes the model's coordinate ``order[i]``.
         heads: how the heads are matched.
-        cost: squared distance, less the anchor's norms.
+        cost: squared distance, less what is the same for every order.
     """
 
     order: Tensor
@@ -75,11 +75,11 @@ def shared_order(
     """
     standing = torch.arange(gains["query_gain"][0][0].numel(), device=gains["query_gain"][0][0].device)
     first = source(standing)
-    costs = costs_of_gains(gains, first.shape, first.use)[0]
+    beside = scores_of_gains(gains, first.shape, first.use)[0]
     turning = first.shape.rotary
 
     def ordered(scores: Tensor) -> Tensor:
-        return torch.cat((standing[:turning], turning + best_assignment(scores - costs / 2)))
+        return torch.cat((standing[:turning], turning + best_assignment(scores + beside)))
 
     def settled(order: Tensor) -> SharedOrder:
         for _ in range(_ROUNDS):
@@ -90,10 +90,9 @@ def shared_order(
             previous, order = order, ordered(scores)
             if torch.equal(order, previous):
                 break
-        found = at.solve(m)
-        apart = remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key)
-        gained = (2 * scores - costs).gather(1, (order[turning:] - turning).unsqueeze(1)).sum()
-        return SharedOrder(order, heads, float(apart.sum() + 2 * scores.diagonal().sum() - gained))
+        left = apart(m, at.solve(m)).sum()
+        gained = (scores + beside).gather(1, (order[turning:] - turning).unsqueeze(1)).sum()
+        return SharedOrder(order, heads, float(left + 2 * (scores.diagonal().sum() - gained)))
 
     guess = ordered(_by_keys(first))
     found = settled(guess)

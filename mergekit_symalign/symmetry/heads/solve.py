@@ -24,14 +24,15 @@ from mergekit_symalign.symmetry.groups import (
 )
 from mergekit_symalign.symmetry.heads.coordinates import (
     align_coordinates,
-    gain_costs,
     gain_factors,
+    gain_scores,
     order_within,
     within_heads,
 )
+from mergekit_symalign.symmetry.heads.gated import GATE, align_gated, gate_matrix
 from mergekit_symalign.symmetry.heads.moments import Moments, moments
 from mergekit_symalign.symmetry.heads.procrustes import align_heads, align_heads_in_turn, align_planes
-from mergekit_symalign.symmetry.options import HeadShape, Pair, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.options import HeadShape, HeadValues, Pair, Rotation, Sides, Symmetries
 
 HEAD_AXES = ("query", "key", "value", "attended")
 GAIN_AXES = ("query_gain", "key_gain")
@@ -42,16 +43,23 @@ HeadNorms = Mapping[str, Tensor]  # axis -> squared norm of each of the anchor's
 
 @dataclass(frozen=True)
 class AttentionMoments:
-    """Moments of the four sides, [n, …] each: n KV heads, or n candidate pairs of KV heads (or each side's heads)."""
+    """Moments of the four sides, [n, …] each: n KV heads, or n candidate pairs of KV heads (or each side's heads).
+
+    Attributes:
+        value, attended, query, key: by axis.
+        gate: of what multiplies the attended values, if anything does.
+    """
 
     value: Moments
     attended: Moments
     query: Moments
     key: Moments
+    gate: Moments | None = None
 
     def per_kv_head(self, kv_heads: int) -> AttentionMoments:
         """Sums over the query heads of each group."""
-        return AttentionMoments(*(x.per_kv_head(kv_heads) for x in (self.value, self.attended, self.query, self.key)))
+        sides = (self.value, self.attended, self.query, self.key, self.gate)
+        return AttentionMoments(*(x if x is None else x.per_kv_head(kv_heads) for x in sides))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,9 @@ def head_moments(
         of_models, of_anchors = zip(*found, strict=True)
         return reduce(add, of_models), reduce(add, of_anchors)
 
-    found = {axis: of_axis(axis) for axis in HEAD_AXES}
-    return AttentionMoments(**{axis: m for axis, (m, _) in found.items()}), {axis: a for axis, (_, a) in found.items()}
+    found = {axis: of_axis(axis) for axis in (*HEAD_AXES, *((GATE,) if shape.gated else ()))}
+    own = {"gate" if axis == GATE else axis: m for axis, (m, _) in found.items()}
+    return AttentionMoments(**own), {axis: a for axis, (_, a) in found.items()}
 
 
 def solve_heads(m: AttentionMoments, shape: HeadShape, use: Symmetries, gains: Sides | None = None) -> HeadActions:
@@ -97,15 +106,21 @@ def solve_heads(m: AttentionMoments, shape: HeadShape, use: Symmetries, gains: S
         gains: of a QK-norm, with the heads as ``m`` pairs them, where each head has its own; they count when
             coordinates change places.
     """
-    rotate = use.rotation is not Rotation.none
-    value = align_heads(m.value, m.attended, rotate=rotate, scale=use.scaling) if rotate or use.scaling else None
-    return HeadActions(value, solve_query(m, shape, use, gains))
+    return HeadActions(solve_values(m, shape, use), solve_query(m, shape, use, gains))
 
 
-def costs_of_gains(sides: Sides, shape: HeadShape, use: Symmetries) -> Tensor:
-    """What the gains of every two coordinates cost that do not turn (`gain_costs`), of the KV heads or of the layer."""
+def solve_values(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisAction | None:
+    """What value rows carry: the largest group that admits what stands between them and the output projection."""
+    rotate, scale = use.rotation is not Rotation.none, use.scaling and shape.values is not HeadValues.normed
+    if shape.gated:
+        return align_gated(m.value, m.attended, m.gate, rotate=rotate, scale=scale)
+    return align_heads(m.value, m.attended, rotate=rotate, scale=scale) if rotate or scale else None
+
+
+def scores_of_gains(sides: Sides, shape: HeadShape, use: Symmetries) -> Tensor:
+    """What the gains of every two coordinates that do not turn contribute (`gain_scores`), by KV head or for all."""
     query, key = (_gains(sides, axis, shape) for axis in GAIN_AXES)
-    return gain_costs(query, key, shape, scale=use.scaling, signed=use.rotation is not Rotation.none)
+    return gain_scores(query, key, shape, scale=use.scaling, signed=use.rotation is not Rotation.none)
 
 
 def solve_gains(
@@ -168,8 +183,8 @@ def solve_query(
     rotate = use.rotation is not Rotation.none
     if shape.qk_norm:
         reorder = rotate and shape.own_orders
-        costs = costs_of_gains(gains, shape, use) if gains and reorder else None
-        return align_coordinates(m.query, m.key, shape, reorder=reorder, costs=costs) if rotate else None
+        beside = scores_of_gains(gains, shape, use) if gains and reorder else None
+        return align_coordinates(m.query, m.key, shape, reorder=reorder, gains=beside) if rotate else None
     if not (rotate or use.scaling):
         return None
     if use.rotation is Rotation.full:
@@ -193,15 +208,15 @@ def dense(g: AxisAction | None, like: Moments) -> Tensor:
 
 
 def moved_distance(m: AttentionMoments, norms: HeadNorms, found: HeadActions) -> float:
-    """Squared distance of query, key, value and attended to the anchor's under ``found``, to the rounding of float64.
+    """Squared distance of all rows of heads to the anchor's under ``found``, to the rounding of float64.
 
     Args:
         m: moments of the KV heads.
         norms: the anchor's.
         found: what the model is moved by.
     """
-    own = float(torch.stack([x.sum() for x in norms.values()]).sum())
-    left = remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key)
+    own = sum(float(x.sum()) for x in norms.values())
+    left = apart(m, found)
     total = own + float(left.sum())
     return total if total > 64 * torch.finfo(left.dtype).eps * own else 0.0
 
@@ -211,6 +226,12 @@ def query_distance(m: AttentionMoments, norms: HeadNorms, query: AxisAction | No
     own = float(norms["query"].sum() + norms["key"].sum())
     total = own + float(remaining(query, m.query, m.key).sum())
     return total if total > 64 * torch.finfo(torch.float64).eps * own else 0.0
+
+
+def apart(m: AttentionMoments, found: HeadActions) -> Tensor:
+    """Squared distance of each head's rows under ``found``, less the anchor's squared norms [n]."""
+    left = remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key)
+    return left if m.gate is None else left + remaining_of_side(gate_matrix(found.value, m.gate.model), m.gate)
 
 
 def remaining(g: AxisAction | None, first: Moments, second: Moments) -> Tensor:
