@@ -21,6 +21,7 @@ QWEN |= {"tie_word_embeddings": False, "vision_end_token_id": 93}
 DEEP = {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 16}
 GEMMA2 = {"model_type": "gemma2"} | SLIDING
 SHARED = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_expand": 2}
 UNTIED = {"tie_word_embeddings": False}
 
 # Name -> transformers class, and its config beyond the sizes.
@@ -59,6 +60,31 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2-moe": ("Cohere2MoeForCausalLM", {"num_shared_experts": 1, "first_k_dense_replace": 1} | UNTIED),
     "flex-olmo": ("FlexOlmoForCausalLM", {}),
     "aria": ("AriaTextForCausalLM", {"moe_topk": 2}),
+    "lfm2": ("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
+    "lfm2-moe": ("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "bamba": ("BambaForCausalLM", MAMBA | {"attn_layer_indices": [1]}),
+    "falcon-h1": ("FalconH1ForCausalLM", MAMBA | {"mamba_d_ssm": 96}),
+    "granite4-h": (
+        "GraniteMoeHybridForCausalLM",
+        MAMBA | UNTIED | {"shared_intermediate_size": 40, "layer_types": ["mamba", "attention"]},
+    ),
+    "granite4": (
+        "GraniteMoeHybridForCausalLM",
+        MAMBA
+        | {"shared_intermediate_size": 40, "layer_types": ["attention"] * 2}
+        | {"num_local_experts": 0, "position_embedding_type": "rope"},
+    ),
+    "jamba": (
+        "JambaForCausalLM",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+        | {"mamba_d_state": 4, "use_mamba_kernels": False},
+    ),
+    "nemotron-h": (
+        "NemotronHForCausalLM",
+        {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "moe_intermediate_size": 40}
+        | {"moe_shared_expert_intermediate_size": 40, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1}
+        | {"ssm_state_size": 8, "intermediate_size": 64, "use_mamba_kernels": False},
+    ),
     "minimax-m2": ("MiniMaxM2ForCausalLM", {"rotary_dim": 4}),
     "xlm-roberta": ("XLMRobertaModel", {}),
     "camembert": ("CamembertForMaskedLM", {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, reduce
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from mergekit_symalign.families.readers import with_readers
 from mergekit_symalign.families.schema import Family, Wrapper
 from mergekit_symalign.families.wrappers import text_class, wrapped
 
-_ALSO, _EXTENDS = "also", "extends"
+_ALSO, _EXTENDS, _TITLE = "also", "extends", "title"  # a file without a title is a part of others
 OTHERWISE = (
     "MergeKit's own methods may merge it: check that their output has every tensor of the model, as they drop what "
     "MergeKit's architecture files do not list"
@@ -50,7 +50,8 @@ def families_of(raw: Mapping[str, Raw]) -> dict[str, Family]:
         ArchitectureError: naming the family that does not fit the schema, or that combines what no solver knows.
     """
     every = dict(item for name, own in raw.items() for item in _apart(name, own))
-    found = {name: _validated(Family, with_readers(_inherit(every, name)), name) for name in sorted(every)}
+    whole = {name: _inherit(every, name) for name in sorted(every) if _TITLE in every[name]}
+    found = {name: _validated(Family, with_readers(own), name) for name, own in whole.items()}
     for family in found.values():
         require_known(family)
     return found
@@ -169,12 +170,14 @@ def _apart(name: str, raw: Raw) -> Iterator[tuple[str, Raw]]:
 
 
 def _inherit(raw: Mapping[str, Raw], name: str) -> Raw:
-    """A family file over the one it extends: mappings are merged, null removes an entry, all else is replaced."""
+    """A family file over those it extends, one after another: mappings are merged, null removes an entry, all else is
+    replaced."""
     own = dict(raw[name])
-    parent = own.pop(_EXTENDS, None)
-    if parent is not None and parent not in raw:
-        raise ArchitectureError(f"family {name}", f"it extends {parent}, which there is not", "Correct the file")
-    return own if parent is None else _overlaid(_inherit(raw, parent), own)
+    parents = own.pop(_EXTENDS, [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if unknown := [parent for parent in parents if parent not in raw]:
+        raise ArchitectureError(f"family {name}", f"it extends {unknown[0]}, which there is not", "Correct the file")
+    return reduce(_overlaid, [*(_inherit(raw, parent) for parent in parents), own])
 
 
 def _overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> Raw:

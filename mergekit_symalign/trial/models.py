@@ -121,7 +121,7 @@ def relative_deviation(a: Tensor, b: Tensor) -> float:
 
 
 def _small_config(config_class: Any, family: Family) -> dict[str, Any]:
-    sizes = {key: where for key, where in family.sizes.model_dump(exclude={"shared"}).items() if where is not None}
+    sizes = family.sizes.named()
     text = {where: _SIZES[key] for key, where in sizes.items()} | _TEXT
     if not family.config:
         return text
