@@ -85,7 +85,12 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
         | {"moe_shared_expert_intermediate_size": 40, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1}
         | {"ssm_state_size": 8, "intermediate_size": 64, "use_mamba_kernels": False},
     ),
+    "gpt-oss": ("GptOssForCausalLM", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}),
     "minimax-m2": ("MiniMaxM2ForCausalLM", {"rotary_dim": 4}),
+    "bloom": ("BloomForCausalLM", {}),
+    "mpt": ("MptForCausalLM", {"max_seq_len": 64}),
+    "mpnet": ("MPNetForMaskedLM", {}),
+    "mpnet-bare": ("MPNetModel", {}),
     "xlm-roberta": ("XLMRobertaModel", {}),
     "camembert": ("CamembertForMaskedLM", {}),
     "modernbert-bare": ("ModernBertModel", {}),

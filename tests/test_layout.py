@@ -41,9 +41,11 @@ ROOMS: dict[str, str] = {
     "symmetry/consensus": f"errors {ELEMENTS}",
     "symmetry/solve": f"errors {ELEMENTS} symmetry/solved symmetry/blocks symmetry/describe symmetry/consensus",
     "symmetry/admitted": f"{ELEMENTS} symmetry/heads",
-    "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/admitted",
+    "symmetry/steps": "errors symmetry/groups",
+    "symmetry/coordinates": "symmetry/options symmetry/groups symmetry/heads symmetry/admitted symmetry/steps",
+    "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/admitted symmetry/steps symmetry/coordinates",
     "symmetry/residual": f"errors {ELEMENTS} symmetry/distance symmetry/assignment symmetry/heads "
-    "symmetry/by_activations symmetry/solve symmetry/admitted symmetry/membership",
+    "symmetry/by_activations symmetry/solve symmetry/admitted symmetry/steps",
     "families": "errors symmetry/options symmetry/element symmetry/residual",
     "planting": f"families {ELEMENTS} symmetry/heads symmetry/residual",
     "trial": "errors families planting symmetry/residual",

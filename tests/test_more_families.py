@@ -45,6 +45,8 @@ MERGED = [
     "glm4-moe",
     "opt",
     "xlm-roberta",
+    "gpt-oss",
+    "bloom",
 ]
 MERGED += [
     "reward",

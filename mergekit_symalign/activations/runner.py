@@ -22,7 +22,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_symalign.families.resolve import ModelLayout
-from mergekit_symalign.families.schema import TensorSpec
+from mergekit_symalign.families.schema import MlpKind, TensorSpec
 from mergekit_symalign.families.stream import is_gain
 from mergekit_symalign.symmetry.by_activations.experts import Routing
 from mergekit_symalign.symmetry.element import Fused, fused_parts
@@ -188,8 +188,15 @@ class LayerRunner:
             return functional_call(self.model, dict(weights), (), batch.inputs())
 
     def gate_activation(self) -> Any:
-        """The nonlinearity of the experts."""
-        return next(module.act_fn for module in self.layers.modules() if hasattr(module, "act_fn"))
+        """The nonlinearity of the experts; None where they do more than multiply up by it (`gated`)."""
+        return next((module.act_fn for module in self.layers.modules() if hasattr(module, "act_fn")), None)
+
+    def gated(self) -> Any:
+        """What the experts make of gate and up, a function of both; None if it is ``act(gate) · up``."""
+        if self.layout.family.mlp is not MlpKind.clamped:
+            return None
+        whole: Any = next(m._apply_gate for m in self.layers.modules() if hasattr(m, "_apply_gate"))
+        return lambda gate, up: whole(torch.stack((gate, up), dim=-1).flatten(-2))
 
     def _returned(self, hidden: Tensor) -> Any:
         return (hidden, None) if self._in_tuples else hidden
@@ -287,7 +294,8 @@ def _note_routing(layer: nn.Module, found: Activations) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         entered = args[0].flatten(0, -2)
         weight: Any = module.weight
-        logits = nn.functional.linear(entered, weight)  # what else a router returns differs between versions
+        bias: Any = getattr(module, "bias", None)
+        logits = nn.functional.linear(entered, weight, bias)  # what else a router returns differs between versions
         chosen = logits.topk(_experts_per_token(layer), -1).indices  # unless the experts are told others
         found.routing = Routing(logits, _reached(logits, chosen), entered)
 

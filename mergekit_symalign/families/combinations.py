@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mergekit_symalign.errors import ArchitectureError
-from mergekit_symalign.families.schema import BlockKind, Family, MlpKind, Positions, TensorSpec
+from mergekit_symalign.families.schema import BlockKind, Family, Positions, TensorSpec
 from mergekit_symalign.symmetry.options import GainScope
 
 _HEADS = ("query", "key", "value", "attended")
@@ -30,6 +30,8 @@ def _problems(family: Family) -> Iterator[str]:
             yield f"{name} has axes of the blocks {' and '.join(blocks)}, and a tensor belongs to one of them"
         if spec.fused_per_head and not any(isinstance(axis, tuple) for axis in spec.axes):
             yield f"{name} is fused_per_head, but none of its axes is fused"
+        if spec.interleaved and ("gate", "up") not in spec.axes:
+            yield f"{name} is interleaved, but no axis of it is gate and up"
     for name in (name for name, spec in family.tensors.items() if spec.block is not None):
         yield f"{name} has an axis of a layer's block, but lies outside the layers"
 
@@ -40,6 +42,10 @@ def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
         yield f"no tensor of a layer has the axis {missing[0]}"
     if attention.positions is Positions.none and (attention.rotary_factor or attention.without_rope):
         yield "attention.positions is none, so no part of a head turns and no layer is without RoPE"
+    if attention.head_bias is True and attention.positions is not Positions.none:
+        yield "attention.head_bias is of every model, but attention.positions is not none"
+    if attention.value_norm and "attended_gate" in axes:
+        yield "attention.value_norm and the axis attended_gate together have no solver"
     has_gains = [axis for axis in _GAINS if axis in axes]
     if attention.norm is GainScope.none and has_gains:
         yield f"a tensor has the axis {has_gains[0]}, but attention.norm is none"
@@ -52,13 +58,13 @@ def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
 
 
 def _of_mlp(family: Family, axes: set[str]) -> Iterator[str]:
-    gated = family.mlp is MlpKind.gated
+    gated = family.mlp.has_gate
     if missing := [axis for axis in ("up", "down") if axis not in axes]:
         yield f"no tensor of a layer has the axis {missing[0]}"
     if gated != ("gate" in axes):
         yield f"mlp is {family.mlp.value}, but {'no' if gated else 'a'} tensor of a layer has the axis gate"
     if gated and family.activation is not None:
-        yield "activation is of a plain MLP, but mlp is gated"
+        yield f"activation is of a plain MLP, but mlp is {family.mlp.value}"
     for kind, size in ((BlockKind.shared, family.sizes.shared), (BlockKind.dense, family.sizes.dense)):
         if bool(size) != bool(kind.names & axes):
             yield f"sizes.{kind.value} and the axes {kind.prefix}* belong together, and one of them is missing"

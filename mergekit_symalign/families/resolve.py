@@ -23,7 +23,7 @@ from mergekit_symalign.families.schema import (
     TensorSpec,
 )
 from mergekit_symalign.symmetry.element import Fused, TensorAxes
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.options import GainScope, HeadShape, HeadValues, MlpShape, NeuronScale
 
 __all__ = ["families", "lookup", "supported_architectures"]  # of `known`
 
@@ -53,8 +53,10 @@ class Geometry:
             "attended": self.query_heads * self.head_dim,
             "key": self.kv_heads * self.head_dim,
             "value": self.kv_heads * self.head_dim,
+            "attended_gate": self.query_heads * self.head_dim,
             "query_gain": self.head_dim * (self.query_heads if every else 1),
             "key_gain": self.head_dim * (self.kv_heads if every else 1),
+            "query_head": self.query_heads,
             "gate": self.experts * self.neurons,
             "up": self.experts * self.neurons,
             "down": self.experts * self.neurons,
@@ -101,6 +103,7 @@ class ModelLayout:
         rotary: coordinates of each head that RoPE turns, in layers that have it.
         without_rope: layers that have none.
         norm: normalisation of queries and keys.
+        locked: each head has a bias of positions of its own.
         neuron_scale: which factors the neurons have.
         activation: of a plain MLP, as the config names it; None where it decides nothing.
         absent: tensors that the family knows and this config does not have, by the rest of their name.
@@ -115,6 +118,7 @@ class ModelLayout:
     rotary: int
     without_rope: frozenset[int] = frozenset()
     norm: GainScope = GainScope.none
+    locked: bool = False
     neuron_scale: NeuronScale = NeuronScale.signed
     activation: str | None = None
     absent: frozenset[str] = frozenset()
@@ -223,20 +227,29 @@ class ModelLayout:
     def head_shape(self, layer: int) -> HeadShape:
         """The heads of a layer, and how positions enter its queries and keys."""
         g, attention = self.geometry, self.family.attention
-        rotary = 0 if layer in self.without_rope or attention.positions is Positions.none else self.rotary
+        turning = attention.positions is not Positions.none and layer not in self.without_rope and not self.locked
+        rotary = self.rotary if turning else 0
         interleaved = attention.positions is Positions.rope_interleaved
-        return HeadShape(g.query_heads, g.kv_heads, g.head_dim, rotary, interleaved, self.norm)
+        axes = {name for spec in self.inside.values() for axis in spec.axes for name in _names(axis)}
+        sizes = (g.query_heads, g.kv_heads, g.head_dim, rotary)
+        return HeadShape(*sizes, interleaved, self.norm, "query_head" in axes, self.locked, self._values(axes))
+
+    def _values(self, axes: set[str]) -> HeadValues:
+        if "attended_gate" in axes:
+            return HeadValues.gated
+        return HeadValues.normed if self.family.attention.value_norm else HeadValues.free
 
     def mlp_shape(self, kind: BlockKind = BlockKind.mlp) -> MlpShape:
         """The neurons of one of a layer's MLPs, and which factors they have."""
-        gated = self.family.mlp is MlpKind.gated
-        return MlpShape(*self.geometry.mlp(kind), self.neuron_scale, gated)
+        return MlpShape(*self.geometry.mlp(kind), self.neuron_scale, self.family.mlp.has_gate)
 
     def _named(self, axis: str | tuple[str, ...], spec: TensorSpec) -> str | Fused:
         if isinstance(axis, str):
             return axis
         groups = self.geometry.experts if "expert" in spec.axes else 1
-        groups = self.geometry.kv_heads if spec.fused_per_head else groups
+        if spec.fused_per_head:
+            groups = self.geometry.kv_heads if {"key", "value"} & set(axis) else self.geometry.query_heads
+        groups = self.geometry.experts * self.geometry.neurons if spec.interleaved else groups
         return Fused(tuple((part, self.geometry.length(part, self.norm) or 0) for part in axis), groups)
 
     def _length(self, axis: str | Fused) -> int | None:
@@ -320,6 +333,7 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
         rotary=_rotary(config, family, geometry, model),
         without_rope=layers_where(flat, config, layers, family.layer_kinds) if flat else frozenset(),
         norm=attention.norm if normalised else GainScope.none,
+        locked=_is_locked(config, attention.head_bias),
         neuron_scale=_neuron_scale(config, family),
         activation=lookup(config, family.activation) if family.activation is not None else None,
         absent=frozenset(family.layer) - inside.keys(),
@@ -343,6 +357,10 @@ def _present(config: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, Tensor
 def _has_neurons(geometry: Geometry, block: BlockKind | None) -> bool:
     """Whether a model has a block: one without experts, or shared ones, has no tensors of them."""
     return block is None or not block.is_mlp or min(geometry.mlp(block)) > 0
+
+
+def _is_locked(config: Any, bias: bool | str) -> bool:
+    return bias if isinstance(bias, bool) else bool(lookup(config, bias))
 
 
 def _neuron_scale(config: Any, family: Family) -> NeuronScale:

@@ -9,6 +9,7 @@ axis                 length                                      moved by
 ``key``              KV heads × head dimension                   its dual
 ``value``            KV heads × head dimension                   value/output element
 ``attended``         query heads × head dimension (read by o)    its dual
+``attended_gate``    query heads × head dimension (multiplies)   order of ``value``
 ``query_gain``       head dimension (× query heads)              gain scale (QK-norm)
 ``key_gain``         head dimension (× KV heads)                 its dual
 ``gate``             neurons (of every expert)                   neuron permutation
@@ -16,6 +17,7 @@ axis                 length                                      moved by
 ``down``             neurons (read by down)                      dual of ``up``
 ``expert``           experts                                     expert permutation
 ``head``             query or KV heads (beside a gain)           with the gain
+``query_head``       query heads (numbers of each: sinks)        order of the heads
 ``residual``         hidden size                                 residual element of the whole model
 ``vocabulary``       vocabulary, whatever its size               nothing
 ``position``         learned positions                           nothing
@@ -46,8 +48,10 @@ Axis = Literal[
     "key",
     "value",
     "attended",
+    "attended_gate",
     "query_gain",
     "key_gain",
+    "query_head",
     "gate",
     "up",
     "down",
@@ -65,7 +69,9 @@ Axis = Literal[
     "other",
 ]
 
-ATTENTION_AXES: frozenset[str] = frozenset(("query", "key", "value", "attended", "query_gain", "key_gain"))
+ATTENTION_AXES: frozenset[str] = frozenset(
+    ("query", "key", "value", "attended", "attended_gate", "query_gain", "key_gain", "query_head")
+)
 MLP_AXES: frozenset[str] = frozenset(("gate", "up", "down", "expert"))
 
 
@@ -111,7 +117,13 @@ class MlpKind(str, Enum):
     """What a neuron is."""
 
     gated = "gated"  # act(gate) · up, read by down: permutation and signed scale
+    clamped = "clamped"  # gated, and up is clamped, so that no factor passes: permutation
     plain = "plain"  # act(up), read by down: permutation
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether each neuron has a gate row."""
+        return self is not MlpKind.plain
 
 
 class StreamNorm(str, Enum):
@@ -130,7 +142,9 @@ class TensorSpec(_Data):
 
     Attributes:
         axes: one name for each axis of the stored tensor, in order; several for an axis that is fused of them.
-        fused_per_head: the parts of a fused axis follow one another for each KV head, not once.
+        fused_per_head: the parts of a fused axis follow one another for each KV head, not once (for each query head,
+            where only these have parts).
+        interleaved: a gate row and an up row by turns, neuron by neuron.
         when: config key; the tensor exists only where that is true.
         optional: the tensor may be absent (tied embeddings).
         stored_as: names that checkpoints may have instead (inside a layer: by the rest of the name, or in full with
@@ -146,6 +160,7 @@ class TensorSpec(_Data):
 
     axes: tuple[Union[Axis, tuple[Axis, ...]], ...]
     fused_per_head: bool = False
+    interleaved: bool = False
     when: Optional[str] = None
     optional: bool = False
     stored_as: tuple[str, ...] = ()
@@ -188,7 +203,7 @@ class SizeKeys(_Data):
     query_heads: str
     kv_heads: Optional[str] = None
     head_dim: Optional[str] = None
-    neurons: str
+    neurons: Optional[str] = None
     experts: Optional[str] = None
     shared: tuple[str, ...] = ()  # neurons of the shared expert: the product of these
     dense: Optional[str] = None  # neurons of the MLP of layers without experts
@@ -243,6 +258,9 @@ class AttentionSpec(_Data):
         norm: normalisation of queries and keys.
         norm_when: config key; the normalisation is there only where that is true.
         layers: those that have an attention, an entry of ``layer_kinds``; all if not given.
+        head_bias: each head has a bias of its own for each distance (ALiBi, T5), so that heads stay where they are. A
+            config key: only where that is true, and there in place of RoPE.
+        value_norm: values are normalised over the head (RMS, without a gain), so that they have no scale.
     """
 
     positions: Positions
@@ -251,6 +269,8 @@ class AttentionSpec(_Data):
     norm: GainScope = GainScope.none
     norm_when: Optional[str] = None
     layers: Optional[str] = None
+    head_bias: Union[bool, str] = False
+    value_norm: bool = False
 
 
 class StreamSpec(_Data):

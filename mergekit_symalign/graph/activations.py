@@ -244,8 +244,9 @@ class SolveActivations(SolveBlock):
     def _align(self, statistics: Any, sides: Sides, stored: Sides | None = None) -> Solved:
         if EXPERTS in statistics:
             anchor, model = (Routing(*tensors) for tensors in statistics[EXPERTS])
-            act = runner_of(self.anchor[0].model, self.digest, self.trust_remote_code).gate_activation()
-            return align_experts_by((anchor, model), sides, self.mlp, self.use, act, stored)
+            runner = runner_of(self.anchor[0].model, self.digest, self.trust_remote_code)
+            of_experts = runner.gate_activation(), stored, runner.gated()
+            return align_experts_by((anchor, model), sides, self.mlp, self.use, *of_experts)
         seen = {axis: Covariance(*numbers) for axis, numbers in statistics.items()}
         if self.kind.is_mlp:
             return align_mlp_by(seen["down"], sides, self.mlp, self.use)

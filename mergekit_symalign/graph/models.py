@@ -14,11 +14,11 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError, ParameterError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
-from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.schema import BlockKind, MlpKind
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.symmetry.membership import CONDITION
-from mergekit_symalign.symmetry.options import NeuronScale, Rotation, Symmetries
+from mergekit_symalign.symmetry.options import HeadValues, NeuronScale, Rotation, Symmetries, ValueOutput
 
 
 @dataclass
@@ -123,6 +123,14 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
             "a rotation before the norm's gains breaks the model",
             "Use rotation: exact",
         )
+    if kind is BlockKind.attention and use.value_output is ValueOutput.general:
+        values = layout.head_shape(0).values
+        if values is not HeadValues.free:
+            raise ConfigError(
+                "parameter value_output",
+                f"general is not exact for {layout.family.title}: {_STANDS_BETWEEN[values]}",
+                "Use value_output: orthogonal, which takes the largest group that is exact",
+            )
     if not 1 < use.condition <= CONDITION:
         raise ParameterError(
             "parameter condition",
@@ -132,10 +140,19 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
     if kind.is_mlp and use.neuron_scaling and layout.neuron_scale is NeuronScale.none:
         raise ConfigError(
             "parameter neuron_scaling",
-            f"{layout.family.title} has a plain MLP: its activation stands between the two projections, and a scale "
-            "would change the function",
+            f"{layout.family.title} has {_KEEPS_SCALE[layout.family.mlp]}, and a scale would change the function",
             "Leave neuron_scaling out",
         )
+
+
+_STANDS_BETWEEN = {
+    HeadValues.normed: "its values are normalised",
+    HeadValues.gated: "a gate multiplies each coordinate of its attended values",
+}
+_KEEPS_SCALE = {
+    MlpKind.plain: "a plain MLP: its activation stands between the two projections",
+    MlpKind.clamped: "a gated MLP that clamps its up projection",
+}
 
 
 def check_same_neurons(

@@ -14,8 +14,9 @@ from mergekit_symalign.symmetry.groups import (
     PlaneRotation,
     Scaling,
 )
-from mergekit_symalign.symmetry.heads.solve import GAIN_AXES
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.heads.gated import GATE
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, NUMBERS
+from mergekit_symalign.symmetry.options import HeadShape, HeadValues, MlpShape, NeuronScale
 
 Shape = tuple[int, ...]
 Admitted = Mapping[str, tuple[Shape, ...]]  # kind of step -> shapes of its numbers
@@ -32,14 +33,25 @@ def admitted(axis: str, shape: HeadShape | MlpShape, *, full: bool = False) -> A
     if isinstance(shape, MlpShape):
         return _admitted_in_mlp(axis, shape)
     size = (shape.heads(axis) * shape.head_dim,)
+    if axis == NUMBERS:
+        return {Permutation.kind: ((shape.query_heads,),)} if shape.numbered else {}
     if axis in GAIN_AXES:
         return _admitted_gains(axis, shape)
+    if axis == GATE:
+        return {Permutation.kind: (size,)} if shape.gated else {}
     if axis in ("value", "attended"):
-        d, heads = shape.head_dim, shape.heads(axis)
-        return {Permutation.kind: (size,), HeadRotation.kind: _rotation(heads, d), HeadMatrix.kind: ((heads, d, d),)}
+        return {Permutation.kind: (size,), **_admitted_values(shape.heads(axis), shape)}
     if axis in ("query", "key"):
         return {Permutation.kind: (size,), **_admitted_turns(shape.heads(axis), shape, full=full)}
     return {}
+
+
+def _admitted_values(heads: int, shape: HeadShape) -> Admitted:
+    d = shape.head_dim
+    if shape.gated:
+        return {Scaling.kind: ((heads * d,),)}
+    general: Admitted = {HeadMatrix.kind: ((heads, d, d),)} if shape.values is HeadValues.free else {}
+    return {HeadRotation.kind: _rotation(heads, d), **general}
 
 
 def _admitted_in_mlp(axis: str, shape: MlpShape) -> Admitted:
@@ -58,7 +70,7 @@ def _admitted_gains(axis: str, shape: HeadShape) -> Admitted:
     if not shape.qk_norm:
         return {}
     size = (gain_heads(axis, shape) * shape.head_dim,)
-    permutation: Admitted = {Permutation.kind: (size,)} if shape.norm.per_head else {}
+    permutation: Admitted = {Permutation.kind: (size,)} if shape.norm.per_head or shape.reorders else {}
     return {Scaling.kind: (size,), **permutation}
 
 

@@ -44,7 +44,8 @@ def describe_heads(element: BlockElement, shape: HeadShape) -> Facts:
         (``query_angle_…``) and of the rotations of value and output (``value_angle_…``; a matrix counts with the root
         mean square of its angles, a general one with its rotation's); smallest and largest factor, of a general matrix
         its singular values, and the largest condition number of those (``value_condition_max``); coordinates whose sign
-        was flipped by a QK-norm's sign.
+        was flipped by a QK-norm's sign; where coordinates may change places, how many did within their head
+        (``query_coordinates_moved``, ``value_coordinates_moved``).
     """
     facts: Facts = {}
     for name, axis, heads in (("kv", "value", shape.kv_heads), ("query", "query", shape.query_heads)):
@@ -58,6 +59,10 @@ def describe_heads(element: BlockElement, shape: HeadShape) -> Facts:
         turned = torch.cat(angles) if angles else torch.zeros(1)
         facts |= {f"{name}_angle_median": float(turned.median()), f"{name}_angle_max": float(turned.max())}
         factors += [factor for step in steps for factor in _factors(step)]
+    for name, counted in (("query", shape.reorders), ("value", shape.gated)):
+        if counted:
+            of_axis = _order(element.actions.get(name), shape.heads(name) * shape.head_dim)
+            facts[f"{name}_coordinates_moved"] = 0 if of_axis is None else _count_within(of_axis, shape.head_dim)
     return facts | _conditions(element.actions.get("value")) | _range(factors)
 
 
@@ -94,6 +99,12 @@ def _order(g: AxisAction | None, size: int) -> Tensor | None:
 
 def _count_moved(order: Tensor | None) -> int:
     return 0 if order is None else int((order != torch.arange(len(order), device=order.device)).sum())
+
+
+def _count_within(order: Tensor, d: int) -> int:
+    """How many coordinates stand elsewhere in their head of size ``d``."""
+    place = torch.arange(len(order), device=order.device)
+    return int((order % d != place % d).sum())
 
 
 def _angles(step: AxisAction) -> list[Tensor]:

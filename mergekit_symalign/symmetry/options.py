@@ -68,6 +68,14 @@ class GainScope(str, Enum):
         return self in (GainScope.all, GainScope.centred)
 
 
+class HeadValues(str, Enum):
+    """What stands between values and the output projection, which decides what values may carry."""
+
+    free = "free"  # nothing: a rotation and a scale, or any invertible matrix
+    normed = "normed"  # values are normalised over the head (RMS, no gain): a rotation
+    gated = "gated"  # a gate multiplies each attended coordinate: an order, and a signed factor for each coordinate
+
+
 class NeuronScale(str, Enum):
     """Which factors a neuron's up row may carry while its down column carries the inverse."""
 
@@ -104,6 +112,9 @@ class HeadShape:
         rotary: how many of them turn with the position (RoPE); 0 without positions in query and key.
         interleaved: planes are ``(2i, 2i + 1)`` instead of ``(i, i + rotary/2)``.
         norm: normalisation of queries and keys.
+        numbered: query heads have numbers of their own (attention sinks), which move with them.
+        locked: heads stay where they are: each has a bias of positions of its own (ALiBi, T5).
+        values: what stands between values and the output projection.
     """
 
     query_heads: int
@@ -112,6 +123,14 @@ class HeadShape:
     rotary: int
     interleaved: bool = False
     norm: GainScope = GainScope.none
+    numbered: bool = False
+    locked: bool = False
+    values: HeadValues = HeadValues.free
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate multiplies each attended coordinate; its rows are the axis ``attended_gate``."""
+        return self.values is HeadValues.gated
 
     @property
     def qk_norm(self) -> bool:
@@ -119,18 +138,13 @@ class HeadShape:
 
     def heads(self, axis: str) -> int:
         """How many heads an axis has."""
-        return self.query_heads if axis in ("query", "attended") else self.kv_heads
+        return self.query_heads if axis in ("query", "attended", "attended_gate") else self.kv_heads
 
     def planes(self) -> list[int]:
-        """The coordinates that turn: first those of all planes, then their partners.
-
-        Under a QK-norm the coordinates that do not turn are paired as well: what both of a pair share is exact.
-        """
+        """The coordinates that turn: first those of all planes, then their partners."""
         r = self.rotary
         first, second = (range(0, r, 2), range(1, r, 2)) if self.interleaved else (range(r // 2), range(r // 2, r))
-        rest = self.rest() if self.qk_norm else []
-        half = len(rest) // 2
-        return [*first, *rest[:half], *second, *rest[half:]]
+        return [*first, *second]
 
     def turning(self, rotation: Rotation) -> list[int]:
         """The coordinates of query and key that only turn with their plane; ``full`` may mix planes."""
@@ -143,6 +157,21 @@ class HeadShape:
     def rest(self) -> list[int]:
         """The coordinates that do not turn."""
         return list(range(self.rotary, self.head_dim))
+
+    @property
+    def reorders(self) -> bool:
+        """Whether queries and keys may carry an order of a head's coordinates: of those that do not turn."""
+        return self.qk_norm and len(self.rest()) > 1
+
+    @property
+    def one_order(self) -> bool:
+        """Whether that order is one for all heads, because they share their gains."""
+        return self.reorders and not self.norm.per_head
+
+    @property
+    def own_orders(self) -> bool:
+        """Whether each KV head has such an order of its own."""
+        return self.reorders and self.norm.per_head
 
     @property
     def queries_per_kv(self) -> int:
