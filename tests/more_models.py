@@ -22,6 +22,8 @@ DEEP = {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 16}
 GEMMA2 = {"model_type": "gemma2"} | SLIDING
 SHARED = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_expand": 2}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+DELTA |= {"layer_types": ["linear_attention", "full_attention"], "partial_rotary_factor": 0.5}
 UNTIED = {"tie_word_embeddings": False}
 
 # Name -> transformers class, and its config beyond the sizes.
@@ -60,6 +62,10 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2-moe": ("Cohere2MoeForCausalLM", {"num_shared_experts": 1, "first_k_dense_replace": 1} | UNTIED),
     "flex-olmo": ("FlexOlmoForCausalLM", {}),
     "aria": ("AriaTextForCausalLM", {"moe_topk": 2}),
+    "afmoe": ("AfmoeForCausalLM", {"num_dense_layers": 1} | SLIDING),
+    "qwen3-next": ("Qwen3NextForCausalLM", DELTA | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}),
+    "qwen3.5": ("Qwen3_5ForCausalLM", DELTA | UNTIED),
+    "qwen3.5-moe": ("Qwen3_5MoeForCausalLM", DELTA | {"shared_expert_intermediate_size": 40}),
     "lfm2": ("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
     "lfm2-moe": ("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "bamba": ("BambaForCausalLM", MAMBA | {"attn_layer_indices": [1]}),
