@@ -122,6 +122,16 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | {"window_size": 28}}),
     "qwen3-vl": ("Qwen3VLForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | DEEP}),
     "qwen3-vl-moe": ("Qwen3VLMoeForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | DEEP}),
+    "qwen3.5-vl": (
+        "Qwen3_5ForConditionalGeneration",
+        QWEN | {"text_config": DELTA, "vision_config": QWEN_TOWER | {"num_position_embeddings": 16}},
+    ),
+    "qwen3.5-vl-moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        QWEN
+        | {"text_config": DELTA | {"shared_expert_intermediate_size": 40}}
+        | {"vision_config": QWEN_TOWER | {"num_position_embeddings": 16}},
+    ),
     "glm4v": ("Glm4vForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | {"image_size": 28}}),
 }
 
