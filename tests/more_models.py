@@ -28,6 +28,9 @@ OVIS = {"hidden_size": 48, "vocab_size": 97, "vision_config": {"vocab_size": 20}
 GEMMA2 = {"model_type": "gemma2"} | SLIDING
 SHARED = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 SPARSE = {"first_k_dense_replace": 1, "n_group": 2}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_expand": 2}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+DELTA |= {"layer_types": ["linear_attention", "full_attention"], "partial_rotary_factor": 0.5}
 UNTIED = {"tie_word_embeddings": False}
 
 # Name -> transformers class, and its config beyond the sizes.
@@ -81,6 +84,35 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2-moe": ("Cohere2MoeForCausalLM", {"num_shared_experts": 1, "first_k_dense_replace": 1} | UNTIED),
     "flex-olmo": ("FlexOlmoForCausalLM", {}),
     "aria": ("AriaTextForCausalLM", {"moe_topk": 2}),
+    "afmoe": ("AfmoeForCausalLM", {"num_dense_layers": 1} | SLIDING),
+    "qwen3-next": ("Qwen3NextForCausalLM", DELTA | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}),
+    "qwen3.5": ("Qwen3_5ForCausalLM", DELTA | UNTIED),
+    "qwen3.5-moe": ("Qwen3_5MoeForCausalLM", DELTA | {"shared_expert_intermediate_size": 40}),
+    "lfm2": ("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
+    "lfm2-moe": ("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "bamba": ("BambaForCausalLM", MAMBA | {"attn_layer_indices": [1]}),
+    "falcon-h1": ("FalconH1ForCausalLM", MAMBA | {"mamba_d_ssm": 96}),
+    "granite4-h": (
+        "GraniteMoeHybridForCausalLM",
+        MAMBA | UNTIED | {"shared_intermediate_size": 40, "layer_types": ["mamba", "attention"]},
+    ),
+    "granite4": (
+        "GraniteMoeHybridForCausalLM",
+        MAMBA
+        | {"shared_intermediate_size": 40, "layer_types": ["attention"] * 2}
+        | {"num_local_experts": 0, "position_embedding_type": "rope"},
+    ),
+    "jamba": (
+        "JambaForCausalLM",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+        | {"mamba_d_state": 4, "use_mamba_kernels": False},
+    ),
+    "nemotron-h": (
+        "NemotronHForCausalLM",
+        {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "moe_intermediate_size": 40}
+        | {"moe_shared_expert_intermediate_size": 40, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1}
+        | {"ssm_state_size": 8, "intermediate_size": 64, "use_mamba_kernels": False},
+    ),
     "gpt-oss": ("GptOssForCausalLM", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}),
     "minimax-m2": ("MiniMaxM2ForCausalLM", {"rotary_dim": 4}),
     "granite-swa": ("GraniteSWAForCausalLM", {"layer_rope_theta": [1e4, 0]} | UNTIED),
@@ -160,6 +192,16 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4.6v": ("Glm46VForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | {"image_size": 28}}),
     "glm-ocr": ("GlmOcrForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER}),
     "exaone4.5": ("Exaone4_5_ForConditionalGeneration", UNTIED | {"vision_config": QWEN_TOWER}),
+    "qwen3.5-vl": (
+        "Qwen3_5ForConditionalGeneration",
+        QWEN | {"text_config": DELTA, "vision_config": QWEN_TOWER | {"num_position_embeddings": 16}},
+    ),
+    "qwen3.5-vl-moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        QWEN
+        | {"text_config": DELTA | {"shared_expert_intermediate_size": 40}}
+        | {"vision_config": QWEN_TOWER | {"num_position_embeddings": 16}},
+    ),
     "glm4v": ("Glm4vForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | {"image_size": 28}}),
 }
 

@@ -20,7 +20,7 @@ from mergekit_symalign.families.readers import with_readers
 from mergekit_symalign.families.schema import Family, Wrapper
 from mergekit_symalign.families.wrappers import text_class, without_pictures, wrapped
 
-_ALSO, _EXTENDS = "also", "extends"
+_ALSO, _EXTENDS, _TITLE = "also", "extends", "title"  # a file without a title is a part of others
 OTHERWISE = (
     "MergeKit's own methods may merge it: check that their output has every tensor of the model, as they drop what "
     "MergeKit's architecture files do not list"
@@ -51,7 +51,8 @@ def families_of(raw: Mapping[str, Raw]) -> dict[str, Family]:
         ArchitectureError: naming the family that does not fit the schema, or that combines what no solver knows.
     """
     every = dict(item for name, own in raw.items() for item in _apart(name, own))
-    found = {name: _validated(Family, with_readers(_inherit(every, name)), name) for name in sorted(every)}
+    whole = {name: _inherit(every, name) for name in sorted(every) if _TITLE in every[name]}
+    found = {name: _validated(Family, with_readers(own), name) for name, own in whole.items()}
     for family in found.values():
         require_known(family)
     return found

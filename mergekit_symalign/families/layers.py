@@ -20,7 +20,8 @@ def layers_where(
         layers: how many there are.
         others: the family's ``layer_kinds``, for ``other_than`` and ``within``.
     """
-    if where.when is not None and not lookup(config, where.when):
+    excluded = any(lookup(config, key) == value for key, value in where.unless.items())
+    if excluded or (where.when is not None and not lookup(config, where.when)):
         return frozenset()
     found = frozenset(range(layers))
     for condition in _conditions(where, config, others or {}, layers):

@@ -30,13 +30,13 @@ def _meant(reader: str, layer: Mapping[str, Any]) -> Iterator[str]:
     if "*" not in reader:
         yield reader
     else:
-        yield from (name for name, spec in layer.items() if fnmatchcase(name, reader) and _reads(spec))
+        yield from (name for name, spec in layer.items() if fnmatchcase(name, reader) and _reads(name, spec))
 
 
-def _reads(spec: Any) -> bool:
+def _reads(name: str, spec: Any) -> bool:
     """Whether a tensor is a matrix that reads the stream; among `other` axes the last one is read."""
     axes = spec.get("axes") if isinstance(spec, Mapping) else None
-    if not isinstance(axes, list) or len(axes) < 2 or _STREAM not in axes:
+    if not isinstance(axes, list) or len(axes) < 2 or _STREAM not in axes or name.endswith("bias"):
         return False
     names = {str(name).rpartition(".")[2] for axis in axes for name in (axis if isinstance(axis, list) else [axis])}
     return not names & set(_WRITERS) and (bool(names & set(_READERS)) or axes[-1] == _STREAM)

@@ -15,6 +15,7 @@ from mergekit_symalign.families.known import OTHERWISE, families, family_of, loo
 from mergekit_symalign.families.layers import layers_where
 from mergekit_symalign.families.schema import (
     MLP_AXES,
+    Adjusted,
     AttentionSpec,
     BlockKind,
     Family,
@@ -287,7 +288,9 @@ class ModelLayout:
         return {part: spec for part, spec in self.inside.items() if self._has(layer, spec)}
 
     def _has(self, layer: int, spec: TensorSpec) -> bool:
-        return spec.layers is None or layer in self.layer_kinds[spec.layers]
+        attends = self.family.attention.layers if spec.block is BlockKind.attention else None
+        kind = spec.layers or attends
+        return kind is None or layer in self.layer_kinds[kind]
 
     def kinds(self, layer: int) -> tuple[BlockKind, ...]:
         """The blocks of one layer."""
@@ -504,8 +507,8 @@ def _present(config: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, Tensor
 
 
 def _has_neurons(geometry: Geometry, block: BlockKind | None) -> bool:
-    """Whether a model has a block: one without shared experts has no tensors of them."""
-    return block is None or not block.is_mlp or geometry.mlp(block)[0] > 0
+    """Whether a model has a block: one without experts, or shared ones, has no tensors of them."""
+    return block is None or not block.is_mlp or min(geometry.mlp(block)) > 0
 
 
 def _is_locked(config: Any, bias: bool | str) -> bool:
@@ -521,13 +524,15 @@ def _neuron_scale(config: Any, family: Family) -> NeuronScale:
 
 def _geometry(config: Any, family: Family, model: str) -> Geometry:
     """Sizes from the config, with transformers' own rules for those it may leave out."""
-    keys = family.sizes.model_dump(exclude={"layers", "shared"})
-    sizes: dict[str, Any] = {key: lookup(config, where) if where is not None else None for key, where in keys.items()}
-    sizes["kv_heads"] = 1 if sizes.pop("one_kv_head") else sizes["kv_heads"] or sizes["query_heads"]
+    keys = family.sizes.named()
+    sizes: dict[str, Any] = {key: lookup(config, where) for key, where in keys.items() if key != "layers"}
+    sizes = dict.fromkeys(f.name for f in fields(Geometry)) | sizes
+    sizes["kv_heads"] = 1 if sizes.pop("one_kv_head", None) else sizes["kv_heads"] or sizes["query_heads"]
     sizes |= {key: sizes[key] or 0 for key in ("nope", "rope", "value", "kv_latent", "q_latent")}
     sizes["head_dim"] = sizes["head_dim"] or sizes["nope"] + sizes["rope"] or sizes["hidden"] // sizes["query_heads"]
-    sizes["neurons"] = sizes["neurons"] or 4 * sizes["hidden"]
-    sizes |= {key: sizes[key] or 1 for key in ("experts", "groups")}
+    sizes["neurons"] = _adjusted(config, family.sizes.adjusted, sizes["neurons"] or 4 * sizes["hidden"])
+    sizes["groups"] = sizes["groups"] or 1
+    sizes["experts"] = 1 if sizes["experts"] is None else sizes["experts"]
     sizes["dense"] = sizes["dense"] or 0
     sizes["shared"] = prod(lookup(config, key) or 0 for key in family.sizes.shared) if family.sizes.shared else 0
     geometry = Geometry(**sizes)
@@ -550,6 +555,16 @@ def _geometry(config: Any, family: Family, model: str) -> Geometry:
 def _interleaved(config: Any, attention: AttentionSpec) -> bool:
     when = attention.interleaved_when
     return attention.positions is Positions.rope_interleaved or (when is not None and bool(lookup(config, when)))
+
+
+def _adjusted(config: Any, rule: Adjusted | None, neurons: int) -> int:
+    if rule is None or not lookup(config, rule.when):
+        return neurons
+    neurons = int(2 * neurons / 3)
+    if (factor := lookup(config, rule.times)) is None:
+        return neurons
+    multiple: int = lookup(config, rule.multiple_of)
+    return multiple * -(-int(factor * neurons) // multiple)
 
 
 def _rotary(config: Any, family: Family, geometry: Geometry, model: str) -> int:

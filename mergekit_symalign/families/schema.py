@@ -201,6 +201,20 @@ class TensorSpec(_Data):
         return next((kind for kind in BlockKind if kind.names & names), None)
 
 
+class Adjusted(_Data):
+    """Neurons that are two thirds of what the config says, times a factor, in whole multiples (all config keys).
+
+    Attributes:
+        when: whether they are.
+        times: the factor; neither it nor multiples count where there is none.
+        multiple_of: the multiples.
+    """
+
+    when: str
+    times: str
+    multiple_of: str
+
+
 class SizeKeys(_Data):
     """Where the transformers config keeps each size.
 
@@ -224,11 +238,16 @@ class SizeKeys(_Data):
     value: Optional[str] = None  # and of its value;
     kv_latent: Optional[str] = None  # of the latent of keys and values,
     q_latent: Optional[str] = None  # and of the latent of queries
+    adjusted: Optional[Adjusted] = None
+
+    def named(self) -> dict[str, str]:
+        """The config key of each size that has one alone."""
+        values = self.model_dump(exclude={"shared", "adjusted"})
+        return {size: key for size, key in values.items() if key is not None}
 
     def config_keys(self) -> tuple[str, ...]:
         """All config keys that are named here."""
-        values = self.model_dump(exclude={"shared"}).values()
-        return tuple(key for key in (*values, *self.shared) if key is not None)
+        return (*self.named().values(), *self.shared)
 
 
 class LayersWhere(_Data):
@@ -244,6 +263,7 @@ class LayersWhere(_Data):
         other_than: another entry of ``layer_kinds``: all layers but those.
         within: another entry of ``layer_kinds``: those layers alone.
         when: config key; no layer belongs to them unless it is set.
+        unless: config keys and a value of each; no layer belongs to them where the config has it.
     """
 
     key: Optional[str] = None
@@ -256,6 +276,7 @@ class LayersWhere(_Data):
     other_than: Optional[str] = None
     within: Optional[str] = None
     when: Optional[str] = None
+    unless: dict[str, Any] = Field(default_factory=dict)
 
 
 class AttentionSpec(_Data):
@@ -269,6 +290,7 @@ class AttentionSpec(_Data):
         without_rope: layers that are an exception.
         norm: normalisation of queries and keys.
         norm_when: config key; the normalisation is there only where that is true.
+        layers: those that have an attention, an entry of ``layer_kinds``; all if not given.
         head_bias: each head has a bias of its own for each distance (ALiBi, T5), so that heads stay where they are. A
             config key: only where that is true, and there in place of RoPE.
         value_norm: values are normalised over the head (RMS, without a gain), so that they have no scale. Under a
@@ -282,6 +304,7 @@ class AttentionSpec(_Data):
     without_rope: Optional[LayersWhere] = None
     norm: GainScope = GainScope.none
     norm_when: Optional[str] = None
+    layers: Optional[str] = None
     head_bias: Union[bool, str] = False
     value_norm: bool = False
 
@@ -417,6 +440,8 @@ class Family(_Data):
                 raise ValueError(f"{name} is read by {sorted(missing)}, which it does not list")
             if spec.layers is not None and spec.layers not in self.layer_kinds:
                 raise ValueError(f"{name} is in layers {spec.layers}, which layer_kinds does not list")
+        if self.attention.layers is not None and self.attention.layers not in self.layer_kinds:
+            raise ValueError(f"attention.layers is {self.attention.layers}, which layer_kinds does not list")
         if "{layer}" not in self.layer_prefix:
             raise ValueError("layer_prefix has no {layer}")
         return self

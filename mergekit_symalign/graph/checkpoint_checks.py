@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.common import ModelReference
 
 from mergekit_symalign.errors import CheckpointError
@@ -17,6 +16,7 @@ from mergekit_symalign.families.resolve import ModelLayout, Placed
 from mergekit_symalign.families.towers import Layer
 from mergekit_symalign.graph.fresh import forget_loader
 from mergekit_symalign.graph.headers import Header
+from mergekit_symalign.graph.joined import joined
 from mergekit_symalign.graph.leftovers import unread
 from mergekit_symalign.graph.names import Names, StoredNames, names_of
 from mergekit_symalign.graph.opening import open_headers
@@ -144,7 +144,7 @@ class Checkpoint:
                 if header.dtype is not None
             }
             complete = len(plain) == len(pieces) > 0
-            whole = convert_checkpoint_tensors(self.config.model_type, plain, self.own_name(name)) if complete else None
+            whole = joined(self.config, plain, (self.own_name(name),)) if complete else None
             quantised = next((header for header in pieces.values() if header.dtype is None), None)
             self._converted[name] = quantised if whole is None else Header(whole.dtype, "", tuple(whole.shape))
         return self._converted[name]

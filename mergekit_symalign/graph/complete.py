@@ -67,7 +67,7 @@ class _Completed(ModuleArchitecture):
 
 
 def _completed(listed: list[WeightInfo], prefix: str, layout: ModelLayout) -> Iterator[WeightInfo]:
-    """What MergeKit lists of a layer, without pieces of packed tensors, and after it what is missing."""
+    """What MergeKit lists of a layer, by the names that the model has, and after it what is missing."""
     claims = {w.name: layout.claim(prefix + w.name) for w in listed}
     found = {claim.part: (name, claim.layer) for name, claim in claims.items() if claim and claim.layer is not None}
     if not found:
@@ -78,17 +78,17 @@ def _completed(listed: list[WeightInfo], prefix: str, layout: ModelLayout) -> It
     start = name.removesuffix(next(iter(found)))
     for weight in listed:
         claim = claims[weight.name]
-        if not _is_piece(weight.name.removeprefix(start), parts):
+        if not _is_stored_otherwise(weight.name.removeprefix(start), layout):
             yield weight if claim is None else _needed(weight, claim.part, parts)
     for part, spec in parts.items():
         if part not in found:
             yield WeightInfo(name=start + part, optional=spec.optional)
 
 
-def _is_piece(part: str, parts: Mapping[str, TensorSpec]) -> bool:
-    """Whether a name is a piece of a tensor that the model has as one."""
-    patterns = (old for spec in parts.values() for old in spec.stored_as if "*" in old)
-    return part not in parts and any(fnmatchcase(part, pattern) for pattern in patterns)
+def _is_stored_otherwise(part: str, layout: ModelLayout) -> bool:
+    """Whether a name is an older one of a tensor of the family, or a piece of one."""
+    patterns = (old for spec in layout.family.layer.values() for old in spec.stored_as)
+    return part not in layout.family.layer and any(fnmatchcase(part, pattern) for pattern in patterns)
 
 
 def _needed(weight: WeightInfo, part: str, parts: Mapping[str, TensorSpec]) -> WeightInfo:

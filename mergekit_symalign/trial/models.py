@@ -138,8 +138,7 @@ def relative_deviation(a: Tensor, b: Tensor) -> float:
 
 
 def _small_config(config_class: Any, family: Family) -> dict[str, Any]:
-    keys = family.sizes.model_dump(exclude={"shared"})
-    sizes = {key: where for key, where in keys.items() if key in _SIZES and where is not None}
+    sizes = {key: where for key, where in family.sizes.named().items() if key in _SIZES}
     alike = {"kv_heads": _SIZES["query_heads"]} if family.sizes.kv_latent else {}
     text = {where: (_SIZES | alike)[key] for key, where in sizes.items()} | _TEXT
     if not family.config:

@@ -114,15 +114,21 @@ def align_experts_by(
     for i, j in enumerate(order):
         at = _tokens_of(routing, i, j)
         own, running = (
-            {axis: [(_of(a, i, shape), _of(b, j, shape)) for a, b in sides[axis]] for axis in _NEURON_AXES}
+            {axis: [(_of(a, i, shape), _of(b, j, shape)) for a, b in sides[axis]] for axis in _axes_of(shape)}
             for sides in (weights, stored or weights)
         )
-        seen = _neurons_seen(running, (routing[0].entered, routing[1].entered), at, gated or _multiplied(act))
+        seen = _neurons_seen(running, (routing[0].entered, routing[1].entered), at, gated or _made_of(act, shape))
         pairs.append(match_neurons_by(seen, own, scale, permute=use.permutation))
     gate, up = (joined_experts([pair[k] for pair in pairs], order) for k in range(2))
     index = torch.tensor(order, device=routing[0].logits.device)
-    element = BlockElement({"expert": Permutation(index), "gate": gate, "up": up, "down": up.dual()})
-    return Solved(element, BY_ACTIVATIONS)
+    actions = {"expert": Permutation(index), "gate": gate, "up": up, "down": up.dual()}
+    if not shape.gated:
+        del actions["gate"]
+    return Solved(BlockElement(actions), BY_ACTIVATIONS)
+
+
+def _axes_of(shape: MlpShape) -> tuple[str, ...]:
+    return _NEURON_AXES if shape.gated else tuple(axis for axis in _NEURON_AXES if axis != "gate")
 
 
 def _match_experts(routing: tuple[Routing, Routing], weights: Sides, groups: int) -> list[int]:
@@ -148,7 +154,7 @@ def _neurons_seen(
         hidden = []
         for side, x in enumerate(entered):
             x = x.index_select(0, tokens)
-            gate, up = (_through(x, [pair[side] for pair in own[axis]]) for axis in ("gate", "up"))
+            gate, up = (_through(x, [pair[side] for pair in own.get(axis, own["up"])]) for axis in ("gate", "up"))
             hidden.append(gated(gate, up).mT)
         more = Covariance.of_rows([(hidden[0], hidden[1])])
         total = more if total is None else total + more
@@ -156,9 +162,10 @@ def _neurons_seen(
     return total
 
 
-def _multiplied(act: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor, Tensor], Tensor]:
+def _made_of(act: Callable[[Tensor], Tensor] | None, shape: MlpShape) -> Callable[[Tensor, Tensor], Tensor]:
+    """Of gate and up, which are the same where an expert has no gate."""
     assert act is not None
-    return lambda gate, up: act(gate) * up
+    return (lambda gate, up: act(gate) * up) if shape.gated else (lambda _, up: act(up))
 
 
 def _through(x: Tensor, rows: Sequence[Tensor]) -> Tensor:
