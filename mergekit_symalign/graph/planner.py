@@ -48,6 +48,7 @@ def plan_aligned(planner: Any, original: Any) -> None:
     check_config(planner.config, method)
     check_layers(planner.config, planner.arch_info, planner.options.trust_remote_code)
     plan = AlignedPlan(planner.config, planner.options, method, listed)
+    planner.arch_info = plan.with_heads(planner.arch_info)
     planner.config = planner.config.model_copy(deep=True)
     _know_other_names(planner, plan)
     if planner.config.base_model not in listed:
