@@ -24,6 +24,7 @@ from mergekit_symalign.alignments import numbers
 from mergekit_symalign.alignments.numbers import ENTRY, Steps, Stored
 from mergekit_symalign.alignments.schema import Content, FirstContent, finite_facts, parsed
 from mergekit_symalign.errors import AlignmentFileError, OtherModelsError
+from mergekit_symalign.families.towers import Layer, layer_name
 from mergekit_symalign.sealed.text import NewerFormatError, shown
 from mergekit_symalign.symmetry.element import BlockElement
 
@@ -58,8 +59,8 @@ class Origin:
     settings_by_block: Mapping[BlockName, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def block_name(layer: int, kind: str) -> BlockName:
-    return f"layer {layer} {kind}"
+def block_name(layer: Layer, kind: str) -> BlockName:
+    return f"{layer_name(layer)} {kind}"
 
 
 def save_alignment(

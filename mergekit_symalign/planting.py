@@ -9,25 +9,30 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.families.resolve import ModelLayout
-from mergekit_symalign.families.schema import BlockKind, MlpKind
+from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.towers import Layer
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
     Chain,
     HeadMatrix,
     HeadRotation,
+    PerHead,
     Permutation,
     PlaneRotation,
     Rotation,
     Scaling,
+    behind,
     rotary_action,
 )
+from mergekit_symalign.symmetry.heads.coordinates import order_within, within_heads
 from mergekit_symalign.symmetry.heads.order import HeadOrder, moved_axes
 from mergekit_symalign.symmetry.heads.solve import per_query_head
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.latent.heads import MatchedLatentHeads
+from mergekit_symalign.symmetry.options import BlockShape, GainScope, HeadShape, LatentShape, MlpShape, NeuronScale
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind, centred_basis
 
-Elements = dict[tuple[int, BlockKind], BlockElement]
+Elements = dict[tuple[Layer, BlockKind], BlockElement]
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,7 @@ class Planted:
 def random_elements(layout: ModelLayout, seed: int, what: Planted | None = None) -> Elements:
     """A random element of the exact group of every block of a model."""
     draw = _Draw(torch.Generator().manual_seed(seed), what or Planted())
-    return {
-        (layer, kind): draw.attention(layout.head_shape(layer))
-        if kind is BlockKind.attention
-        else draw.mlp(layout.mlp_shape(), gated=layout.family.mlp is MlpKind.gated)
-        for layer in range(layout.layers)
-        for kind in BlockKind
-    }
+    return {block: draw.block(layout.block_shape(*block)) for block in layout.blocks()}
 
 
 def random_stream(kind: ResidualKind, hidden: int, seed: int) -> BlockElement:
@@ -80,13 +79,12 @@ def transform(state: Mapping[str, Tensor], layout: ModelLayout, elements: Elemen
     """A state dict in other coordinates: every tensor of a block under that block's element."""
     result = {}
     for name, x in state.items():
-        claim = layout.claim(name)
-        kind = claim.spec.block if claim is not None else None
-        if claim is None or claim.layer is None or kind is None:
+        placed = layout.placed(name)
+        if placed is None or placed.block is None:
             result[name] = x
         else:
-            element = elements[claim.layer, kind]
-            result[name] = element(x, layout.axes(claim.spec)).to(x.dtype)
+            element = elements[placed.block]
+            result[name] = element(x, placed.layout.axes(placed.claim.spec)).to(x.dtype)
     return result
 
 
@@ -95,20 +93,40 @@ class _Draw:
     generator: torch.Generator
     what: Planted
 
+    def block(self, shape: BlockShape) -> BlockElement:
+        if isinstance(shape, MlpShape):
+            return self.mlp(shape)
+        return self.latent(shape) if isinstance(shape, LatentShape) else self.attention(shape)
+
+    def latent(self, shape: LatentShape) -> BlockElement:
+        still, value = self._heads(shape.heads, shape.nope), self._values(shape.heads, shape.value)
+        query = self._query(HeadShape(1, 1, shape.rope, shape.rope, shape.interleaved))
+        assert isinstance(query, PerHead)
+        actions: dict[str, AxisAction] = {"value": value, "attended": value.dual()}
+        actions |= {"q_nope": still, "k_nope": still.dual()}
+        actions |= {"q_pe": query.per_query_head(shape.heads), "k_pe": query.dual()}
+        order = torch.randperm(shape.heads, generator=self.generator) if self.what.heads else None
+        moved = MatchedLatentHeads(order, None, None, actions).actions(shape)
+        for axis, size in shape.latents().items() if self.what.rotation else ():
+            index = Permutation(self._order(size))
+            signed = Chain((index, Scaling(self._signs(size))))
+            moved |= {axis: signed, f"{axis}_read": signed, f"{axis}_gain": index}
+        return BlockElement(moved)
+
     def attention(self, shape: HeadShape) -> BlockElement:
         value = self._values(shape.kv_heads, shape.head_dim)
         actions: dict[str, AxisAction] = {"value": value, "attended": per_query_head(value.dual(), shape)}
         if shape.qk_norm:
-            sign = Scaling(self._norm_signs(shape))
-            actions |= {"query": per_query_head(sign, shape), "key": sign} | self._gains(shape)
+            rows = self._coordinates(shape)
+            actions |= {"query": per_query_head(rows, shape), "key": rows} | self._gains(shape, rows)
         else:
             query = self._query(shape)
             actions |= {"query": per_query_head(query, shape), "key": query.dual()}
         return BlockElement(self._after_head_permutation(actions, shape))
 
-    def mlp(self, shape: MlpShape, *, gated: bool) -> BlockElement:
+    def mlp(self, shape: MlpShape) -> BlockElement:
         neurons, experts, permute = shape.neurons, shape.experts, self.what.permutation
-        order = self._order(experts) if permute else torch.arange(experts)
+        order = self._experts(shape) if permute else torch.arange(experts)
         inside = [self._order(neurons) if permute else torch.arange(neurons) for _ in range(experts)]
         gate = Permutation(torch.cat([x + j * neurons for x, j in zip(inside, order.tolist(), strict=True)]))
         up: AxisAction = gate
@@ -117,7 +135,7 @@ class _Draw:
             signs = self._signs(experts * neurons) if shape.scale is NeuronScale.signed else torch.ones(())
             up = Chain((gate, Scaling(factor * signs)))
         actions: dict[str, AxisAction] = {"up": up, "down": up.dual()}
-        actions |= {"gate": gate} if gated else {}
+        actions |= {"gate": gate} if shape.gated else {}
         return BlockElement(actions | ({"expert": Permutation(order)} if experts > 1 else {}))
 
     def _query(self, shape: HeadShape) -> AxisAction:
@@ -129,26 +147,39 @@ class _Draw:
         rest = self._heads(shape.kv_heads, free) if free else None
         return rotary_action(planes, rest, interleaved=shape.interleaved)
 
-    def _gains(self, shape: HeadShape) -> dict[str, AxisAction]:
+    def _coordinates(self, shape: HeadShape) -> AxisAction:
+        """Under a QK-norm: an order of the coordinates that do not turn, and signs."""
+        signs, rest = Scaling(self._norm_signs(shape)), shape.rest()
+        if not (shape.reorders and self.what.rotation):
+            return signs
+        orders = [torch.tensor(rest)[self._order(len(rest))] for _ in range(1 if shape.one_order else shape.kv_heads)]
+        turning = torch.arange(shape.rotary).expand(len(orders), -1)
+        order = torch.cat((turning, torch.stack(orders)), dim=1)
+        return Chain((within_heads(order.expand(shape.kv_heads, -1)), signs))
+
+    def _gains(self, shape: HeadShape, rows: AxisAction) -> dict[str, AxisAction]:
+        """Of a QK-norm: the order of the rows, and factors that they trade."""
         heads, group = (shape.kv_heads, shape.queries_per_kv) if shape.norm.per_head else (1, 1)
-        half = (heads, shape.head_dim // 2)
-        factor = self._paired(self._scale(*half) * self._signs(*half), shape)
-        return {
+        free = shape.head_dim - shape.rotary // 2
+        factor = self._paired(self._scale(heads, free) * self._signs(heads, free), shape)
+        gains: dict[str, AxisAction] = {
             "query_gain": Scaling(factor.repeat_interleave(group, dim=0).flatten()),
             "key_gain": Scaling(1 / factor.flatten()),
         }
+        order = order_within(rows, shape.head_dim)
+        if order is None:
+            return gains
+        wide = {"query_gain": order[:heads].repeat_interleave(group, dim=0), "key_gain": order[:heads]}
+        return {axis: Chain((within_heads(wide[axis]), gain)) for axis, gain in gains.items()}
 
     def _after_head_permutation(self, actions: dict[str, AxisAction], shape: HeadShape) -> dict[str, AxisAction]:
-        if not self.what.heads:
+        if not self.what.heads or shape.locked:
             return actions
         kv = torch.randperm(shape.kv_heads, generator=self.generator)
         inner = [torch.randperm(shape.queries_per_kv, generator=self.generator) for _ in kv]
         order = HeadOrder(kv, (kv.unsqueeze(1) * shape.queries_per_kv + torch.stack(inner)).flatten())
-        moved = moved_axes(shape)
-        return {
-            axis: Chain((order.permutation(axis, shape.head_dim), action)) if axis in moved else action
-            for axis, action in actions.items()
-        }
+        orders = {axis: order.permutation(axis, shape.head_dim) for axis in moved_axes(shape)}
+        return actions | {axis: behind(moved, actions.get(axis)) for axis, moved in orders.items()}
 
     def _heads(self, heads: int, d: int) -> HeadRotation:
         rotation = torch.eye(d, dtype=torch.float64).expand(heads, d, d)
@@ -164,14 +195,23 @@ class _Draw:
         return HeadMatrix((left * self.what.condition ** even.unsqueeze(1)) @ right)
 
     def _norm_signs(self, shape: HeadShape) -> Tensor:
-        """±1 for every coordinate of the KV heads: for each plane, or for each head if the norm subtracts the mean."""
+        """±1 for every coordinate of the KV heads: one for each plane, or each head if the norm subtracts the mean."""
         if shape.norm is GainScope.centred:
             return self._signs(shape.kv_heads).repeat_interleave(shape.head_dim)
-        return self._paired(self._signs(shape.kv_heads, shape.head_dim // 2), shape).flatten()
+        return self._paired(self._signs(shape.kv_heads, shape.head_dim - shape.rotary // 2), shape).flatten()
 
-    def _paired(self, planes: Tensor, shape: HeadShape) -> Tensor:
-        """The same number for both coordinates of each plane [*, d/2] to [*, d]."""
-        return torch.cat((planes, planes), dim=-1).index_select(-1, torch.argsort(torch.tensor(shape.planes())))
+    def _paired(self, numbers: Tensor, shape: HeadShape) -> Tensor:
+        """One number for each plane and for each other coordinate [*, r/2 + rest], for every coordinate [*, d]."""
+        half = shape.rotary // 2
+        place = torch.argsort(torch.tensor([*shape.planes(), *shape.rest()]))
+        return torch.cat((numbers[..., :half], numbers), dim=-1).index_select(-1, place)
+
+    def _experts(self, shape: MlpShape) -> Tensor:
+        """A random order of experts inside their groups, and of the groups."""
+        if shape.groups == 1:
+            return self._order(shape.experts)
+        size = shape.experts // shape.groups
+        return torch.cat([self._order(size) + group * size for group in self._order(shape.groups).tolist()])
 
     def _order(self, n: int) -> Tensor:
         """A random order that is not the identity (of more than one)."""

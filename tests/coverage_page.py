@@ -21,7 +21,8 @@ HEAD = f"""{START}
 The same *function* in float64 on smaller models. *Stream*: what may be done to the residual stream, and how far that
 moves the outputs (where a model returns the stream itself, nothing is measured). In vision-language models the text
 model is aligned, and the vision tower passes through unaligned. *Plain merge*: what MergeKit's own merge of a model
-with itself does to its tensors, from the layout that transformers writes.
+with itself does to its tensors, from the layout that transformers writes. A text model can be
+merged into the text part of a vision-language model ([how](faq.md#choosing)).
 
 | test model | family | transformers class | function | stream | plain merge |
 |---|---|---|---:|---|---|

@@ -26,7 +26,8 @@ VOXTRAL |= {"num_mel_bins": 8, "max_source_positions": 16}
 HEARS = {"audio_token_index": 90} | {"tie_word_embeddings": False}
 OVIS = {"hidden_size": 48, "vocab_size": 97, "vision_config": {"vocab_size": 20}}
 GEMMA2 = {"model_type": "gemma2"} | SLIDING
-SHARED = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "intermediate_size": 64}
+SHARED = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+SPARSE = {"first_k_dense_replace": 1, "n_group": 2}
 UNTIED = {"tie_word_embeddings": False}
 
 # Name -> transformers class, and its config beyond the sizes.
@@ -65,13 +66,36 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "emu3": ("Emu3ForCausalLM", {}),
     "hyperclovax": ("HyperCLOVAXForCausalLM", {"use_post_norm": True}),
     "apertus1.5": ("Apertus1p5TextForCausalLM", {}),
-    "flex-olmo": ("FlexOlmoForCausalLM", {}),
-    "mellum": ("MellumForCausalLM", SLIDING),
     "modernbert-decoder": ("ModernBertDecoderForCausalLM", SLIDING),
     "qwen2-moe": ("Qwen2MoeForCausalLM", {"shared_expert_intermediate_size": 40}),
     "glm4-moe": ("Glm4MoeForCausalLM", SHARED | {"use_qk_norm": True, "partial_rotary_factor": 0.5}),
     "solar-open": ("SolarOpenForCausalLM", SHARED),
+    "qwen3-moe-dense": ("Qwen3MoeForCausalLM", {"mlp_only_layers": [1], "decoder_sparse_step": 1}),
+    "mellum": ("MellumForCausalLM", {"mlp_layer_types": ["dense", "sparse"]} | SLIDING),
+    "dots1": ("Dots1ForCausalLM", SHARED),
+    "exaone-moe": ("ExaoneMoeForCausalLM", SHARED | SLIDING),
+    "ernie4.5-moe": ("Ernie4_5_MoeForCausalLM", {"moe_num_shared_experts": 2, "moe_k": 2} | UNTIED),
+    "hy-v3": ("HYV3ForCausalLM", {}),
+    "hunyuan-moe": ("HunYuanMoEV1ForCausalLM", {"moe_topk": 2}),
+    "granitemoe-shared": ("GraniteMoeSharedForCausalLM", {"shared_intermediate_size": 40} | UNTIED),
+    "cohere2-moe": ("Cohere2MoeForCausalLM", {"num_shared_experts": 1, "first_k_dense_replace": 1} | UNTIED),
+    "flex-olmo": ("FlexOlmoForCausalLM", {}),
+    "aria": ("AriaTextForCausalLM", {"moe_topk": 2}),
+    "gpt-oss": ("GptOssForCausalLM", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}),
     "minimax-m2": ("MiniMaxM2ForCausalLM", {"rotary_dim": 4}),
+    "bloom": ("BloomForCausalLM", {}),
+    "mpt": ("MptForCausalLM", {"max_seq_len": 64}),
+    "mpnet": ("MPNetForMaskedLM", {}),
+    "mpnet-bare": ("MPNetModel", {}),
+    "minicpm3": ("MiniCPM3ForCausalLM", {"attention_bias": True} | UNTIED),
+    "youtu": ("YoutuForCausalLM", UNTIED | {"pad_token_id": None}),
+    "deepseek-v2": ("DeepseekV2ForCausalLM", SPARSE | {"topk_method": "group_limited_greedy"}),
+    "deepseek-v2-lite": ("DeepseekV2ForCausalLM", SPARSE | {"q_lora_rank": None, "n_group": 1}),
+    "deepseek-v3": ("DeepseekV3ForCausalLM", SPARSE | {"attention_bias": True}),
+    "deepseek-v3-halves": ("DeepseekV3ForCausalLM", SPARSE | {"rope_interleave": False, "q_lora_rank": None}),
+    "mistral4": ("Mistral4ForCausalLM", SPARSE),
+    "glm4.7-flash": ("Glm4MoeLiteForCausalLM", {}),
+    "axk1": ("AXK1ForCausalLM", {"mlp_layer_types": ["dense", "sparse"]}),
     "xlm-roberta": ("XLMRobertaModel", {}),
     "camembert": ("CamembertForMaskedLM", {}),
     "roberta-decoder": ("RobertaForCausalLM", {"is_decoder": True}),

@@ -44,7 +44,7 @@ def _rows(state: State, layout: ModelLayout, kind: BlockKind) -> Rows:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
-@pytest.mark.parametrize("kind", list(BlockKind))
+@pytest.mark.parametrize("kind", [BlockKind.attention, BlockKind.mlp])
 @pytest.mark.parametrize("noise", [0.1, 0.6])
 def test_never_worse_than_any_single_anchor(family: str, kind: BlockKind, noise: float) -> None:
     twins, layout = _scrambled(family, noise, Planted())

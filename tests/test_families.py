@@ -40,8 +40,8 @@ def test_every_weight_is_claimed_with_its_shape(model) -> None:
         expected = layout.shape(claim.spec)
         assert len(expected) == x.ndim
         assert all(want in (None, got) for want, got in zip(expected, x.shape, strict=True)), name
-    required = [part for part, spec in layout.inside.items() if not spec.optional]
-    promised = {layout.name(layer, part) for layer in range(layout.layers) for part in required}
+    parts = ((i, part, spec) for i in range(layout.layers) for part, spec in layout.parts(i).items())
+    promised = {layout.name(layer, part) for layer, part, spec in parts if not spec.optional}
     assert promised <= set(model.state_dict())
 
 
@@ -56,7 +56,7 @@ def test_random_elements_of_every_block_keep_the_function(model, neuron_scaling:
     assert relative_deviation(logits(model), logits(with_weights(model, twin))) < 1e-9
 
 
-@pytest.mark.parametrize("kind", list(BlockKind))
+@pytest.mark.parametrize("kind", [BlockKind.attention, BlockKind.mlp])
 def test_half_of_an_element_changes_the_function(model, kind: BlockKind) -> None:
     """The check above can fail: one tensor of a block left behind shows at once."""
     layout = resolve(model.config, model="m")
@@ -78,11 +78,11 @@ def test_inverse_elements_give_the_model_back(model) -> None:
         torch.testing.assert_close(back[name], x)
 
 
-def test_unsupported_architecture_lists_the_supported() -> None:
-    with pytest.raises(ArchitectureError, match=r"GPT9LMHeadModel is not supported.*LlamaForCausalLM") as error:
+def test_unsupported_architecture_names_the_nearest() -> None:
+    with pytest.raises(ArchitectureError, match=r"GPT9LMHeadModel is not supported.*GPT2LMHeadModel") as error:
         resolve(LlamaConfig(architectures=["GPT9LMHeadModel"]), model="org/gpt9")
     assert "org/gpt9" in str(error.value)
-    assert all(name in str(error.value) for name in supported_architectures())
+    assert "mergekit-symalign families lists all" in str(error.value)
 
 
 @pytest.mark.parametrize(

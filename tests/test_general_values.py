@@ -102,7 +102,7 @@ def test_never_farther_than_rotations_and_the_function_stays(family: str, noise:
         for a, b in pairs
     )
     assert general.facts["distance_after"] == pytest.approx(told)
-    unchanged = {(layer, kind): BlockElement({}) for layer in range(layout.layers) for kind in BlockKind}
+    unchanged = dict.fromkeys(layout.blocks(), BlockElement({}))
     moved = transform(near.state_dict(), layout, unchanged | {(1, BlockKind.attention): general.element})
     assert relative_deviation(logits(near), logits(with_weights(near, moved))) < 1e-9
 
@@ -160,7 +160,7 @@ def test_sides_must_fit_together() -> None:
 
 
 def _saved(tmp_path: Path, layout: ModelLayout, **actions: HeadMatrix) -> AlignmentFile:
-    elements = {f"layer {i} {kind.value}": BlockElement({}) for i in range(layout.layers) for kind in BlockKind}
+    elements = {f"layer {i} {kind.value}": BlockElement({}) for i, kind in layout.blocks()}
     origin = Origin("a", "m", "0", "1", layout.family.name, {})
     save_alignment(tmp_path / "a.safetensors", origin, elements | {"layer 0 attention": BlockElement(dict(actions))})
     return AlignmentFile.open(tmp_path / "a.safetensors")

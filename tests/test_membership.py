@@ -26,9 +26,10 @@ from mergekit_symalign.symmetry.groups import (
     PlaneRotation,
     Scaling,
 )
-from mergekit_symalign.symmetry.membership import require_symmetry, steps_of
+from mergekit_symalign.symmetry.membership import require_symmetry
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.solve import align_block, solve_block, without_identities
+from mergekit_symalign.symmetry.steps import steps_of
 
 DISTINCT = [
     *("llama", "qwen3", "olmo2", "cohere-qk-norm", "gpt2", "roberta", "mixtral"),
@@ -196,7 +197,7 @@ def _paired(anchor: Rows, model: Rows) -> Sides:
 @pytest.mark.parametrize("family", DISTINCT)
 def test_everything_solved_is_a_symmetry(family: str) -> None:
     layout, layer = layout_of(family), 1
-    for kind in BlockKind:
+    for kind in layout.kinds(0):
         shape, (heads, mlp) = shape_of(layout, layer, kind), (layout.head_shape(layer), layout.mlp_shape())
         sides = _paired(_rows(family, layer, kind, 0), _rows(family, layer, kind, 1))
         scaled = mlp.scale is not NeuronScale.none
@@ -212,7 +213,7 @@ def test_everything_solved_is_a_symmetry(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "cohere-qk-norm", "phi4-mini"])
 def test_a_consensus_is_a_symmetry(family: str) -> None:
     layout = layout_of(family)
-    for kind in BlockKind:
+    for kind in layout.kinds(0):
         models = [_rows(family, 0, kind, seed) for seed in range(3)]
         use = Symmetries(neuron_scaling=True)
         heads, mlp = layout.head_shape(0), layout.mlp_shape()

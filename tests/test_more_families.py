@@ -44,9 +44,11 @@ MERGED = [
     "apertus",
     "nemotron",
     "phimoe",
-    "granitemoe",
+    "glm4-moe",
     "opt",
     "xlm-roberta",
+    "gpt-oss",
+    "bloom",
 ]
 MERGED += [
     "reward",
@@ -99,9 +101,9 @@ class Twins:
         assert squared_distance(self.anchor.state_dict(), result.state_dict()) < before * 1.001
 
 
-def perturbed_copy(model: PreTrainedModel) -> PreTrainedModel:
+def perturbed_copy(model: PreTrainedModel, noise: float = 0.1) -> PreTrainedModel:
     """Every weight moved a little; learned numbers of an activation stay."""
-    noisy = perturbed(model, 0.1, 1).state_dict()
+    noisy = perturbed(model, noise, 1).state_dict()
     return with_weights(model, {name: x if x.numel() > 1 else model.state_dict()[name] for name, x in noisy.items()})
 
 
@@ -194,6 +196,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "plain with gate": ({"mlp": "plain"}, "mlp is plain, but a tensor of a layer has the axis gate"),
     "activation of a gated MLP": ({"activation": "hidden_act"}, "activation is of a plain MLP"),
+    "restricted activation of a gated MLP": ({"variants": {"hidden_act": ["silu"]}}, "may have any activation"),
     "experts without sizes": (
         {"layer": {"mlp.gate.weight": {"axes": ["expert", "residual"]}}},
         "sizes.experts and the axis",
@@ -209,7 +212,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two blocks in one tensor": (
         {"layer": {"x.weight": {"axes": [["query", "up"], "residual"]}}},
-        "belongs to one of the two",
+        "belongs to one of them",
     ),
     "block outside": ({"tensors": {"x.weight": {"axes": ["up", "residual"]}}}, "lies outside the layers"),
     "unknown axis": ({"layer": {"x.weight": {"axes": ["quety", "residual"]}}}, "quety"),

@@ -15,7 +15,6 @@ from mergekit_symalign.alignments import fit
 from mergekit_symalign.alignments.fit import require_fits, require_fitting_stream
 from mergekit_symalign.errors import AlignmentFileError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
-from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.families.stream import ties_embeddings
 from mergekit_symalign.planting import random_stream
 from mergekit_symalign.symmetry.element import BlockElement
@@ -94,7 +93,7 @@ WRONG: dict[str, tuple[str, str, Callable[[], dict[str, AxisAction]], str]] = {
 
 
 def _saved(path: Path, layout: ModelLayout, wanted: str, **more: BlockElement) -> AlignmentFile:
-    blocks = {f"layer {i} {kind.value}": BlockElement({}) for i in range(layout.layers) for kind in BlockKind}
+    blocks = {f"layer {i} {kind.value}": BlockElement({}) for i, kind in layout.blocks()}
     origin = Origin("a", "m", "0", "1", layout.family.name, {}, {"residual": wanted})
     save_alignment(path, origin, blocks | {name.replace("_", " "): element for name, element in more.items()})
     return AlignmentFile.open(path)

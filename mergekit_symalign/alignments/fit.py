@@ -14,11 +14,12 @@ from mergekit_symalign.errors import AlignmentFileError, ParameterError, Symmetr
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.families.stream import residual_kind, untying_helps
+from mergekit_symalign.families.towers import Layer
 from mergekit_symalign.sealed.text import shown
 from mergekit_symalign.symmetry.admitted import Admitted, admitted
 from mergekit_symalign.symmetry.groups import Permutation
 from mergekit_symalign.symmetry.membership import STEPS, require_symmetry
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape
+from mergekit_symalign.symmetry.options import BlockShape
 from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.symmetry.residual.membership import admitted_steps, require_stream_symmetry
 
@@ -45,7 +46,7 @@ def require_fits(file: AlignmentFile, layout: ModelLayout, *, halves: bool = Fal
         AlignmentFileError: naming the block, the axis and the reason.
     """
     require_known_blocks(file, layout)
-    blocks = [(layer, kind) for layer in range(layout.layers) for kind in BlockKind]
+    blocks = layout.blocks()
     for layer, kind in blocks:
         require_block(file, layer, kind)
     exact = [require_fitting_block(file, layout, layer, kind, halves=halves) for layer, kind in blocks]
@@ -57,13 +58,13 @@ def require_known_blocks(file: AlignmentFile, layout: ModelLayout) -> None:
     Raises:
         AlignmentFileError: if the file has a block that the model does not have.
     """
-    known = {block_name(layer, kind.value) for layer in range(layout.layers) for kind in BlockKind} | {STREAM_BLOCK}
+    known = {block_name(layer, kind.value) for layer, kind in layout.blocks()} | {STREAM_BLOCK}
     if unknown := file.blocks.keys() - known:
         where = f"{file.label}, block {shown(min(unknown))}"
         raise AlignmentFileError(where, f"the model has no such block in its {layout.layers} layers", _REMEDY)
 
 
-def require_block(file: AlignmentFile, layer: int, kind: BlockKind) -> BlockName:
+def require_block(file: AlignmentFile, layer: Layer, kind: BlockKind) -> BlockName:
     """The name of a block in a file.
 
     Raises:
@@ -77,13 +78,13 @@ def require_block(file: AlignmentFile, layer: int, kind: BlockKind) -> BlockName
 
 
 def require_fitting_block(
-    file: AlignmentFile, layout: ModelLayout, layer: int, kind: BlockKind, *, halves: bool = False
+    file: AlignmentFile, layout: ModelLayout, layer: Layer, kind: BlockKind, *, halves: bool = False
 ) -> bool:
     """Check one block of a file that has it. Takes, returns and raises what `require_fits` does."""
     name = block_name(layer, kind.value)
-    shape = layout.head_shape(layer) if kind is BlockKind.attention else layout.mlp_shape()
+    shape = layout.block_shape(layer, kind)
     full = file.settings_of(name).get("rotation") == "full"
-    largest = _largest(layout, kind, halves=halves)
+    largest = _largest(layout.stack(layer)[0], kind, halves=halves)
     try:
         for axis, steps in file.blocks[name].items():
             _check_sizes(file, axis, steps, admitted(axis, shape, full=full))
@@ -127,7 +128,7 @@ def require_fitting_stream(file: AlignmentFile, layout: ModelLayout, tied: bool)
     return wanted
 
 
-def _turns_freely(axes: Mapping[str, Steps], shape: HeadShape | MlpShape) -> bool:
+def _turns_freely(axes: Mapping[str, Steps], shape: BlockShape) -> bool:
     """Whether queries or keys carry what positions do not admit."""
     return any(kind not in admitted(axis, shape) for axis, steps in axes.items() for kind, _ in steps)
 

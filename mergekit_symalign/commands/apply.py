@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import click
@@ -20,7 +20,8 @@ from mergekit_symalign.commands.apply_stream import Others, opened, stream_alone
 from mergekit_symalign.commands.common import parsed, require_one_family
 from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.errors import CheckpointError, ConfigError
-from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.resolve import Placed
+from mergekit_symalign.families.towers import index_of
 from mergekit_symalign.graph.alignments import ReadBlock, has_halves
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
@@ -132,14 +133,12 @@ def _checked(file: AlignmentFile, model: ModelReference, options: MergeOptions, 
     checkpoint = opened(model, file, options)
     if not invert:
         file.require_model(str(model), fingerprint_of(model))
-    for layer in range(checkpoint.layout.layers):
-        for part, spec in checkpoint.layout.inside.items():
-            name = checkpoint.layout.name(layer, part)
-            header = checkpoint.stored(_info(name))
-            if header is None and not spec.optional:
-                raise CheckpointError(f"tensor {name} of model {model}", "it is missing", "Download the model again")
-            if header is not None and header.dtype is None:
-                raise CheckpointError(f"tensor {name} of model {model}", "it is quantised", "Use plain weights")
+    for placed in checkpoint.layout.in_layers():
+        name, header = placed.name, checkpoint.stored(_info(placed.name))
+        if header is None and not placed.claim.spec.optional:
+            raise CheckpointError(f"tensor {name} of model {model}", "it is missing", "Download the model again")
+        if header is not None and header.dtype is None:
+            raise CheckpointError(f"tensor {name} of model {model}", "it is quantised", "Use plain weights")
     return checkpoint
 
 
@@ -193,23 +192,28 @@ def _moved_along(stream: StreamAlone, read: Callable[..., ReadBlock]) -> Mapping
     blocks = {
         (layer, kind.value): read(block_name(layer, kind.value), layout.name(layer, ""))
         for layer in range(layout.layers)
-        for kind in BlockKind
+        for kind in layout.kinds(layer)
     }
-    return stream.tasks(read(STREAM_BLOCK), blocks)
+    towers = [placed for placed in layout.in_layers() if placed.tower]
+    return {**stream.tasks(read(STREAM_BLOCK), blocks), **_tasks_of(towers, stream.checkpoint, read)}
 
 
 def _moved(checkpoint: Checkpoint, read: Callable[..., ReadBlock]) -> dict[str, Task]:
     """The tensors of every block of the file, by their names in the family, as the alignment leaves them."""
-    layout, tasks = checkpoint.layout, {}
-    for layer in range(layout.layers):
-        for part, spec in layout.inside.items():
-            name = layout.name(layer, part)
-            if spec.block is None or checkpoint.stored(_info(name)) is None:
-                continue
-            aliases = checkpoint.other_names(_info(name)) or None
-            load = LoadFinite(model=checkpoint.model, tensor=name, aliases=aliases)
-            solution = read(block_name(layer, spec.block.value), layout.name(layer, ""))
-            tasks[name] = ApplyBlock(load=load, axes=layout.axes(spec), solution=solution)
+    return _tasks_of(checkpoint.layout.in_layers(), checkpoint, read)
+
+
+def _tasks_of(tensors: Iterable[Placed], checkpoint: Checkpoint, read: Callable[..., ReadBlock]) -> dict[str, Task]:
+    """The same of some of them."""
+    tasks: dict[str, Task] = {}
+    for placed in tensors:
+        name, layout = placed.name, placed.layout
+        if placed.block is None or checkpoint.stored(_info(name)) is None:
+            continue
+        layer, kind = placed.block
+        load = LoadFinite(model=checkpoint.model, tensor=name, aliases=checkpoint.other_names(_info(name)) or None)
+        solution = read(block_name(layer, kind.value), layout.name(index_of(layer), ""))
+        tasks[name] = ApplyBlock(load=load, axes=layout.axes(placed.claim.spec), solution=solution)
     return tasks
 
 

@@ -19,10 +19,11 @@ from mergekit_symalign.card import (
     verdict,
 )
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options, planned_task, run_tasks
-from mergekit_symalign.commands.common import require_one_family
+from mergekit_symalign.commands.common import require_alignable
 from mergekit_symalign.commands.names import in_a_table, short_names
 from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.commands.plots import plot_layers, require_plot
+from mergekit_symalign.families.towers import in_order
 from mergekit_symalign.graph.merge_report import WriteReport, by_model, with_streams
 from mergekit_symalign.whole_file import require_writable, written_whole
 
@@ -77,7 +78,8 @@ def inspect(
             click.echo("\n".join([*configs(differences), ""]))
         click.echo("\n".join([*table(entry["blocks"]), "", *summary(entry["totals"]), *stream(entry.get("residual"))]))
         if plot is not None:
-            plot_layers(entry["blocks"], " against ".join(short_names((name, anchor))), plot)
+            own = [block for block in entry["blocks"] if "tower" not in block]
+            plot_layers(own, " against ".join(short_names((name, anchor))), plot)
     if json_file is not None:
         with written_whole(json_file) as scratch:
             scratch.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
@@ -91,18 +93,18 @@ def measured(
     Raises:
         click.UsageError: if there are no such layers.
     """
-    require_one_family((anchor, model), options)
+    require_alignable(anchor, model, options)
     task = planned_task(alignment_config(anchor, model, parameters), options, WriteReport)
     chosen = [block for block in task.blocks if layers is None or block[1] in layers]
     if not chosen:
-        there = sorted({layer for _, layer, *_ in task.blocks})
+        there = sorted({layer for _, layer, *_ in task.blocks if isinstance(layer, int)})
         raise click.UsageError(f"--layers: no such layer; the models have layers 0 to {there[-1]}")
     facts_of = {facts: (name, layer, kind) for name, layer, kind, facts in chosen}
     streams = {facts: name for name, facts in task.streams}
     shares = {facts: facts.share for facts in streams}
     computed = dict(run_tasks([*facts_of, *streams, *shares.values()], options, "Inspecting"))
     found = [(*place, computed[facts]) for facts, place in facts_of.items()]
-    found.sort(key=lambda block: (block[0], block[1], block[2].value))
+    found.sort(key=lambda block: (block[0], in_order(block[1]), block[2].value))
     moved = {name: computed[facts] | computed[shares[facts]] for facts, name in streams.items()}
     return json.loads(task.head) | {"models": with_streams(by_model(found), moved)}
 
@@ -120,7 +122,11 @@ def configs(differences: Mapping[str, Sequence[Any]]) -> list[str]:
 def table(blocks: Sequence[Block]) -> list[str]:
     """One line for each block, at most 80 columns."""
     lines = ["layer block       before    after  moved      q/k angle   v/o angle   scales"]
+    tower = ""
     for b in blocks:
+        if (own := b.get("tower", "")) != tower:
+            tower = own
+            lines.append(f"{tower}:")
         before, after = (f"{b[name] ** 0.5:9.4g}" for name in ("distance_before", "distance_after"))
         line = f"{b['layer']:5} {b['block']:9}{before}{after}  {_moved(b):10}"
         if b["block"] == "attention":

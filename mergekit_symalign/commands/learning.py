@@ -15,7 +15,6 @@ from mergekit_symalign.alignment_file import AlignmentFile, block_name, save_ali
 from mergekit_symalign.alignments.fit import STREAM_BLOCK
 from mergekit_symalign.commands.models import StoredModel
 from mergekit_symalign.errors import ParameterError
-from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.families.stream import (
     layer_scope,
     outside_scope,
@@ -23,6 +22,7 @@ from mergekit_symalign.families.stream import (
     residual_kind,
     ties_embeddings,
 )
+from mergekit_symalign.families.towers import TowerLayer
 from mergekit_symalign.graph.alignments import Alignments
 from mergekit_symalign.graph.untie import UNTIE
 from mergekit_symalign.learning.between import STREAM_NAME, Between, Place
@@ -138,9 +138,8 @@ def started(pair: Pair, path: Path, parameters: Mapping[str, Any], *, orders: bo
     solved = Residual.none
     if has_stream:
         _, solved = alignments.read_stream(str(path), anchor, model, pair.tied)
-    for layer in range(pair.model.layers):
-        for kind in BlockKind:
-            alignments.read(str(path), anchor, model, (layer, kind))
+    for block in pair.model.checkpoint.layout.blocks():
+        alignments.read(str(path), anchor, model, block)
     if not alignments.exact:
         reason = "it was solved with rotation: full, which changes what the model computes"
         raise ParameterError(f"alignment {path}", reason, "Solve it with rotation: exact")
@@ -200,9 +199,19 @@ def save_learned(
         described[STREAM_NAME] |= facts
     alignments = Alignments({of.checkpoint.model: of.checkpoint for of in (pair.anchor, pair.model)})
     own = {"residual": start.residual.value, UNTIE: pair.untied, "objective": "learned", **told}
-    settings = {block: {**_settings_of(start.file, block), **own} for block in elements}
+    settings: dict[str, Mapping[str, Any]] = {block: {**_settings_of(start.file, block), **own} for block in elements}
+    for name in _staying(pair, start.file):
+        elements[name], settings[name] = start.file.element(name), start.file.settings_of(name)
+        described[name] = dict(start.file.facts.get(name, {}))
     origin = alignments.origin(pair.anchor.checkpoint.model, pair.model.checkpoint.model, settings)
     save_alignment(path, origin, elements, described)
+
+
+def _staying(pair: Pair, file: AlignmentFile) -> list[str]:
+    """The blocks that are not learned: those of towers, which text does not pass through."""
+    blocks = pair.model.checkpoint.layout.blocks()
+    names = [block_name(layer, kind.value) for layer, kind in blocks if isinstance(layer, TowerLayer)]
+    return [name for name in names if name in file.blocks]
 
 
 def _settings_of(file: AlignmentFile, block: str) -> Mapping[str, Any]:

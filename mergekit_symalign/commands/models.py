@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from mergekit_symalign.activations.runner import LayerRunner
 from mergekit_symalign.commands.common import parsed
 from mergekit_symalign.errors import CheckpointError, GeometryError
-from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.families.stream import heads_of
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.leftovers import are_equal
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.opening import require_config, require_openable
+from mergekit_symalign.graph.plain_merge import resolve_stored
 from mergekit_symalign.graph.untie import require_parting
 
 
@@ -52,7 +52,7 @@ class StoredModel:
         """
         reference = parsed(name)
         config = require_config(reference, trust_remote_code=options.trust_remote_code)
-        layout = resolve(config, model=name)
+        layout = resolve_stored(config, reference)
         require_openable([reference], options)
         checkpoint = Checkpoint.open(reference, config, layout)
         model = StoredModel(checkpoint, LayerRunner(config, layout, attention), options.device or "cpu")

@@ -38,7 +38,8 @@ def plot_layers(blocks: Sequence[Block], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    attention, mlp = ([b for b in blocks if b["block"] == kind] for kind in ("attention", "mlp"))
+    attention = [b for b in blocks if b["block"] == "attention"]
+    mlp = [b for b in blocks if b["block"] != "attention"]
     figure = Figure(figsize=(7, 7.5), layout="constrained")
     figure.suptitle(title, fontsize=10, wrap=True, parse_math=False)
     distance, moved, angle = figure.subplots(3, 1, sharex=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from mergekit_symalign.families.schema import Family, TensorSpec
+from mergekit_symalign.families.schema import Family, TensorSpec, Tower
 
 BARE = "Model"  # how the class without a head ends
 LANGUAGE = "ForCausalLM"  # and the one whose head predicts words
@@ -35,10 +35,15 @@ def with_head(family: Family, ending: str) -> Family:
         "name": f"{family.name}_bare" if bare else family.name,
         "title": f"{family.title} without a head" if bare else family.title,
         "prefix": "" if bare else family.prefix,
+        "towers": family.towers if bare else {k: _behind(family.prefix, of) for k, of in family.towers.items()},
         "stored_prefixes": {family.prefix: "", **family.stored_prefixes} if bare else family.stored_prefixes,
         "stream": family.stream.model_copy(update={"returned": bare or family.stream.returned}),
     }
     return family.model_copy(update=changes)
+
+
+def _behind(prefix: str, tower: Tower) -> Tower:
+    return tower.model_copy(update={"prefix": prefix + tower.prefix})
 
 
 def _read_in(present: Mapping[str, TensorSpec], tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

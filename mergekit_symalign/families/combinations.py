@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mergekit_symalign.errors import ArchitectureError
-from mergekit_symalign.families.schema import ATTENTION_AXES, MLP_AXES, Family, MlpKind, Positions, TensorSpec
+from mergekit_symalign.families.schema import LATENT_AXES, BlockKind, Family, Positions, TensorSpec
 from mergekit_symalign.symmetry.options import GainScope
 
 _HEADS = ("query", "key", "value", "attended")
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 _GAINS = ("query_gain", "key_gain")
+_OF_LATENT = sorted(axis for axis in LATENT_AXES if not axis.startswith("q_latent"))
 
 
 def require_known(family: Family) -> None:
@@ -26,10 +28,12 @@ def _problems(family: Family) -> Iterator[str]:
     yield from _of_attention(family, axes)
     yield from _of_mlp(family, axes)
     for name, spec in family.layer.items():
-        if _axes(spec) & ATTENTION_AXES and _axes(spec) & MLP_AXES:
-            yield f"{name} has axes of the attention and of the MLP, and a tensor belongs to one of the two"
+        if len(blocks := [kind.value for kind in BlockKind if kind.names & _axes(spec)]) > 1:
+            yield f"{name} has axes of the blocks {' and '.join(blocks)}, and a tensor belongs to one of them"
         if spec.fused_per_head and not any(isinstance(axis, tuple) for axis in spec.axes):
             yield f"{name} is fused_per_head, but none of its axes is fused"
+        if spec.interleaved and ("gate", "up") not in spec.axes:
+            yield f"{name} is interleaved, but no axis of it is gate and up"
         if spec.fused_groups != 1 and (spec.fused_per_head or "expert" in spec.axes):
             yield f"{name} has fused_groups, and its parts already follow one another by heads or experts"
     for name in (name for name, spec in family.tensors.items() if spec.block is not None):
@@ -38,11 +42,21 @@ def _problems(family: Family) -> Iterator[str]:
 
 def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
     attention = family.attention
-    if missing := [axis for axis in _HEADS if axis not in axes]:
+    latent = family.sizes.kv_latent is not None
+    if missing := [axis for axis in (_OF_LATENT if latent else _HEADS) if axis not in axes]:
         yield f"no tensor of a layer has the axis {missing[0]}"
+    foreign = ({*_HEADS, *_GAINS} - LATENT_AXES if latent else LATENT_AXES - {*_HEADS}) & axes
+    if foreign:
+        yield f"sizes.kv_latent is {'' if latent else 'not '}given, but a tensor has the axis {min(foreign)}"
+    if latent and None in (family.sizes.nope, family.sizes.rope, family.sizes.value):
+        yield "sizes.kv_latent needs nope, rope and value beside it"
     turns = attention.rotary_factor or attention.rotary_dim is not None or attention.without_rope is not None
+    if latent and (attention.norm is not GainScope.none or turns):
+        yield "sizes.kv_latent is given, and such heads have no norm, and rope coordinates that turn in all layers"
     if attention.positions is Positions.none and turns:
         yield "attention.positions is none, so no part of a head turns and no layer is without RoPE"
+    if attention.head_bias is True and attention.positions is not Positions.none:
+        yield "attention.head_bias is of every model, but attention.positions is not none"
     has_gains = [axis for axis in _GAINS if axis in axes]
     if attention.norm is GainScope.none and has_gains:
         yield f"a tensor has the axis {has_gains[0]}, but attention.norm is none"
@@ -55,13 +69,18 @@ def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
 
 
 def _of_mlp(family: Family, axes: set[str]) -> Iterator[str]:
-    gated = family.mlp is MlpKind.gated
+    gated = family.mlp.has_gate
     if missing := [axis for axis in ("up", "down") if axis not in axes]:
         yield f"no tensor of a layer has the axis {missing[0]}"
     if gated != ("gate" in axes):
         yield f"mlp is {family.mlp.value}, but {'no' if gated else 'a'} tensor of a layer has the axis gate"
     if gated and family.activation is not None:
-        yield "activation is of a plain MLP, but mlp is gated"
+        yield f"activation is of a plain MLP, but mlp is {family.mlp.value}"
+    if gated and (restricted := [key for key in _ACTIVATIONS if family.variants.get(key)]):
+        yield f"variants.{restricted[0]} is no reason to refuse a model: a gated MLP may have any activation"
+    for kind, size in ((BlockKind.shared, family.sizes.shared), (BlockKind.dense, family.sizes.dense)):
+        if bool(size) != bool(kind.names & axes):
+            yield f"sizes.{kind.value} and the axes {kind.prefix}* belong together, and one of them is missing"
     if (family.sizes.experts is not None) != ("expert" in axes):
         yield "sizes.experts and the axis expert belong together, and one of them is missing"
 

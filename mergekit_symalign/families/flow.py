@@ -63,7 +63,8 @@ def is_parallel(config: Any, layout: ModelLayout) -> bool:
     """Whether attention and MLP read the same stream, the one that enters the layer."""
     if layout.family.name == "gpt_neox":
         return bool(lookup(config, "use_parallel_residual"))
-    return any({_reader(layout, name) for name in spec.read_by} == set(BlockKind) for spec in layout.inside.values())
+    readers = ({_reader(layout, name) for name in spec.read_by} for spec in layout.inside.values())
+    return any(BlockKind.attention in of and any(kind is not None and kind.is_mlp for kind in of) for of in readers)
 
 
 def layer_places(config: Any, layout: ModelLayout) -> dict[str, Place]:
@@ -73,12 +74,13 @@ def layer_places(config: Any, layout: ModelLayout) -> dict[str, Place]:
         ArchitectureError: for a tensor whose place the family's tables do not tell.
     """
     middle = Place.entering if is_parallel(config, layout) else Place.middle
-    reads = {BlockKind.attention: Place.entering, BlockKind.mlp: middle}
-    writes = {BlockKind.attention: Place.attention, BlockKind.mlp: Place.mlp}
+    mlps = [kind for kind in BlockKind if kind.is_mlp]
+    reads = {BlockKind.attention: Place.entering} | dict.fromkeys(mlps, middle)
+    writes = {BlockKind.attention: Place.attention} | dict.fromkeys(mlps, Place.mlp)
     found: dict[str, Place] = {}
     for part, spec in layout.inside.items():
         if spec.block is not None and "residual" in spec.axes:
-            found[part] = (writes if {"attended", "down"} & set(spec.axes) else reads)[spec.block]
+            found[part] = (writes if {"attended", "down"} & layout.axes(spec).all_names() else reads)[spec.block]
         elif part.endswith(".weight") and _stem(part) in _ON_THE_SUM:
             found[part] = _ON_THE_SUM[_stem(part)]
         elif readers := {_reader(layout, name) for name in spec.read_by}:

@@ -63,6 +63,7 @@ _ROPE: Mapping[str, Mapping[str, Any]] = {
     | {"short_factor": None, "long_factor": None},
     "llama3": {"factor": None, "original_max_position_embeddings": None, "low_freq_factor": None}
     | {"high_freq_factor": None},
+    "proportional": {"factor": 1.0},
 }  # what each kind of RoPE reads beside theta, with transformers' defaults; of an unknown kind everything counts
 _ROPE_OF_ALL: Mapping[str, Any] = {"rope_type": "default", "rope_theta": None, "partial_rotary_factor": 1.0}
 _WINDOW = ("sliding_window", "use_sliding_window")
@@ -90,7 +91,7 @@ def config_differences(anchor: Any, model: Any, layout: ModelLayout) -> Differen
 def _function(config: Any, layout: ModelLayout) -> dict[str, Any]:
     """The values that may matter, by dotted key."""
     values = dict(config.to_dict())
-    sizes = {name.rpartition(".")[2] for name in layout.family.sizes.model_dump().values() if name is not None}
+    sizes = {name.rpartition(".")[2] for name in layout.family.sizes.config_keys()}
     rope, dropped = _rope(config), set(sizes)
     if rope:
         dropped.update(("rope_parameters", *_INTO_ROPE_PARAMETERS))

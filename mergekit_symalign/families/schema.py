@@ -16,6 +16,15 @@ axis                 length                                      moved by
 ``down``             neurons (read by down)                      dual of ``up``
 ``expert``           experts                                     expert permutation
 ``head``             query or KV heads (beside a gain)           with the gain
+``query_head``       query heads (numbers of each: sinks)        order of the heads
+``q_nope``           heads × coordinates without positions       query/key element
+``k_nope``           the same                                    its dual
+``q_pe``             heads × coordinates that turn               query/key planes, one for all heads
+``k_pe``             coordinates that turn                       its dual
+``kv_latent``        latent of keys and values                   latent element
+``kv_latent_gain``   the same, of its norm                       latent element, without signs
+``kv_latent_read``   the same, of what reads it                  latent element
+``q_latent``, …      latent of queries                           the same
 ``residual``         hidden size                                 residual element of the whole model
 ``vocabulary``       vocabulary, whatever its size               nothing
 ``position``         learned positions                           nothing
@@ -27,6 +36,11 @@ the decoder is then the embedding. One that a classifier reads moves along, whic
 
 ``expert`` beside a neuron axis and ``head`` beside a gain are stored apart and belong together: the symmetry acts on
 experts × neurons, heads × coordinates.
+
+The axes from ``q_nope`` on are of multi-head latent attention, beside ``value`` and ``attended``.
+
+A layer may have further MLPs: an expert that every token passes (``shared.gate``, ``shared.up``, ``shared.down``), and
+the MLP of those layers that have no experts (``dense.gate``, …).
 """
 
 from __future__ import annotations
@@ -36,7 +50,7 @@ from typing import Any, Literal, Optional, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mergekit_symalign.symmetry.options import GainScope
+from mergekit_symalign.symmetry.options import GainScope, LatentShape
 
 Axis = Literal[
     "query",
@@ -45,30 +59,68 @@ Axis = Literal[
     "attended",
     "query_gain",
     "key_gain",
+    "query_head",
     "gate",
     "up",
     "down",
     "expert",
+    "shared.gate",
+    "shared.up",
+    "shared.down",
+    "dense.gate",
+    "dense.up",
+    "dense.down",
     "head",
+    "q_nope",
+    "k_nope",
+    "q_pe",
+    "k_pe",
+    "kv_latent",
+    "kv_latent_gain",
+    "kv_latent_read",
+    "q_latent",
+    "q_latent_gain",
+    "q_latent_read",
     "residual",
     "vocabulary",
     "position",
     "other",
 ]
 
-ATTENTION_AXES: frozenset[str] = frozenset(("query", "key", "value", "attended", "query_gain", "key_gain"))
+LATENT_AXES: frozenset[str] = frozenset(LatentShape(1, 1, 2, 1, 1, 1).lengths())
+HEAD_AXES: frozenset[str] = frozenset(("query", "key", "value", "attended", "query_gain", "key_gain", "query_head"))
+ATTENTION_AXES: frozenset[str] = HEAD_AXES | LATENT_AXES
 MLP_AXES: frozenset[str] = frozenset(("gate", "up", "down", "expert"))
 
 
 class BlockKind(str, Enum):
-    """The two kinds of blocks that have symmetries of their own."""
+    """The blocks of a layer that have symmetries of their own."""
 
     attention = "attention"
     mlp = "mlp"
+    shared = "shared"  # an expert that every token passes, beside those that a router chooses
+    dense = "dense"  # the MLP of layers without experts, in a model whose other layers have some
+
+    @property
+    def is_mlp(self) -> bool:
+        return self is not BlockKind.attention
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its axes start with in a family file."""
+        return "" if self in (BlockKind.attention, BlockKind.mlp) else f"{self.value}."
 
     @property
     def axes(self) -> frozenset[str]:
-        return ATTENTION_AXES if self is BlockKind.attention else MLP_AXES
+        """Its axes as the solvers know them, without the prefix."""
+        if self is BlockKind.attention:
+            return ATTENTION_AXES
+        return MLP_AXES if self is BlockKind.mlp else MLP_AXES - {"expert"}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Its axes as family files name them."""
+        return frozenset(self.prefix + axis for axis in self.axes)
 
 
 class Positions(str, Enum):
@@ -83,7 +135,13 @@ class MlpKind(str, Enum):
     """What a neuron is."""
 
     gated = "gated"  # act(gate) · up, read by down: permutation and signed scale
+    clamped = "clamped"  # gated, and up is clamped, so that no factor passes: permutation
     plain = "plain"  # act(up), read by down: permutation
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether each neuron has a gate row."""
+        return self is not MlpKind.plain
 
 
 class StreamNorm(str, Enum):
@@ -103,6 +161,7 @@ class TensorSpec(_Data):
     Attributes:
         axes: one name for each axis of the stored tensor, in order; several for an axis that is fused of them.
         fused_per_head: the parts of a fused axis follow one another for each KV head, not once.
+        interleaved: a gate row and an up row by turns, neuron by neuron.
         fused_groups: how often the parts of a fused axis follow one another, each time with the next share of all.
         when: config key; the tensor exists only where that is true.
         optional: the tensor may be absent (tied embeddings).
@@ -114,10 +173,12 @@ class TensorSpec(_Data):
             if nothing else does; none where its output goes on along the stream.
         in_front: stored after the layers, and yet needed to run the first of them.
         any_shape: nothing is known of its axes, because no symmetry moves it.
+        layers: which layers have it: an entry of the family's ``layer_kinds``; all of them if not given.
     """
 
     axes: tuple[Union[Axis, tuple[Axis, ...]], ...]
     fused_per_head: bool = False
+    interleaved: bool = False
     fused_groups: int = 1
     when: Optional[str] = None
     optional: bool = False
@@ -126,12 +187,13 @@ class TensorSpec(_Data):
     read_by: tuple[str, ...] = ()
     in_front: bool = False
     any_shape: bool = False
+    layers: Optional[str] = None
 
     @property
     def block(self) -> BlockKind | None:
         """The block whose symmetries move this tensor, if any do."""
         names = {name for axis in self.axes for name in ((axis,) if isinstance(axis, str) else axis)}
-        return next((kind for kind in BlockKind if kind.axes & names), None)
+        return next((kind for kind in BlockKind if kind.names & names), None)
 
 
 class SizeKeys(_Data):
@@ -149,16 +211,45 @@ class SizeKeys(_Data):
     head_dim: Optional[str] = None
     neurons: Optional[str] = None
     experts: Optional[str] = None
+    groups: Optional[str] = None  # of experts; a router that chooses groups first lets none leave its group
+    shared: tuple[str, ...] = ()  # neurons of the shared expert: the product of these
+    dense: Optional[str] = None  # neurons of the MLP of layers without experts
+    nope: Optional[str] = None  # of multi-head latent attention: coordinates of a head without positions,
+    rope: Optional[str] = None  # that turn,
+    value: Optional[str] = None  # and of its value;
+    kv_latent: Optional[str] = None  # of the latent of keys and values,
+    q_latent: Optional[str] = None  # and of the latent of queries
+
+    def config_keys(self) -> tuple[str, ...]:
+        """All config keys that are named here."""
+        values = self.model_dump(exclude={"shared"}).values()
+        return tuple(key for key in (*values, *self.shared) if key is not None)
 
 
-class LayersWithoutRope(_Data):
-    """Which layers have no positions in their attention: those where a list in the config has this value.
+class LayersWhere(_Data):
+    """Some of a model's layers, by what its config says; a layer belongs to them if it meets every condition.
 
-    Where ``when`` names a config key, there are such layers only if it is set.
+    Attributes:
+        key, value: a list in the config that has this value for the layer (one of these, if several).
+        among: config key of a list of layers.
+        but: config key of a list of layers that do not belong to them.
+        first: config key of the first of them.
+        last: config key of the last of them.
+        every: config key of n: each n-th layer, counted from ``first``, or from 1 without one.
+        other_than: another entry of ``layer_kinds``: all layers but those.
+        within: another entry of ``layer_kinds``: those layers alone.
+        when: config key; no layer belongs to them unless it is set.
     """
 
-    key: str
-    value: Any
+    key: Optional[str] = None
+    value: Any = None
+    among: Optional[str] = None
+    but: Optional[str] = None
+    first: Optional[str] = None
+    last: Optional[str] = None
+    every: Optional[str] = None
+    other_than: Optional[str] = None
+    within: Optional[str] = None
     when: Optional[str] = None
 
 
@@ -167,19 +258,24 @@ class AttentionSpec(_Data):
 
     Attributes:
         positions: how positions enter.
+        interleaved_when: config key; planes are neighbouring coordinates, as for ``rope_interleaved``, if that is true.
         rotary_factor: config keys of the share of each head that RoPE turns; the first that is there counts.
         rotary_dim: config key of the number of coordinates of each head that RoPE turns; all, where it is absent.
         without_rope: layers that are an exception.
         norm: normalisation of queries and keys.
         norm_when: config key; the normalisation is there only where that is true.
+        head_bias: each head has a bias of its own for each distance (ALiBi, T5), so that heads stay where they are. A
+            config key: only where that is true, and there in place of RoPE.
     """
 
     positions: Positions
+    interleaved_when: Optional[str] = None
     rotary_factor: tuple[str, ...] = ()
     rotary_dim: Optional[str] = None
-    without_rope: Optional[LayersWithoutRope] = None
+    without_rope: Optional[LayersWhere] = None
     norm: GainScope = GainScope.none
     norm_when: Optional[str] = None
+    head_bias: Union[bool, str] = False
 
 
 class StreamSpec(_Data):
@@ -196,6 +292,29 @@ class StreamSpec(_Data):
     computed_positions: bool = False
 
 
+class Tower(_Data):
+    """Another stack of layers in a model's checkpoint.
+
+    Attributes:
+        family: of the stack.
+        families: its config's ``model_type`` -> its family, where models differ; a stack of any other type passes
+            through unaligned, as does one of a variant that its family was not checked for.
+        config: the part of the config that describes it; empty for the whole.
+        prefix: what its names start with; in a family with ``heads``, behind the family's own prefix.
+    """
+
+    family: Optional[str] = None
+    families: dict[str, str] = Field(default_factory=dict)
+    config: str = ""
+    prefix: str
+
+    @model_validator(mode="after")
+    def _has_a_family(self) -> Tower:
+        if (self.family is None) == (not self.families):
+            raise ValueError(f"the tower {self.prefix} needs either family or families")
+        return self
+
+
 class Wrapper(_Data):
     """A file of a model around a text model: vision-language models have such files.
 
@@ -209,6 +328,7 @@ class Wrapper(_Data):
             causal language model that transformers has for it.
         passes_through: patterns of names outside the text model.
         tensors: of those that write to the text model's residual stream, by full name.
+        towers: other stacks of layers, by name.
         stored_prefixes: as in `Family`.
     """
 
@@ -220,6 +340,7 @@ class Wrapper(_Data):
     text_families: dict[str, str] = Field(default_factory=dict)
     passes_through: tuple[str, ...]
     tensors: dict[str, TensorSpec] = Field(default_factory=dict)
+    towers: dict[str, Tower] = Field(default_factory=dict)
     stored_prefixes: dict[str, str] = Field(default_factory=dict)
 
 
@@ -246,7 +367,9 @@ class Family(_Data):
         passes_through: patterns of names outside this model (a vision tower's), which no symmetry moves.
         stored_prefixes: how names may begin in checkpoints and in MergeKit's plans -> how they begin here; the first
             that fits counts.
+        towers: other stacks of layers in the same checkpoint, by name.
         layer: inside a layer, by the rest of the name.
+        layer_kinds: names for some of the layers, where not all have the same tensors.
         buffers: names that old checkpoints carry beside the weights, and that are never merged.
         layers_return_tuples: transformers' layers return their attention beside the hidden states.
         positions_after_padding: learned positions begin after the index of the padding token.
@@ -264,11 +387,13 @@ class Family(_Data):
     tensors: dict[str, TensorSpec]
     layer_prefix: str
     layer: dict[str, TensorSpec]
+    layer_kinds: dict[str, LayersWhere] = Field(default_factory=dict)
     prefix: str = ""
     heads: dict[str, dict[str, TensorSpec]] = Field(default_factory=dict)
     derives: bool = True
     config: str = ""
     passes_through: tuple[str, ...] = ()
+    towers: dict[str, Tower] = Field(default_factory=dict)
     stored_prefixes: dict[str, str] = Field(default_factory=dict)
     task_heads: dict[str, TensorSpec] = Field(default_factory=dict)
     buffers: tuple[str, ...] = ()
@@ -282,6 +407,8 @@ class Family(_Data):
         for name, spec in known.items():
             if missing := set(spec.read_by) - known.keys():
                 raise ValueError(f"{name} is read by {sorted(missing)}, which it does not list")
+            if spec.layers is not None and spec.layers not in self.layer_kinds:
+                raise ValueError(f"{name} is in layers {spec.layers}, which layer_kinds does not list")
         if "{layer}" not in self.layer_prefix:
             raise ValueError("layer_prefix has no {layer}")
         return self

@@ -12,7 +12,7 @@ from mergekit_symalign.errors import ParameterError
 from mergekit_symalign.families.resolve import ModelLayout, lookup
 from mergekit_symalign.families.schema import BlockKind, StreamNorm, TensorSpec
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Symmetries
+from mergekit_symalign.symmetry.options import AttentionShape, Symmetries
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, Residual, ResidualKind
 from mergekit_symalign.symmetry.residual.scope import Block, Norm, Scope
 
@@ -129,7 +129,7 @@ def layer_scope(
     layer: int,
     names: Collection[str],
     use: Mapping[str, Symmetries] | None = None,
-    heads: HeadShape | None = None,
+    heads: AttentionShape | None = None,
 ) -> Scope:
     """A layer of a model, by the names inside it.
 
@@ -140,11 +140,10 @@ def layer_scope(
         use: for each kind of block that is to be aligned the symmetries that it may use; all of them if not given.
         heads: of the layer, where it is not the model's layer of that index.
     """
-    inside = {part: spec for part, spec in layout.inside.items() if layout.name(layer, part) in names}
-    shapes: dict[BlockKind, HeadShape | MlpShape] = {
-        BlockKind.attention: heads or layout.head_shape(layer),
-        BlockKind.mlp: layout.mlp_shape(),
-    }
+    inside = {part: spec for part, spec in layout.parts(layer).items() if layout.name(layer, part) in names}
+    shapes = {kind: layout.block_shape(layer, kind) for kind in layout.kinds(layer)}
+    if heads is not None and BlockKind.attention in shapes:
+        shapes[BlockKind.attention] = heads
     blocks = {
         kind.value: Block(
             shape,

@@ -24,7 +24,9 @@ from mergekit_symalign.alignments.fit import (
     require_known_blocks,
 )
 from mergekit_symalign.errors import AlignmentFileError, ConfigError
+from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.towers import Layer, layer_name
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.symmetry.element import BlockElement
@@ -32,7 +34,7 @@ from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.whole_file import require_writable
 
 DIFFERS = "differs between layers"
-SourceBlock = Tuple[int, BlockKind]  # layer of the model, which is also the anchor's
+SourceBlock = Tuple[Layer, BlockKind]  # layer of the model, which is also the anchor's
 
 
 class ReadBlock(Task[Dict[str, Any]]):
@@ -191,13 +193,12 @@ class Alignments:
     ) -> Origin:
         """What a file belongs to, from the settings of each of its blocks."""
         agreed, differing = agreed_settings(settings)
-        layout = self.checkpoints[model].layout
         return Origin(
             anchor=str(anchor),
             model=str(model),
             anchor_fingerprint=self._fingerprint(anchor),
             model_fingerprint=self._fingerprint(model),
-            family=layout.family.name,
+            family=self.checkpoints[model].family_name,
             sizes=sizes_of(self.checkpoints[model]),
             settings=agreed,
             versions=package_versions(),
@@ -213,7 +214,7 @@ class Alignments:
     def _checked(self, path: Path, anchor: ModelReference, model: ModelReference) -> AlignmentFile:
         file = AlignmentFile.open(path)
         checkpoint = self.checkpoints[model]
-        file.require_family(checkpoint.layout.family.name, sizes_of(checkpoint), str(model))
+        file.require_family(checkpoint.family_name, sizes_of(checkpoint), str(model))
         file.require_anchor(str(anchor), self._fingerprint(anchor))
         file.require_model(str(model), self._fingerprint(model))
         require_known_blocks(file, checkpoint.layout)
@@ -243,7 +244,13 @@ def package_versions() -> dict[str, str]:
 
 def sizes_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What two models must share, by name."""
-    return {"layers": checkpoint.layout.layers, **asdict(checkpoint.layout.geometry)}
+    layout = checkpoint.layout
+    towers = {f"{name}.{size}": x for name, of in layout.towers.items() for size, x in _sizes(of).items()}
+    return _sizes(layout) | towers
+
+
+def _sizes(layout: ModelLayout) -> dict[str, Any]:
+    return {"layers": layout.layers, **asdict(layout.geometry)}
 
 
 def has_halves(checkpoint: Checkpoint) -> bool:
@@ -251,7 +258,7 @@ def has_halves(checkpoint: Checkpoint) -> bool:
     return any(header.dtype is torch.float16 for header in checkpoint.headers.values())
 
 
-def require_same_layers(what: str, tensor: str, anchor_layer: int, model_layer: int) -> None:
+def require_same_layers(what: str, tensor: str, anchor_layer: Layer, model_layer: Layer) -> None:
     """An alignment file pairs each layer of a model with the same layer of the anchor.
 
     Raises:
@@ -260,7 +267,7 @@ def require_same_layers(what: str, tensor: str, anchor_layer: int, model_layer: 
     if anchor_layer != model_layer:
         raise ConfigError(
             f"parameter {what}",
-            f"tensor {tensor} pairs layer {model_layer} of the model with layer {anchor_layer} of the anchor, and an "
-            "alignment file pairs equal layers only",
+            f"tensor {tensor} pairs {layer_name(model_layer)} of the model with {layer_name(anchor_layer)} of the "
+            "anchor, and an alignment file pairs equal layers only",
             f"Leave {what} out for these slices",
         )

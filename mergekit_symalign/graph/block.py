@@ -14,11 +14,12 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit_symalign.errors import ConfigError, GeometryError, ParameterError
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.towers import Layer, TowerLayer
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import HeadShape, Rotation, Symmetries, ValueOutput
+from mergekit_symalign.symmetry.options import AttentionShape, MlpShape, Rotation, Symmetries, ValueOutput
 
 SYMMETRY_NAMES = tuple(f.name for f in fields(Symmetries))
 
@@ -28,13 +29,13 @@ class Block:
     """The planned tensors of one block of the output.
 
     Attributes:
-        layer: of the output.
+        layer: of the output, in its own stack of layers.
         kind: attention or MLP.
         members: its tensors.
         checkpoints: of all models.
     """
 
-    layer: int
+    layer: Layer
     kind: BlockKind
     members: tuple[Planned, ...]
     checkpoints: Mapping[ModelReference, Checkpoint]
@@ -44,13 +45,24 @@ class Block:
         return anchor_of(self.members[0][1])
 
     @property
+    def in_tower(self) -> bool:
+        """Whether it is in another stack of layers than the model's main one."""
+        return isinstance(self.layer, TowerLayer)
+
+    @property
     def layout(self) -> ModelLayout:
-        return self.checkpoints[self.anchor].layout
+        """Of the stack of layers that it is in."""
+        return self.checkpoints[self.anchor].layout.stack(self.layer)[0]
 
     @cached_property
     def axes(self) -> tuple[TensorAxes, ...]:
         specs = [self.layout.claim(weight.name).spec for weight, _ in self.members]  # type: ignore[union-attr]
         return tuple(self.layout.axes(spec) for spec in specs)
+
+    @property
+    def mlp(self) -> MlpShape:
+        """Its neurons, if it is an MLP; the model's otherwise."""
+        return self.layout.mlp_shape(self.kind)
 
     def loads(self) -> dict[ModelReference, tuple[LoadFinite, ...]]:
         """Each model's loads of the tensors."""
@@ -72,16 +84,16 @@ class Block:
         """
         return [m for m in self.members[0][1].model_order if m != self.anchor and self._wants_alignment(m)]
 
-    def layer_of(self, model: ModelReference) -> int:
+    def layer_of(self, model: ModelReference) -> Layer:
         """Which of the model's own layers the block comes from."""
-        claim = self.checkpoints[model].layout.claim(gather_of(self.members[0][1]).weight_info[model].name)
-        assert claim is not None
-        assert claim.layer is not None
-        return claim.layer
+        placed = self.checkpoints[model].layout.placed(gather_of(self.members[0][1]).weight_info[model].name)
+        assert placed is not None
+        assert placed.layer is not None
+        return placed.layer
 
-    def heads(self, model: ModelReference) -> HeadShape:
+    def heads(self, model: ModelReference) -> AttentionShape:
         """Heads and positions of the layers that are matched, which anchor and model must share."""
-        anchor_shape, shape = (self.checkpoints[m].layout.head_shape(self.layer_of(m)) for m in (self.anchor, model))
+        anchor_shape, shape = (self._head_shape(m) for m in (self.anchor, model))
         if shape != anchor_shape:
             raise GeometryError(
                 f"tensor {self.members[0][0].name}",
@@ -90,6 +102,10 @@ class Block:
                 "Choose slices that pair layers of the same kind, or align: false for this model",
             )
         return shape
+
+    def _head_shape(self, model: ModelReference) -> AttentionShape:
+        layout, index = self.checkpoints[model].layout.stack(self.layer_of(model))
+        return layout.head_shape(index)
 
     def require_possible_values(self) -> None:
         """General matrices of values are found from weights, of one model at a time.
@@ -105,6 +121,25 @@ class Block:
                     "parameter value_output",
                     f"general matrices are found from weights, towards one anchor, but {name} is {self.agreed(name)}",
                     f"Use {name}: {wanted}, or value_output: orthogonal",
+                )
+
+    def require_possible_latents(self) -> None:
+        """Heads that share a latent are matched by their weights, towards one anchor.
+
+        Raises:
+            ConfigError: if something else is asked for.
+        """
+        if self.kind.is_mlp or self.layout.geometry.latent is None:
+            return
+        if all(self.agreed("alignment", model) is not None for model in self.moved()):
+            return
+        for name, wanted in (("objective", "weights"), ("anchor", "base")):
+            if self.agreed(name) != wanted:
+                raise ConfigError(
+                    f"parameter {name}",
+                    f"it is {self.agreed(name)} for {self.members[0][0].name}, but attention heads that share a latent "
+                    f"({self.layout.family.title}) are matched by their weights, towards one anchor",
+                    f"Use {name}: {wanted} for self_attn (a filter), or for the whole merge",
                 )
 
     def require_possible_consensus(self, moved: list[ModelReference]) -> None:

@@ -13,14 +13,15 @@ from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.common import ModelReference
 
 from mergekit_symalign.errors import CheckpointError
-from mergekit_symalign.families.resolve import Claim, ModelLayout
+from mergekit_symalign.families.resolve import ModelLayout, Placed
+from mergekit_symalign.families.towers import Layer
 from mergekit_symalign.graph.fresh import forget_loader
 from mergekit_symalign.graph.headers import Header
 from mergekit_symalign.graph.leftovers import unread
 from mergekit_symalign.graph.names import Names, StoredNames, names_of
 from mergekit_symalign.graph.opening import open_headers
-
-MERGE_PLAINLY = "Use MergeKit's own method for this merge, or a checkpoint of the expected layout"
+from mergekit_symalign.graph.plain_merge import plain_merge
+from mergekit_symalign.graph.text_parts import TextNames
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Checkpoint:
         layout: its architecture.
         headers: of all stored tensors that MergeKit finds, by name.
         unlisted: of those that are in the files and not in their index.
+        own_layout: of a text model whose `layout` has the names of the model that it is merged into.
     """
 
     model: ModelReference
@@ -40,22 +42,40 @@ class Checkpoint:
     layout: ModelLayout
     headers: Mapping[str, Header]
     unlisted: Mapping[str, Header]
+    own_layout: ModelLayout | None = None
     _converted: dict[str, Header | None] = field(default_factory=dict)
 
     @staticmethod
-    def open(model: ModelReference, config: Any, layout: ModelLayout) -> Checkpoint:
+    def open(
+        model: ModelReference, config: Any, layout: ModelLayout, own_layout: ModelLayout | None = None
+    ) -> Checkpoint:
         """
         Raises:
             ModelError, CheckpointError, ConfigError: if the model cannot be opened.
         """
         forget_loader(model)
         headers = open_headers(model)
-        return Checkpoint(model, config, layout, headers.listed, headers.unlisted)
+        return Checkpoint(model, config, layout, headers.listed, headers.unlisted, own_layout)
 
     @cached_property
     def names(self) -> Names | StoredNames:
         """What transformers calls the stored tensors; built only where names alone do not tell."""
+        if self.own_layout is not None:
+            return TextNames(self.config, str(self.model), self.layout, self.own_layout)
         return names_of(self.config, self.layout, str(self.model))
+
+    @property
+    def family_name(self) -> str:
+        """Of the model by itself."""
+        return (self.own_layout or self.layout).family.name
+
+    def own_name(self, name: str) -> str:
+        """What transformers' model calls a tensor of the layout."""
+        return self.names.own(name) if isinstance(self.names, TextNames) else name
+
+    def has_place(self, name: str) -> bool:
+        """Whether the model has such a tensor; a text model has none of a vision tower."""
+        return self.own_layout is None or self.layout.claim(name) is not None
 
     def stored(self, info: WeightInfo) -> Header | None:
         """Header of a planned tensor, as a load finds it or as MergeKit will join its pieces; None if absent."""
@@ -72,7 +92,10 @@ class Checkpoint:
     def other_names(self, info: WeightInfo) -> tuple[str, ...]:
         """What a load has to be told to find this tensor: nothing where it knows a name that is there."""
         known = (info.name, *(info.aliases or ()))
-        return () if any(name in self.headers for name in known) else tuple(self._others(info)[:1])
+        if any(name in self.headers for name in known):
+            return ()
+        to_join = (self.own_name(info.name),) if self.own_layout is not None and self.pieces(info.name) else ()
+        return to_join or tuple(self._others(info)[:1])
 
     def tied_names(self, info: WeightInfo) -> tuple[str, ...]:
         """Where an optional tensor is not stored because it is tied to another: the stored names of that one."""
@@ -121,7 +144,7 @@ class Checkpoint:
                 if header.dtype is not None
             }
             complete = len(plain) == len(pieces) > 0
-            whole = convert_checkpoint_tensors(self.config.model_type, plain, name) if complete else None
+            whole = convert_checkpoint_tensors(self.config.model_type, plain, self.own_name(name)) if complete else None
             quantised = next((header for header in pieces.values() if header.dtype is None), None)
             self._converted[name] = quantised if whole is None else Header(whole.dtype, "", tuple(whole.shape))
         return self._converted[name]
@@ -136,33 +159,41 @@ class Checkpoint:
             CheckpointError: naming the tensor, the model and the remedy.
         """
         planned = [info for info in planned if not self.layout.is_buffer(info.name)]
-        claims = self.check_tensors(planned)
-        layers = frozenset(claim.layer for claim in claims if claim.layer is not None)
+        placed = self.check_tensors(planned)
+        layers = frozenset(of.layer for of in placed if of.layer is not None)
         self._check_complete({info.name for info in planned}, layers)
-        return unread(self, {name for info in planned for name in self.read_for(info)}, layers)
+        read = {name for info in planned for name in self.read_for(info)}
+        return unread(self, read, frozenset(layer for layer in layers if isinstance(layer, int)))
 
-    def check_tensors(self, infos: Sequence[WeightInfo]) -> list[Claim]:
-        """Check that tensors are there, in a floating-point type and the right shape; gives their claims.
+    def check_tensors(self, infos: Sequence[WeightInfo]) -> list[Placed]:
+        """Check that tensors are there, in a floating-point type and the right shape; gives where they stand.
 
         Raises:
             CheckpointError: naming the tensor, the model and the remedy.
         """
-        claims = [self._claim(info.name) for info in infos]
-        for info, claim in zip(infos, claims, strict=True):
-            self._check_tensor(info, claim)
-        return claims
+        placed = [self._placed(info.name) for info in infos]
+        for info, of in zip(infos, placed, strict=True):
+            self._check_tensor(info, of)
+        return placed
 
-    def _claim(self, name: str) -> Claim:
-        claim = self.layout.claim(name)
-        if claim is None:
+    def _placed(self, name: str) -> Placed:
+        placed = self.layout.placed(name)
+        if placed is None and self.layout.is_absent(name):
+            raise CheckpointError(
+                f"tensor {name} of model {self.model}",
+                "the checkpoint has it, but by the model's config this layer does not",
+                "Check that config.json belongs to these weights",
+            )
+        if placed is None:
             raise CheckpointError(
                 f"tensor {name} of model {self.model}",
                 f"MergeKit merges it, but family {self.layout.family.name} does not know it",
-                MERGE_PLAINLY,
+                plain_merge(self.config, self.model, self.headers),
             )
-        return claim
+        return placed
 
-    def _check_tensor(self, info: WeightInfo, claim: Claim) -> None:
+    def _check_tensor(self, info: WeightInfo, placed: Placed) -> None:
+        claim = placed.claim
         header, where = self.stored(info), f"tensor {info.name} of model {self.model}"
         if header is None:
             if info.optional and claim.spec.optional:
@@ -174,7 +205,7 @@ class Checkpoint:
                 f"it is stored as {header.stored}, not in a floating-point type: the checkpoint is quantised",
                 "Use the model's unquantised checkpoint",
             )
-        expected = self.layout.shape(claim.spec)
+        expected = placed.layout.shape(claim.spec)
         fits = claim.spec.any_shape or (
             len(expected) == len(header.shape)
             and all(want in (None, got) for want, got in zip(expected, header.shape, strict=True))
@@ -187,10 +218,11 @@ class Checkpoint:
                 "Check that config.json belongs to these weights",
             )
 
-    def _check_complete(self, planned: set[str], layers: frozenset[int]) -> None:
+    def _check_complete(self, planned: set[str], layers: frozenset[Layer]) -> None:
         """MergeKit plans every tensor that the config promises for a merged layer, or the checkpoint has none."""
-        parts = [part for part, spec in self.layout.inside.items() if not spec.optional]
-        expected = {self.layout.name(layer, part) for layer in layers for part in parts}
+        stacks = (self.layout.stack(layer) for layer in layers)
+        parts = ((of.name(i, part), spec) for of, i in stacks for part, spec in of.parts(i).items())
+        expected = {name for name, spec in parts if not spec.optional}
         for name in sorted(expected - {self.layout.canonical(name) for name in planned}):
             if self.stored(WeightInfo(name=name)) is None:
                 raise CheckpointError(

@@ -14,6 +14,7 @@ from mergekit.graph import Task
 
 from mergekit_symalign import __version__
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.towers import Layer, in_order
 from mergekit_symalign.symmetry.neurons.match import ROUTES
 from mergekit_symalign.symmetry.residual.kinds import ResidualKind
 from mergekit_symalign.whole_file import written_whole
@@ -78,7 +79,7 @@ class WriteReport(Task[str]):
 
     path: str
     head: str
-    blocks: Tuple[Tuple[str, int, BlockKind, FactsOf], ...]
+    blocks: Tuple[Tuple[str, Layer, BlockKind, FactsOf], ...]
     streams: Tuple[Tuple[str, StreamFacts], ...] = ()
     findings: Tuple[Tuple[str, Task], ...] = ()
     after: Optional[Task] = None
@@ -105,15 +106,20 @@ class WriteReport(Task[str]):
         return self.path
 
 
-def by_model(found: Sequence[tuple[str, int, BlockKind, Mapping[str, Any]]]) -> dict[str, Any]:
+def by_model(found: Sequence[tuple[str, Layer, BlockKind, Mapping[str, Any]]]) -> dict[str, Any]:
     """The facts of every block of every model, and their totals."""
     models: dict[str, Any] = {}
     for model, layer, kind, facts in found:
         blocks = models.setdefault(model, {"totals": {}, "blocks": []})["blocks"]
-        blocks.append({"layer": layer, "block": kind.value, **facts})
+        blocks.append({**_place(layer), "block": kind.value, **facts})
     for entry in models.values():
         entry["totals"] = totals(entry["blocks"])
     return models
+
+
+def _place(layer: Layer) -> dict[str, Any]:
+    """How a report tells where a block is."""
+    return {"layer": layer} if isinstance(layer, int) else {"tower": layer.tower, "layer": layer.index}
 
 
 def with_streams(models: Mapping[str, Any], streams: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -140,11 +146,11 @@ def totals(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 class Reports:
     """The facts of a merge, as they are planned."""
 
-    _blocks: list[tuple[str, int, BlockKind, FactsOf]] = field(default_factory=list)
+    _blocks: list[tuple[str, Layer, BlockKind, FactsOf]] = field(default_factory=list)
     _findings: list[tuple[str, Task]] = field(default_factory=list)
     _streams: list[tuple[str, StreamFacts]] = field(default_factory=list)
 
-    def record(self, model: ModelReference, layer: int, kind: BlockKind, solution: Task) -> None:
+    def record(self, model: ModelReference, layer: Layer, kind: BlockKind, solution: Task) -> None:
         self._blocks.append((str(model), layer, kind, FactsOf(solution=solution)))
 
     def record_stream(self, model: ModelReference, kind: ResidualKind, solution: Task, share: Task | None) -> None:
@@ -155,8 +161,8 @@ class Reports:
         self._findings.extend(findings)
 
     @property
-    def blocks(self) -> tuple[tuple[str, int, BlockKind, FactsOf], ...]:
-        return tuple(sorted(self._blocks, key=lambda block: (block[0], block[1], block[2].value)))
+    def blocks(self) -> tuple[tuple[str, Layer, BlockKind, FactsOf], ...]:
+        return tuple(sorted(self._blocks, key=lambda block: (block[0], in_order(block[1]), block[2].value)))
 
     def task(self, out_path: str, head: Mapping[str, Any], after: Task | None) -> WriteReport:
         versions = {name: metadata.version(name) for name in ("mergekit", "torch", "transformers")}

@@ -13,10 +13,13 @@ from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError, ParameterError
-from mergekit_symalign.families.resolve import ModelLayout, resolve
-from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.resolve import ModelLayout
+from mergekit_symalign.families.schema import BlockKind, MlpKind
+from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.plain_merge import resolve_stored
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
+from mergekit_symalign.graph.text_parts import NO_TEXTS, TextParts
 from mergekit_symalign.symmetry.membership import CONDITION
 from mergekit_symalign.symmetry.options import NeuronScale, Rotation, Symmetries
 
@@ -27,10 +30,12 @@ class Models:
 
     Attributes:
         trust_remote_code: MergeKit's option.
+        texts: the text models among them that are merged into another one.
         checkpoints: of the models that were opened.
     """
 
     trust_remote_code: bool
+    texts: TextParts = NO_TEXTS
     checkpoints: dict[ModelReference, Checkpoint] = field(default_factory=dict)
 
     def open(self, models: Iterable[ModelReference]) -> None:
@@ -40,7 +45,9 @@ class Models:
     def _opened(self, model: ModelReference) -> Checkpoint:
         if model not in self.checkpoints:
             config = model.config(trust_remote_code=self.trust_remote_code)
-            self.checkpoints[model] = Checkpoint.open(model, config, _resolved(config, model))
+            own, inside = _resolved(config, model), self.texts.layouts.get(model)
+            layouts = (own,) if inside is None else (inside, own)
+            self.checkpoints[model] = Checkpoint.open(model, config, *layouts)
         return self.checkpoints[model]
 
     def layout(self, model: ModelReference) -> ModelLayout:
@@ -50,6 +57,10 @@ class Models:
             ArchitectureError, CheckpointError: as `other_names`.
         """
         return self._opened(model).layout
+
+    def has_place(self, info: WeightInfo, model: ModelReference) -> bool:
+        """Whether a model has a tensor of the output (`Checkpoint.has_place`)."""
+        return self._opened(model).has_place(info.name)
 
     def other_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
         """The name under which this model's checkpoint has a tensor, if it is not the tensor's own.
@@ -123,39 +134,46 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
             "a rotation before the norm's gains breaks the model",
             "Use rotation: exact",
         )
+    if kind is BlockKind.attention and use.rotation is Rotation.full and layout.geometry.latent is not None:
+        raise ConfigError(
+            "parameter rotation",
+            f"full is not possible for {layout.family.title}: the keys that turn with the position are one for all "
+            "heads, and no matrix of a head can turn them",
+            "Use rotation: exact",
+        )
     if not 1 < use.condition <= CONDITION:
         raise ParameterError(
             "parameter condition",
             f"it is {use.condition}, but a condition number is bounded by a number above 1, of at most {CONDITION:.0f}",
             "Correct the value",
         )
-    if kind is BlockKind.mlp and use.neuron_scaling and layout.neuron_scale is NeuronScale.none:
+    if kind.is_mlp and use.neuron_scaling and layout.neuron_scale is NeuronScale.none:
         raise ConfigError(
             "parameter neuron_scaling",
-            f"{layout.family.title} has a plain MLP: its activation stands between the two projections, and a scale "
-            "would change the function",
+            f"{layout.family.title} has {_KEEPS_SCALE[layout.family.mlp]}, and a scale would change the function",
             "Leave neuron_scaling out",
         )
 
 
-def check_same_neurons(
-    use: Symmetries,
-    kind: BlockKind,
-    anchor: ModelReference,
-    models: Iterable[ModelReference],
-    checkpoints: Mapping[ModelReference, Checkpoint],
-) -> None:
+_KEEPS_SCALE = {
+    MlpKind.plain: "a plain MLP: its activation stands between the two projections",
+    MlpKind.clamped: "a gated MLP that clamps its up projection",
+}
+
+
+def check_same_neurons(block: Block, checkpoints: Mapping[ModelReference, Checkpoint]) -> None:
     """Refuse a scale of neurons that only the anchor's activation lets pass.
 
     Raises:
         ConfigError: if a model that is to be aligned has another symmetry.
     """
-    if kind is not BlockKind.mlp or not use.neuron_scaling:
+    if not block.kind.is_mlp or not block.symmetries.neuron_scaling:
         return
-    for model in models:
-        layout = checkpoints[model].layout
-        if layout.neuron_scale is not checkpoints[anchor].layout.neuron_scale:
-            activations = " and ".join(f"{m} has {checkpoints[m].layout.activation}" for m in (anchor, model))
+    anchor = block.anchor
+    for model in block.moved():
+        layouts = {m: checkpoints[m].layout.stack(block.layer)[0] for m in (anchor, model)}
+        if layouts[model].neuron_scale is not layouts[anchor].neuron_scale:
+            activations = " and ".join(f"{m} has {of.activation}" for m, of in layouts.items())
             raise ConfigError(
                 "parameter neuron_scaling",
                 f"{activations}, and only one of these activations lets a scale of the neurons pass",
@@ -172,16 +190,39 @@ def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
             f"it is of family {ours.family.name}, but the anchor {anchor.model} is of family {theirs.family.name}",
             "Merge models of one architecture",
         )
-    if surplus := ours.inside.keys() ^ theirs.inside.keys():
+    towers = [{name: of.family.name for name, of in one.towers.items()} for one in (ours, theirs)]
+    if towers[0] != towers[1]:
+        mine, its = (", ".join(f"{name} {of}" for name, of in one.items()) or "none" for one in towers)
         raise GeometryError(
             f"model {other.model}",
-            f"its layers differ from the anchor {anchor.model} in {', '.join(sorted(surplus))}",
+            f"its known towers differ from the anchor {anchor.model}: {mine} and {its}",
+            "Merge models with the same kind of tower",
+        )
+    for name, tower in ours.towers.items():
+        _check_same_layers(other.model, anchor.model, f" of {name}", tower, theirs.towers[name])
+    _check_same_layers(other.model, anchor.model, "", ours, theirs)
+
+
+def _check_same_layers(
+    model: ModelReference, anchor: ModelReference, stack: str, ours: ModelLayout, theirs: ModelLayout
+) -> None:
+    """The same of one stack of layers."""
+    if surplus := ours.inside.keys() ^ theirs.inside.keys():
+        raise GeometryError(
+            f"model {model}",
+            f"its layers{stack} differ from the anchor {anchor} in {', '.join(sorted(surplus))}",
             "Merge models whose configs agree on biases and norms",
+        )
+    if ours.layers == theirs.layers and ours.layer_kinds != theirs.layer_kinds:
+        raise GeometryError(
+            f"model {model}",
+            f"its layers{stack} are of other kinds than those of the anchor {anchor}",
+            "Merge models whose configs have the same kinds of layers in the same order",
         )
     if differences := ours.geometry.differences(theirs.geometry):
         raise GeometryError(
-            f"model {other.model}",
-            f"its sizes differ from the anchor {anchor.model}: {', '.join(differences)}",
+            f"model {model}",
+            f"its sizes{stack} differ from the anchor {anchor}: {', '.join(differences)}",
             "Merge models of the same shape",
         )
 
@@ -193,9 +234,9 @@ def _resolved(config: Any, model: ModelReference) -> ModelLayout:
             "its config has a quantization_config: the checkpoint is quantised",
             "Use the model's unquantised checkpoint",
         )
-    return resolve(config, model=str(model))
+    return resolve_stored(config, model)
 
 
 def _may_lack(layout: ModelLayout, name: str) -> bool:
-    claim = layout.claim(name)
-    return claim is not None and claim.spec.optional
+    placed = layout.placed(name)
+    return placed is not None and placed.claim.spec.optional

@@ -53,6 +53,7 @@ class Names:
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._state = self._model.state_dict()
+        self._parameters = frozenset(name for name, _ in self._model.named_parameters(remove_duplicate=False))
 
     def place(self, stored: str) -> Place | None:
         """Where transformers puts a tensor of this name; None if it has no place for it."""
@@ -78,6 +79,10 @@ class Names:
     def all_tied(self) -> frozenset[str]:
         """The names of all parameters that have more than one."""
         return frozenset(self._ties)
+
+    def is_learned(self, name: str) -> bool:
+        """Whether a tensor of the model is a parameter: a buffer (the bias of a router) has no gradients."""
+        return name in self._parameters
 
     def is_left_behind(self, stored: str) -> bool:
         """Whether old checkpoints of this model carry such a tensor, and transformers passes over it in silence."""
@@ -139,6 +144,9 @@ class StoredNames:
 
     def all_tied(self) -> frozenset[str]:
         return self._tied
+
+    def is_learned(self, name: str) -> bool:
+        return True
 
     def is_left_behind(self, stored: str) -> bool:
         return stored.endswith(_MOVED)

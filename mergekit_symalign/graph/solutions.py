@@ -11,6 +11,7 @@ from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.options import MergeOptions
 
+from mergekit_symalign.families.towers import index_of
 from mergekit_symalign.graph.activations import SolveActivations
 from mergekit_symalign.graph.alignments import Alignments, ReadBlock, SourceBlock, require_same_layers
 from mergekit_symalign.graph.apply import ApplyBlock
@@ -49,7 +50,7 @@ class Solutions:
     def aligned(self, block: Block) -> Applied:
         """For each tensor of a block (by output name) the aligned task of each model that is aligned."""
         check_possible(block.symmetries, block.kind, block.layout)
-        check_same_neurons(block.symmetries, block.kind, block.anchor, block.moved(), self.models.checkpoints)
+        check_same_neurons(block, self.models.checkpoints)
         loads = block.loads()
         solutions = self._solutions(block, loads)
         for model, solution in solutions.items():
@@ -59,7 +60,7 @@ class Solutions:
             weight.name: {
                 model: ApplyBlock(load=loads[model][i], axes=block.axes[i], solution=solution)
                 for model, solution in solutions.items()
-                if model not in self._streams
+                if model not in self._streams or block.in_tower
             }
             | self._moved_along(block, weight, solutions)
             for i, (weight, _) in enumerate(block.members)
@@ -67,13 +68,16 @@ class Solutions:
 
     def move_streams(self, planned: list[Planned], blocks: list[Block]) -> Applied:
         """Plan the alignment of residual streams; gives the tasks of tensors that belong to no block."""
-        self._streams = plan_streams(planned, blocks, self.models, self.alignments, self.reports, self.options)
+        own = [block for block in blocks if not block.in_tower]
+        self._streams = plan_streams(planned, own, self.models, self.alignments, self.reports, self.options)
         return outside_blocks(planned, self._streams, self.models)
 
     def _moved_along(
         self, block: Block, weight: WeightInfo, solutions: Mapping[ModelReference, Task]
     ) -> dict[ModelReference, ApplyStream]:
         """The tasks of one tensor for models whose residual stream is moved, whether their block is aligned or not."""
+        if block.in_tower:
+            return {}
         claim = block.layout.claim(weight.name)
         assert claim is not None
         kind = block.kind.value
@@ -90,7 +94,7 @@ class Solutions:
         shared: dict[str, Any] = {
             "kind": block.kind,
             "axes": block.axes,
-            "mlp": block.layout.mlp_shape(),
+            "mlp": block.mlp,
             "use": block.symmetries,
         }
         heads = {model: block.heads(model) for model in moved}
@@ -109,9 +113,9 @@ class Solutions:
     def stream(self, planned: list[Planned], blocks: list[Block]) -> None:
         """Plan the run on prompts for all blocks that are to be matched by activations."""
         wanted = [
-            Wanted(block.layer_of(model), block.kind, model)
+            Wanted(index_of(block.layer_of(model)), block.kind, model)
             for block in blocks
-            if block.agreed("objective") == "activations"
+            if block.agreed("objective") == "activations" and not block.in_tower
             for model in block.moved()
             if model not in self._streams and block.agreed("alignment", model) is None
         ]
@@ -119,11 +123,13 @@ class Solutions:
             self._streaming = plan_streaming(planned, wanted, self.models.checkpoints, self.options)
 
     def _solver(self, block: Block, model: ModelReference, fields: dict[str, Any]) -> Task:
+        if block.in_tower:  # what prompts do to other stacks of layers is not recorded
+            return SolveBlock(**fields)
         if model in self._streams:
             return self._streams[model].solver(block, fields["heads"])
         if self._streaming is None or block.agreed("objective") != "activations":
             return SolveBlock(**fields)
-        statistics = self._streaming.statistics[Wanted(block.layer_of(model), block.kind, model)]
+        statistics = self._streaming.statistics[Wanted(index_of(block.layer_of(model)), block.kind, model)]
         return SolveActivations(
             statistics=statistics,
             digest=self._streaming.anchor_digest,

@@ -22,6 +22,7 @@ from mergekit.options import MergeOptions
 from mergekit_symalign.activations.statistics import LEAVING
 from mergekit_symalign.errors import ConfigError
 from mergekit_symalign.families.resolve import ModelLayout
+from mergekit_symalign.families.towers import index_of
 from mergekit_symalign.graph.activations import Part, RunLayer, SolveActivations
 from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
@@ -62,12 +63,12 @@ class Comparison:
 
     def fields_of(self, block: Block) -> dict[str, Any]:
         """Those of a `SolveMoved` that tell the block's tensors, and the norms in front of them."""
-        place = block.layer
+        place = index_of(block.layer)
         scope = around(self.scopes[place], self.scopes[place].blocks[block.kind.value].parts, folds=self.kind.rotates)
         parts = tuple(scope.axes)
         return {
             "kind": block.kind,
-            "mlp": block.layout.mlp_shape(),
+            "mlp": block.mlp,
             "use": block.symmetries,
             "anchor": tuple(self.anchor[place][part] for part in parts),
             "model": tuple(self.model[place][part] for part in parts),

@@ -104,7 +104,7 @@ class StreamAlone:
 
     def _known(self) -> list[str]:
         layout = self.checkpoint.layout
-        inside = [layout.name(layer, part) for layer in range(layout.layers) for part in layout.inside]
+        inside = [layout.name(layer, part) for layer in range(layout.layers) for part in layout.parts(layer)]
         return [*layout.outside, *inside]
 
     @cached_property

@@ -16,6 +16,7 @@ from mergekit_symalign.alignments.fit import STREAM_BLOCK
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.resolve import Claim, ModelLayout
 from mergekit_symalign.families.stream import layer_scope, outside_scope, residual_kind
+from mergekit_symalign.families.towers import index_of
 from mergekit_symalign.graph.alignments import Alignments, ReadBlock
 from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
@@ -28,7 +29,7 @@ from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, OwnShare, S
 from mergekit_symalign.graph.stream_tokens import Compared, Vocabularies
 from mergekit_symalign.graph.streaming import SHARED
 from mergekit_symalign.graph.untie import UNTIE, is_tied
-from mergekit_symalign.symmetry.options import HeadShape, Symmetries
+from mergekit_symalign.symmetry.options import AttentionShape, Symmetries
 from mergekit_symalign.symmetry.residual.alternate import ROUNDS
 from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.symmetry.residual.scope import Scope, around
@@ -53,9 +54,9 @@ class MovedStream(Comparison):
     blocks: Mapping[BlockKey, Task] = field(default_factory=dict)
     seen: Compared | None = None
 
-    def solver(self, block: Block, heads: HeadShape) -> Task:
+    def solver(self, block: Block, heads: AttentionShape) -> Task:
         """The task that aligns a block once the stream is moved."""
-        if (known := self.blocks.get((block.layer, block.kind.value))) is not None:
+        if (known := self.blocks.get((index_of(block.layer), block.kind.value))) is not None:
             return known
         found = self.fields_of(block)
         key = f"{found['model'][0].model} {block.layer} {block.kind.value}"
@@ -228,9 +229,9 @@ def _scopes(
     use: dict[Place, dict[str, Symmetries]] = defaultdict(dict)
     source: dict[Place, int] = {}  # the layer of the models that a layer of the output comes from
     for block in blocks:
-        source[block.layer] = block.layer_of(model)
+        source[index_of(block.layer)] = index_of(block.layer_of(model))
         if model in block.moved():
-            use[block.layer][block.kind.value] = block.symmetries
+            use[index_of(block.layer)][block.kind.value] = block.symmetries
     return {
         place: outside_scope(layout, names)
         if place is None
@@ -247,14 +248,16 @@ def _loads(
     for weight, task in planned:
         claim = _claim(weight.name, model, models)
         infos = gather_of(task).weight_info
-        if claim is not None and all(models.checkpoints[m].stored(infos[m]) is not None for m in both):
+        if claim is not None and all(m in infos and models.checkpoints[m].stored(infos[m]) for m in both):
             loads = GatherAligned(**dict(gather_of(task))).loads()
             found.setdefault(claim.layer, {})[claim.part] = loads[model]
     return found
 
 
 def _claim(name: str, model: ModelReference, models: Models) -> Claim | None:
-    return models.checkpoints[model].layout.claim(name)
+    """What is said of a tensor, if anything is known of its axes."""
+    claim = models.checkpoints[model].layout.claim(name)
+    return None if claim is None or claim.spec.any_shape else claim
 
 
 def _agreed(planned: Sequence[Planned], name: str) -> Any:

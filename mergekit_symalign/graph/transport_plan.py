@@ -214,6 +214,12 @@ def _agreed(name: str, members: list[Ready]) -> Any:
 
 
 def _require_dense(layout: ModelLayout, model: ModelReference) -> None:
+    if layout.geometry.latent is not None:
+        raise ArchitectureError(
+            f"model {model}",
+            f"heads of {layout.family.title} share latents, which optimal transport fusion does not know",
+            "Use regmean, fisher or an aligned method for this architecture",
+        )
     if layout.geometry.experts > 1:
         raise ArchitectureError(
             f"model {model}",

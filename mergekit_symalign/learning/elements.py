@@ -32,14 +32,22 @@ from mergekit_symalign.symmetry.groups import (
     rotary_action,
 )
 from mergekit_symalign.symmetry.heads.order import moved_axes
-from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, per_query_head
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Symmetries, ValueOutput
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS, per_query_head
+from mergekit_symalign.symmetry.options import (
+    BlockShape,
+    HeadShape,
+    LatentShape,
+    MlpShape,
+    NeuronScale,
+    Symmetries,
+    ValueOutput,
+)
 from mergekit_symalign.symmetry.options import Rotation as Turns
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind
 from mergekit_symalign.symmetry.solve import without_identities
 
 Numbers = Mapping[str, Tensor]
-_QUERIES = ("query", "attended", "query_gain")  # axes that have every query head
+_QUERIES = ("query", "attended", "query_gain", NUMBERS)  # axes that have every query head
 
 
 class Learned(ABC):
@@ -76,6 +84,18 @@ class Learned(ABC):
         axes = dict.fromkeys((*self.fixed.actions, *acting))
         steps = {axis: tuple(of[axis] for of in (self.fixed.actions, acting) if axis in of) for axis in axes}
         return without_identities(BlockElement({axis: shortest(Chain(of)) for axis, of in steps.items()}))
+
+
+@dataclass(frozen=True)
+class Still(Learned):
+    """An element of which nothing is learned: heads that share a latent stay as they were solved."""
+
+    fixed: BlockElement
+    numbers: Numbers = field(default_factory=dict)
+    manifolds: Mapping[str, Manifold] = field(default_factory=dict)
+
+    def element(self, numbers: Numbers) -> BlockElement:
+        return BlockElement({})
 
 
 @dataclass(frozen=True)
@@ -132,6 +152,7 @@ class LearnedHeads(Learned):
         lengths = {axis: shape.heads(axis) * shape.head_dim for axis in HEAD_AXES}
         if shape.qk_norm:
             lengths |= {axis: gain_heads(axis, shape) * shape.head_dim for axis in GAIN_AXES}
+        lengths |= {NUMBERS: shape.query_heads} if shape.numbered else {}
         parts = {axis: canonical(element.actions.get(axis), size) for axis, size in lengths.items()}
         fixed: dict[str, AxisAction] = {axis: part.order for axis, part in parts.items()}
         value = parts["value"].step
@@ -145,7 +166,7 @@ class LearnedHeads(Learned):
         else:
             key = parts["key"].step
             numbers |= _queries(None if key is None else key.dual(), shape)
-        if orders and use.heads:
+        if orders and use.heads and not shape.locked:
             sizes = {"kv_scores": (1, shape.kv_heads), "query_scores": (shape.kv_heads, shape.queries_per_kv)}
             numbers |= {name: first_scores(*size) for name, size in sizes.items() if size[1] > 1}
         found = {name: _manifold(name, use, general=general) for name in numbers}
@@ -172,7 +193,8 @@ class LearnedHeads(Learned):
         still = [torch.ones_like(numbers["value_matrix"][:n, :1, :1]) for n in (1, self.shape.kv_heads)]
         kv, inner = (one if x is None else straight_through(x) for x, one in zip(scores, still, strict=True))
         query = (kv.reshape(len(inner), 1, -1, 1) * inner.unsqueeze(2)).reshape(1, len(inner) * group, -1)
-        of_axis = {axis: SoftOrder(query if axis in _QUERIES else kv, d) for axis in moved_axes(self.shape)}
+        sizes = {axis: 1 if axis == NUMBERS else d for axis in moved_axes(self.shape)}
+        of_axis = {axis: SoftOrder(query if axis in _QUERIES else kv, size) for axis, size in sizes.items()}
         return dict(of_axis)
 
     def _queries(self, numbers: Numbers) -> dict[str, AxisAction]:
@@ -186,8 +208,10 @@ class LearnedHeads(Learned):
 
     def _gains(self, numbers: Numbers) -> dict[str, AxisAction]:
         """What the keys' gains are divided by, the queries' are multiplied by; both coordinates of a plane alike."""
-        planes = torch.argsort(torch.tensor(self.shape.planes(), device=numbers["gain"].device))
-        log, sign = (torch.cat((x, x), -1).index_select(-1, planes) for x in (numbers["gain"], numbers["gain_sign"]))
+        every, half = [*self.shape.planes(), *self.shape.rest()], self.shape.rotary // 2
+        place = torch.argsort(torch.tensor(every, device=numbers["gain"].device))
+        both = (torch.cat((numbers[name][:, :half], numbers[name]), -1) for name in ("gain", "gain_sign"))
+        log, sign = (x.index_select(-1, place) for x in both)
         factor = log.exp() * sign
         group = gain_heads("query_gain", self.shape) // len(factor)
         wide = factor.repeat_interleave(group, dim=0)
@@ -230,9 +254,7 @@ class LearnedNeurons(Learned):
         return BlockElement({axis: Chain(of) for axis, of in steps.items() if of})
 
 
-def learned_block(
-    element: BlockElement, shape: HeadShape | MlpShape, use: Symmetries, *, orders: bool = False
-) -> Learned:
+def learned_block(element: BlockElement, shape: BlockShape, use: Symmetries, *, orders: bool = False) -> Learned:
     """What is learned of a block's element.
 
     Args:
@@ -243,6 +265,8 @@ def learned_block(
     """
     if isinstance(shape, MlpShape):
         return LearnedNeurons.of(element, shape, use, orders=orders)
+    if isinstance(shape, LatentShape):
+        return Still(element)
     return LearnedHeads.of(element, shape, use, orders=orders)
 
 
@@ -272,10 +296,11 @@ def _queries(step: AxisAction | None, shape: HeadShape) -> dict[str, Tensor]:
 
 
 def _factors(step: AxisAction | None, size: int, shape: HeadShape) -> dict[str, Tensor]:
-    """The logarithms and signs of what the keys' gains are divided by, one for each plane."""
+    """The logarithms and signs of what the keys' gains are divided by: of each plane, then of each other coordinate."""
     factor = 1 / step.factor.double() if isinstance(step, Scaling) else torch.ones(size, dtype=torch.float64)
-    planes = factor.unflatten(0, (-1, shape.head_dim))[:, shape.planes()[: shape.head_dim // 2]]
-    return {"gain": planes.abs().log(), "gain_sign": planes.sign()}
+    free = [*shape.planes()[: shape.rotary // 2], *shape.rest()]
+    own = factor.unflatten(0, (-1, shape.head_dim))[:, free]
+    return {"gain": own.abs().log(), "gain_sign": own.sign()}
 
 
 def _unturned(heads: int, d: int) -> HeadRotation:

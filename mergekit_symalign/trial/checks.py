@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mergekit_symalign.families.resolve import ModelLayout
-from mergekit_symalign.families.schema import BlockKind, Positions
+from mergekit_symalign.families.schema import Positions
 from mergekit_symalign.families.stream import layer_scope, outside_scope, residual_group, ties_embeddings
 from mergekit_symalign.planting import Planted, random_elements, random_stream, transform
 from mergekit_symalign.symmetry.residual.kinds import ResidualKind
@@ -42,18 +45,18 @@ def unclaimed_tensors(model: PreTrainedModel, layout: ModelLayout) -> list[str]:
     """Tensors that no rule claims, or claims with another shape."""
     found = []
     for name, x in model.state_dict().items():
-        claim = layout.claim(name)
-        if claim is None:
+        placed = layout.placed(name)
+        if placed is None:
             found.append(f"{name} {list(x.shape)} is not in the table")
-        elif not claim.spec.any_shape and not _fits(layout.shape(claim.spec), x):
-            found.append(f"{name} is {list(x.shape)}, by the table {list(layout.shape(claim.spec))}")
+        elif not placed.claim.spec.any_shape and not _fits(wanted := placed.layout.shape(placed.claim.spec), x):
+            found.append(f"{name} is {list(x.shape)}, by the table {list(wanted)}")
     return found
 
 
 def missing_tensors(model: PreTrainedModel, layout: ModelLayout) -> list[str]:
     """Tensors that the table promises and the model does not have."""
-    inside = (layout.name(i, p) for i in range(layout.layers) for p, s in layout.inside.items() if not s.optional)
-    outside = (name for name, spec in layout.outside.items() if not spec.optional)
+    inside = (placed.name for placed in layout.in_layers() if not placed.claim.spec.optional)
+    outside = (name for of in layout.stacks for name, spec in of.outside.items() if not spec.optional)
     there = model.state_dict().keys()
     return [f"{name} is in the table, but not in the model" for name in (*inside, *outside) if name not in there]
 
@@ -69,16 +72,31 @@ def tensors_without_effect(model: PreTrainedModel, layout: ModelLayout) -> list[
     """Tensors of blocks that may stay behind when the rest of their block is moved: they are not of the block."""
     before, state = outputs(model), model.state_dict()
     twin = transform(state, layout, random_elements(layout, 1))
+    unseen = {tower for tower, of in layout.towers.items() if not _is_seen(model, of, before)}
     found = []
-    for kind in BlockKind:
-        for part in layout.block(kind):
-            name = next((n for i in range(layout.layers) if (n := layout.name(i, part)) in state), None)
-            if name is None or _is_ignored(layout, part):
-                continue
-            after = outputs(with_weights(model, twin | {name: state[name]}))
-            if relative_deviation(before, after) < SHOWS:
-                found.append(f"{name} has no effect on the outputs when it stays behind")
+    for name in _first_of_each_block(state, layout, unseen):
+        after = outputs(with_weights(model, twin | {name: state[name]}))
+        if relative_deviation(before, after) < SHOWS:
+            found.append(f"{name} has no effect on the outputs when it stays behind")
     return found
+
+
+def _is_seen(model: PreTrainedModel, tower: ModelLayout, before: Tensor) -> bool:
+    """Whether the inputs pass through a tower: text does not pass through one for pictures."""
+    state, prefix = model.state_dict(), tower.family.prefix
+    halved = {name: x / 2 if name.startswith(prefix) else x for name, x in state.items()}
+    return not torch.equal(before, outputs(with_weights(model, halved)))
+
+
+def _first_of_each_block(state: State, layout: ModelLayout, unseen: Collection[str]) -> list[str]:
+    """Of each tensor of a block the first layer's, except in towers that nothing passes through."""
+    found: dict[tuple[str, str], str] = {}
+    for placed in layout.in_layers():
+        if placed.block is None or placed.name not in state or placed.tower in unseen:
+            continue
+        if not _is_ignored(placed.layout, placed.claim.part):
+            found.setdefault((placed.tower, placed.claim.part), placed.name)
+    return list(found.values())
 
 
 def stream_kinds(model: PreTrainedModel, layout: ModelLayout) -> tuple[ResidualKind, ...]:

@@ -17,8 +17,16 @@ from mergekit_symalign.errors import ConfigError
 from mergekit_symalign.families.schema import Family
 
 _SIZES = {"layers": 2, "hidden": 48, "query_heads": 6, "kv_heads": 2, "head_dim": 8, "neurons": 80, "experts": 4}
+_SIZES |= {"dense": 64, "groups": 2}
+_SIZES |= {"nope": 8, "rope": 4, "value": 12, "kv_latent": 16, "q_latent": 20}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-_TEXT = {"vocab_size": 97, "max_position_embeddings": 128, "num_experts_per_tok": 2, "num_labels": 2} | _TOKENS
+_TEXT = {
+    "vocab_size": 97,
+    "max_position_embeddings": 128,
+    "num_experts_per_tok": 2,
+    "topk_group": 1,
+    "num_labels": 2,
+} | _TOKENS
 _VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 _VISION |= {"image_size": 28, "patch_size": 14}
 
@@ -130,8 +138,10 @@ def relative_deviation(a: Tensor, b: Tensor) -> float:
 
 
 def _small_config(config_class: Any, family: Family) -> dict[str, Any]:
-    sizes = {key: where for key, where in family.sizes.model_dump().items() if key in _SIZES and where is not None}
-    text = {where: _SIZES[key] for key, where in sizes.items()} | _TEXT
+    keys = family.sizes.model_dump(exclude={"shared"})
+    sizes = {key: where for key, where in keys.items() if key in _SIZES and where is not None}
+    alike = {"kv_heads": _SIZES["query_heads"]} if family.sizes.kv_latent else {}
+    text = {where: (_SIZES | alike)[key] for key, where in sizes.items()} | _TEXT
     if not family.config:
         return text
     whole = config_class()

@@ -29,7 +29,6 @@ from mergekit_symalign.card import section
 from mergekit_symalign.commands.verify import TOLERANCE
 from mergekit_symalign.errors import AlignmentFileError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
-from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.merge_report import by_model
 from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry.solve import without_identities
@@ -92,11 +91,7 @@ def judged(of: Case, path: Path) -> str:
         file = AlignmentFile.open(path)
         file.require_family(of.layout.family.name, {"layers": of.layout.layers}, "model")
         require_fits(file, of.layout)
-        elements = {
-            (layer, kind): file.element(block_name(layer, kind.value))
-            for layer in range(of.layout.layers)
-            for kind in BlockKind
-        }
+        elements = {(layer, kind): file.element(block_name(layer, kind.value)) for layer, kind in of.layout.blocks()}
         section(_report(file, of))
         moved = with_weights(of.model, transform(of.model.state_dict(), of.layout, elements))
     except AlignmentFileError as error:
@@ -109,8 +104,9 @@ def judged(of: Case, path: Path) -> str:
 
 def _report(file: AlignmentFile, of: Case) -> dict[str, Any]:
     """What a merge from the file reports of it, as JSON reads it again."""
-    blocks = [(layer, kind) for layer in range(of.layout.layers) for kind in BlockKind]
-    found = [("model", layer, kind, file.facts.get(block_name(layer, kind.value), {})) for layer, kind in blocks]
+    found = [
+        ("model", layer, kind, file.facts.get(block_name(layer, kind.value), {})) for layer, kind in of.layout.blocks()
+    ]
     head = {"exact": True, "anchor": [file.origin.anchor], "versions": {"mergekit_symalign": "0"}}
     report: dict[str, Any] = json.loads(json.dumps(head | {"models": by_model(found)}, allow_nan=False))
     return report

@@ -33,7 +33,6 @@ from mergekit_symalign.card import section
 from mergekit_symalign.commands.verify import TOLERANCE
 from mergekit_symalign.errors import AlignmentFileError
 from mergekit_symalign.families.resolve import ModelLayout, resolve
-from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.families.stream import residual_kind, ties_embeddings
 from mergekit_symalign.graph.merge_report import LOSS, by_model, with_streams
 from mergekit_symalign.planting import random_elements, random_stream
@@ -158,7 +157,7 @@ def _moved(of: Case, file: AlignmentFile, kind: ResidualKind, stream: BlockEleme
     _, others = split(of.layout, of.norms)
     blocks: list[Elements] = [{}]
     for layer in range(of.layout.layers):
-        blocks.append({kind.value: file.element(block_name(layer, kind.value)) for kind in BlockKind})
+        blocks.append({kind.value: file.element(block_name(layer, kind.value)) for kind in of.layout.kinds(layer)})
     whole = zip(scopes, parts, others, blocks, strict=True)
     state = joined(of.layout, [move_scope(s, x, kind, stream, b, norms_of(s, o)) for s, x, o, b in whole])
     copy = type(of.model)(of.model.config).double().eval()
@@ -169,8 +168,10 @@ def _moved(of: Case, file: AlignmentFile, kind: ResidualKind, stream: BlockEleme
 
 def _report(file: AlignmentFile, of: Case, kind: ResidualKind) -> dict[str, Any]:
     """What a merge from the file reports of it, as JSON reads it again."""
-    blocks = [(layer, block) for layer in range(of.layout.layers) for block in BlockKind]
-    found = [("model", layer, block, file.facts.get(block_name(layer, block.value), {})) for layer, block in blocks]
+    found = [
+        ("model", layer, block, file.facts.get(block_name(layer, block.value), {}))
+        for layer, block in of.layout.blocks()
+    ]
     facts = {**file.facts.get(STREAM_BLOCK, {}), "kind": kind.value, "loss": LOSS}
     models = with_streams(by_model(found), {"model": facts})
     head = {"exact": True, "anchor": [file.origin.anchor], "versions": {"mergekit_symalign": "0"}}

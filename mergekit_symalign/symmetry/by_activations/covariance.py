@@ -7,7 +7,7 @@ the columns may be the tokens of a calibration set that streams by.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import add
 
@@ -20,11 +20,12 @@ from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.bounds import whole_bounds
-from mergekit_symalign.symmetry.heads.match import HeadProblem, match_heads
+from mergekit_symalign.symmetry.heads.match import HeadProblem, MatchedHeads, match_heads
 from mergekit_symalign.symmetry.heads.moments import Moments
-from mergekit_symalign.symmetry.heads.order import after, reordered_gains
+from mergekit_symalign.symmetry.heads.order import HeadOrder, after, reordered_gains
 from mergekit_symalign.symmetry.heads.pairs import GroupMoments
 from mergekit_symalign.symmetry.heads.procrustes import align_heads
+from mergekit_symalign.symmetry.heads.shared import orders, reordered, shared_order
 from mergekit_symalign.symmetry.heads.solve import (
     GAIN_AXES,
     HEAD_AXES,
@@ -131,25 +132,62 @@ def align_attention_by(seen: Covariances, weights: Sides, shape: HeadShape, use:
     for axis in HEAD_AXES:
         _require_axis(axis, seen, shape.heads(axis) * shape.head_dim)
     blended = _blended(seen, weights, shape)
-    problem = HeadProblem(HeadCovariances(blended, shape, use))
-    order = match_heads(problem).order if use.heads else None
     gains: Sides = {axis: weights[axis] for axis in GAIN_AXES if axis in weights}
+    if not shape.one_order or use.rotation is Rotation.none:
+        return _aligned_heads(blended, seen, gains, shape, use)
+
+    def moments(order: HeadOrder | None) -> AttentionMoments:
+        moved = blended if order is None else _reordered(blended, _of_heads(order, shape))
+        return HeadProblem(HeadCovariances(moved, shape, use)).standing
+
+    def source(order: Tensor) -> HeadCovariances:
+        return HeadCovariances(_reordered(blended, orders(order, shape)), shape, use)
+
+    shared = shared_order(source, moments, _grain_of(gains))
+    of_axes = orders(shared.order, shape)
+    gains = reordered(gains, shared.order, shape)
+    solved = _aligned_heads(_reordered(blended, of_axes), _reordered(seen, of_axes), gains, shape, use, shared.heads)
+    return Solved(BlockElement(shared.before(solved.element.actions, shape)), solved.facts)
+
+
+def _aligned_heads(
+    blended: Covariances,
+    seen: Covariances,
+    gains: Sides,
+    shape: HeadShape,
+    use: Symmetries,
+    matched: MatchedHeads | None = None,
+) -> Solved:
+    """The same without an order of the coordinates that is one for all heads, and for heads that may be matched."""
+    problem = HeadProblem(HeadCovariances(blended, shape, use))
+    if matched is None:
+        matched = match_heads(problem)
+    order = matched.order
     if order is not None:
-        moved = {axis: order.permutation(axis, shape.head_dim) for axis in (*HEAD_AXES, *gains)}
-        reordered = {axis: c.reordered(moved[axis]) for axis, c in blended.items()}
-        problem = HeadProblem(HeadCovariances(reordered, shape, use))
-        seen = {axis: c.reordered(moved[axis]) for axis, c in seen.items()}
+        moved = _of_heads(order, shape)
+        problem = HeadProblem(HeadCovariances(_reordered(blended, moved), shape, use))
+        seen = _reordered(seen, moved)
         gains = reordered_gains(gains, order, shape)
     found = problem.standing_actions
+    if shape.own_orders:
+        found = replace(found, query=solve_query(problem.standing, shape, use, _grain_of(gains)))
     actions: dict[str, AxisAction] = {}
     if found.value is not None:
         value = _with_scale(found.value, seen, shape) if use.scaling else found.value
         actions |= {"value": value, "attended": per_query_head(value.dual(), shape)}
     if found.query is not None:
         actions |= {"query": per_query_head(found.query, shape), "key": found.query.dual()}
-    actions |= solve_gains(gains, shape, use)
+    actions |= solve_gains(gains, shape, use, found.query)
     actions = {axis: action.snapped(_TOLERANCE) for axis, action in actions.items()}
     return Solved(BlockElement(actions if order is None else after(order, actions, shape)), BY_ACTIVATIONS)
+
+
+def _of_heads(order: HeadOrder, shape: HeadShape) -> dict[str, Permutation]:
+    return {axis: order.permutation(axis, shape.head_dim) for axis in HEAD_AXES}
+
+
+def _reordered(of_axes: Covariances, orders: Mapping[str, Permutation]) -> dict[str, Covariance]:
+    return {axis: c.reordered(orders[axis]) if axis in orders else c for axis, c in of_axes.items()}
 
 
 def align_mlp_by(seen: Covariance, weights: Sides, shape: MlpShape, use: Symmetries) -> Solved:
@@ -239,14 +277,15 @@ class HeadCovariances:
     @cached_property
     def lower_bounds(self) -> Tensor:
         """Lower bounds of the pairs' costs [KV heads, KV heads]."""
-        k, scale = self.shape.kv_heads, self.use.scaling and not self.shape.qk_norm
+        scale = self.use.scaling and not self.shape.qk_norm
         norms = {axis: (self._of_groups(c.anchor), self._of_groups(c.model)) for axis, c in self.covariances.items()}
-        value, key = (
-            Moments(c.by_head(k), c.model.unflatten(0, (k, -1)).expand(k, k, -1))
-            for c in (self.covariances["value"], self.covariances["key"])
-        )
+        value, key = (self.all_pairs(axis) for axis in ("value", "key"))
         turning = self.shape.turning(self.use.rotation)
         return whole_bounds(norms, value, key, turning, scale_values=False, scale_queries=scale)
+
+    def all_pairs(self, axis: str) -> Moments:
+        k, c = self.shape.kv_heads, self.covariances[axis]
+        return Moments(c.by_head(k), c.model.unflatten(0, (k, -1)).expand(k, k, -1))
 
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments:
         k, c = self.shape.kv_heads, self.covariances[axis]
@@ -289,6 +328,13 @@ def with_grain(seen: Covariance, weights: Covariance) -> Covariance:
 def _blend(one: Covariance, other: Covariance) -> Covariance:
     grain = torch.full_like(other.anchor, PRIOR**0.5)
     return one + other.scaled(grain, grain)
+
+
+def _grain_of(gains: Sides) -> Sides:
+    """The gains of a QK-norm, so small that they count as much as weights beside activations."""
+    size = torch.stack([a.double().square().sum() for pairs in gains.values() for a, _ in pairs]).sum()
+    unit = PRIOR**0.5 * _inverse_root(size)
+    return {axis: [(a * unit, b * unit) for a, b in pairs] for axis, pairs in gains.items()}
 
 
 def _head_sizes(c: Covariance, side: int, shape: HeadShape) -> Tensor:

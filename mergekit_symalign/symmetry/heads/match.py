@@ -54,6 +54,9 @@ class HeadSource(Protocol):
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments | PlaneMoments:
         """Of anchor's KV heads ``i`` and model's ``j``."""
 
+    def all_pairs(self, axis: str) -> Moments:
+        """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]. Of value or key."""
+
     def identity_route(self, costs: Tensor) -> str | None:
         """By which bounds KV heads that cost so much [KV heads] are proven to stand best where they are, if by any."""
 
@@ -87,9 +90,10 @@ def match_heads(problem: HeadProblem) -> MatchedHeads:
 
     KV heads are assigned to the optimum of the pair costs. Query heads inside a pair are assigned for the pair's
     rotation, which is solved again for that order: two rounds, as rotation and order depend on each other.
+    Heads that may not move stay, and so do all without ``heads``.
     """
     source, shape = problem.source, problem.source.shape
-    if shape.query_heads == 1:
+    if shape.query_heads == 1 or shape.locked or not source.use.heads:
         return MatchedHeads(None, None)
     kv = torch.arange(shape.kv_heads, device=source.own.value.model.device)
     route = source.identity_route(problem.standing_costs())

@@ -16,22 +16,26 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
+    Chain,
     PerHead,
+    Permutation,
     Scaling,
     rotary_action,
 )
-from mergekit_symalign.symmetry.heads.moments import Moments, moments
-from mergekit_symalign.symmetry.heads.procrustes import (
-    align_gains,
-    align_heads,
-    align_heads_in_turn,
-    align_planes,
-    align_signs,
+from mergekit_symalign.symmetry.heads.coordinates import (
+    align_coordinates,
+    gain_costs,
+    gain_factors,
+    order_within,
+    within_heads,
 )
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.heads.moments import Moments, moments
+from mergekit_symalign.symmetry.heads.procrustes import align_heads, align_heads_in_turn, align_planes
+from mergekit_symalign.symmetry.options import HeadShape, Pair, Rotation, Sides, Symmetries
 
 HEAD_AXES = ("query", "key", "value", "attended")
 GAIN_AXES = ("query_gain", "key_gain")
+NUMBERS = "query_head"  # of each query head by itself
 
 HeadNorms = Mapping[str, Tensor]  # axis -> squared norm of each of the anchor's coordinates [heads, d]
 
@@ -84,42 +88,88 @@ def head_moments(
     return AttentionMoments(**{axis: m for axis, (m, _) in found.items()}), {axis: a for axis, (_, a) in found.items()}
 
 
-def solve_heads(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> HeadActions:
-    """The best action of each KV head on its own coordinates, jointly over rotation and scale."""
+def solve_heads(m: AttentionMoments, shape: HeadShape, use: Symmetries, gains: Sides | None = None) -> HeadActions:
+    """The best action of each KV head on its own coordinates, jointly over rotation and scale.
+
+    Args:
+        m: moments of KV heads.
+        shape, use: as for the block.
+        gains: of a QK-norm, with the heads as ``m`` pairs them, where each head has its own; they count when
+            coordinates change places.
+    """
     rotate = use.rotation is not Rotation.none
     value = align_heads(m.value, m.attended, rotate=rotate, scale=use.scaling) if rotate or use.scaling else None
-    return HeadActions(value, solve_query(m, shape, use))
+    return HeadActions(value, solve_query(m, shape, use, gains))
 
 
-def solve_gains(sides: Sides, shape: HeadShape, use: Symmetries) -> dict[str, AxisAction]:
-    """The factors that the gains of a QK-norm trade: one set for the layer, or one for each KV head."""
-    if not use.scaling or not shape.qk_norm:
+def costs_of_gains(sides: Sides, shape: HeadShape, use: Symmetries) -> Tensor:
+    """What the gains of every two coordinates cost that do not turn (`gain_costs`), of the KV heads or of the layer."""
+    query, key = (_gains(sides, axis, shape) for axis in GAIN_AXES)
+    return gain_costs(query, key, shape, scale=use.scaling, signed=use.rotation is not Rotation.none)
+
+
+def solve_gains(
+    sides: Sides, shape: HeadShape, use: Symmetries, query: AxisAction | None = None
+) -> dict[str, AxisAction]:
+    """What the gains of a QK-norm carry: the order of their coordinates, and the factors that they trade.
+
+    Args:
+        sides: axes query_gain and key_gain; one set of gains for the layer, or one for each head.
+        shape, use: as for the block.
+        query: what the query rows of each KV head carry.
+    """
+    if not shape.qk_norm:
         return {}
+    of_axis = {axis: _gains(sides, axis, shape) for axis in GAIN_AXES}
+    order = order_within(query, shape.head_dim)
+    steps: dict[str, list[AxisAction]] = {axis: [] for axis in GAIN_AXES}
+    if order is not None:
+        for axis, (anchor, model) in of_axis.items():
+            at = order.unsqueeze(1).expand_as(model)
+            of_axis[axis] = (anchor, model.gather(2, at))
+            steps[axis].append(within_heads(at.flatten(0, 1)))
+    if use.scaling:
+        signed = use.rotation is not Rotation.none
+        factor = gain_factors(of_axis["query_gain"], of_axis["key_gain"], shape, signed=signed)
+        for axis, found in zip(GAIN_AXES, (factor, 1 / factor), strict=True):
+            heads = of_axis[axis][0].shape[1]
+            steps[axis].append(Scaling(found.repeat_interleave(heads, dim=0).flatten()))
+    return {axis: found[0] if len(found) == 1 else Chain(tuple(found)) for axis, found in steps.items() if found}
+
+
+def _gains(sides: Sides, axis: str, shape: HeadShape) -> Pair:
+    """Of anchor and model [KV heads, their heads, d]; one for all if they share them."""
     n = shape.kv_heads if shape.norm.per_head else 1
-    planes = torch.tensor(shape.planes(), device=sides["query_gain"][0][0].device)
-    query, key = (
-        tuple(x.reshape(n, -1, shape.head_dim).index_select(-1, planes) for x in sides[axis][0]) for axis in GAIN_AXES
-    )
-    factor = align_gains((query[0], query[1]), (key[0], key[1]), signed=use.rotation is not Rotation.none)
-    factor = factor.index_select(-1, torch.argsort(planes))
-    wide = factor.repeat_interleave(query[0].shape[1], dim=0)
-    return {"query_gain": Scaling(wide.flatten()), "key_gain": Scaling(1 / factor.flatten())}
+    anchor, model = (x.reshape(n, -1, shape.head_dim) for x in sides[axis][0])
+    return anchor, model
 
 
 def per_query_head(g: AxisAction, shape: HeadShape) -> AxisAction:
     """The action of each KV head, for each query head of its group."""
     group = shape.queries_per_kv
+    if isinstance(g, Chain):
+        return Chain(tuple(per_query_head(step, shape) for step in g.steps))
+    if isinstance(g, Permutation):
+        order = g.index.unflatten(0, (shape.kv_heads, -1)) % shape.head_dim
+        return within_heads(order.repeat_interleave(group, dim=0))
     if isinstance(g, Scaling):
         return Scaling(g.factor.unflatten(0, (shape.kv_heads, -1)).repeat_interleave(group, dim=0).flatten())
     assert isinstance(g, PerHead)
     return g.per_query_head(group)
 
 
-def solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisAction | None:
-    """What query rows carry: the largest group that positions and norms admit."""
+def solve_query(
+    m: AttentionMoments, shape: HeadShape, use: Symmetries, gains: Sides | None = None
+) -> AxisAction | None:
+    """What query rows carry: the largest group that positions and norms admit. Takes what `solve_heads` does.
+
+    An order of coordinates that is one for all heads (`HeadShape.one_order`) is not solved here.
+    """
     rotate = use.rotation is not Rotation.none
     if shape.qk_norm:
-        return _solve_signs(m, shape) if rotate else None
+        reorder = rotate and shape.own_orders
+        costs = costs_of_gains(gains, shape, use) if gains and reorder else None
+        return align_coordinates(m.query, m.key, shape, reorder=reorder, costs=costs) if rotate else None
     if not (rotate or use.scaling):
         return None
     if use.rotation is Rotation.full:
@@ -133,13 +183,6 @@ def solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisA
     query, key = (side.at(shape.rest()) for side in (m.query, m.key))
     rest = align_heads(query, key, rotate=rotate, scale=use.scaling)
     return rotary_action(planes, rest, interleaved=shape.interleaved)
-
-
-def _solve_signs(m: AttentionMoments, shape: HeadShape) -> Scaling:
-    planes = shape.planes()
-    signs = align_signs(m.query.at(planes), m.key.at(planes), of_heads=shape.norm is GainScope.centred).factor
-    natural = torch.argsort(torch.tensor(planes, device=signs.device))
-    return Scaling(signs.unflatten(0, (-1, len(planes))).index_select(-1, natural).flatten())
 
 
 def dense(g: AxisAction | None, like: Moments) -> Tensor:
