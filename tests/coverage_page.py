@@ -42,12 +42,11 @@ OUT = """
 | classes | reason |
 |---|---|
 | Qwen2-VL | MergeKit does not find the number of layers in its config, so it plans no merge |
-| heads for answers to questions of decoders and BERT, BERT for pre-training | MergeKit drops the head's tensors |
+| heads for answers to questions of decoders | not described yet |
 | Falcon 7B (Falcon's first architecture) | MergeKit's file for Falcon lists tensors that only 40B and 180B have |
 | Baichuan, ChatGLM, Jais, Phi-3-small, the first Qwen, Solar | code on the Hub, not described |
 | Persimmon, Fuyu, Phi and StableLM with QK layer norms that have biases | no solver |
 | ESM, Nystromformer, BigBird with block-sparse attention | heads may not change places: not described yet |
-| ELECTRA for pre-training | MergeKit drops the head's tensors |
 | ELECTRA, RoFormer with embeddings narrower than the hidden size | refused by their shape |
 | CTRL, XLM, FlauBERT, XLNet, Funnel, FNet, ALBERT, SqueezeBERT, MobileBERT, I-BERT | of another build |
 | T5, BART, Whisper | not described yet |

@@ -157,6 +157,13 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-tokens": ("GPT2ForTokenClassification", {}),
     "neox-tokens": ("GPTNeoXForTokenClassification", {}),
     "bert-choice": ("BertForMultipleChoice", {}),
+    "bert-answers": ("BertForQuestionAnswering", {}),
+    "bert-words": ("BertForMaskedLM", {}),
+    "bert-pretraining": ("BertForPreTraining", {}),
+    "bert-next": ("BertForNextSentencePrediction", {}),
+    "roberta-answers": ("RobertaForQuestionAnswering", {}),
+    "deberta-answers": ("DebertaV2ForQuestionAnswering", {}),
+    "electra-found": ("ElectraForPreTraining", {"embedding_size": 48}),
     "distilbert-answers": ("DistilBertForQuestionAnswering", {}),
     "gemma3-vl": (
         "Gemma3ForConditionalGeneration",

@@ -366,11 +366,12 @@ def test_raw_pytorch_merge(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_a_task_head_that_mergekit_would_drop(tmp_path: Path, refused: Callable[..., str]) -> None:
-    """MergeKit's file for BertForMaskedLM lacks the head's transformation: the merged model would predict noise."""
+    """MergeKit's file for BertForMaskedLM lacks the head's transformation: all models must have it, or none is read."""
     config = BertConfig(vocab_size=31, hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     for name in "ab":
         BertForMaskedLM(config).save_pretrained(tmp_path / name)
-    message = refused(CheckpointError, merge_config("rotation_match", tmp_path / "a", [tmp_path / "b"]))
+    lacking = _edited(tmp_path / "a", tmp_path / "c", lambda s: s.pop("cls.predictions.transform.dense.weight"))
+    message = refused(CheckpointError, merge_config("rotation_match", lacking, [tmp_path / "b"]))
     assert "cls.predictions.transform" in message
     assert "override_architecture" in message
 

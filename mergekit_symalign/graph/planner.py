@@ -63,6 +63,7 @@ def plan_aligned(planner: Any, original: Any) -> None:
     check_kinds(planner.config, layout_of, trust)
     planner.arch_info = completed(planner.arch_info, layout_of)
     plan = AlignedPlan(planner.config, planner.options, method, listed, texts)
+    planner.arch_info = plan.with_heads(planner.arch_info)
     planner.config = planner.config.model_copy(deep=True)
     if texts.outer is not None:
         planner.config = in_slices(planner.config, planner.arch_info, texts.outer.config(trust_remote_code=trust))

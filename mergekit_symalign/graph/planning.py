@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit import merge_methods
-from mergekit.architecture import WeightInfo
+from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
@@ -38,6 +38,7 @@ from mergekit_symalign.graph.solutions import Applied, Solutions
 from mergekit_symalign.graph.stream_tasks import ApplyStream
 from mergekit_symalign.graph.streaming import in_order
 from mergekit_symalign.graph.text_parts import NO_TEXTS, TextParts
+from mergekit_symalign.graph.unlisted_heads import with_heads
 from mergekit_symalign.graph.untie import TIED, models_to_untie, planned_head, require_files, untie_config
 from mergekit_symalign.methods import ALIGNMENT_NAMES, DataMethod, PlannedMethod
 from mergekit_symalign.whole_file import require_writable_folder
@@ -115,6 +116,14 @@ class AlignedPlan:
     def planned_head(self, weight: WeightInfo, model: ModelReference, asked: Callable[[], bool]) -> WeightInfo:
         """A tensor as MergeKit is to plan it (`graph.untie.planned_head`)."""
         return planned_head(weight, self._models.layout(model), asked)
+
+    def with_heads(self, arch: ModelArchitecture) -> ModelArchitecture:
+        """MergeKit's architecture with the tensors of heads that it leaves out (`graph.unlisted_heads`)."""
+        if self.texts.outer is not None:
+            return arch
+        models = self.config.referenced_models()
+        self._models.open(models)
+        return with_heads(arch, [self._models.checkpoints[model] for model in models])
 
     def rewrite(self, planned: list[Planned]) -> list[tuple[WeightInfo, Task]]:
         """Check everything that headers can tell, then give every block's tensors to their aligned tasks."""
