@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -20,7 +22,9 @@ _SIZES = {"layers": 2, "hidden": 48, "query_heads": 6, "kv_heads": 2, "head_dim"
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 _TEXT = {"vocab_size": 97, "max_position_embeddings": 128, "num_experts_per_tok": 2, "num_labels": 2} | _TOKENS
 _VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-_VISION |= {"image_size": 28, "patch_size": 14}
+_VISION |= {"image_size": 28, "patch_size": 14, "depth": 4, "num_heads": 4, "num_position_embeddings": 16}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}  # of the 4 planes of a head
+_INTO_TEXT = ("out_hidden_size", "projection_dim")  # widths of what a tower writes to the residual stream
 
 
 class EverythingInFloat64(TorchFunctionMode):
@@ -43,7 +47,7 @@ def small_model(name: str, family: Family, settings: Mapping[str, Any] | None = 
         ConfigError: if transformers has no such class, or cannot build it so small.
     """
     model_type = class_of(name)
-    own = _small_config(model_type.config_class, family)
+    own = _small_config(model_type, family)
     for key, value in (settings or {}).items():
         own[key] = own.get(key, {}) | value if isinstance(value, Mapping) else value
     try:
@@ -119,14 +123,18 @@ def relative_deviation(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max() / a.double().std())
 
 
-def _small_config(config_class: Any, family: Family) -> dict[str, Any]:
+def _small_config(model_type: Any, family: Family) -> dict[str, Any]:
     sizes = {key: where for key, where in family.sizes.model_dump().items() if where is not None}
-    text = {where: _SIZES[key] for key, where in sizes.items()} | _TEXT
+    text: dict[str, Any] = {where: _SIZES[key] for key, where in sizes.items()} | _TEXT
     if not family.config:
         return text
-    whole = config_class()
+    whole = model_type.config_class()
+    if "mrope_section" in inspect.getsource(sys.modules[model_type.__module__]):
+        text["rope_parameters"] = _MROPE
     vision = getattr(whole, "vision_config", None)
     known = getattr(vision, "__dataclass_fields__", None) or vars(vision or object)
     own: dict[str, Any] = {family.config: {"model_type": getattr(whole, family.config).model_type} | text}
-    small = {key: value for key, value in _VISION.items() if key in known}
-    return own | {"vision_config": {"model_type": getattr(vision, "model_type", None)} | small}
+    written = dict.fromkeys(_INTO_TEXT, _SIZES["hidden"])
+    small = {key: value for key, value in (_VISION | written).items() if key in known}
+    around = {key: value for key, value in written.items() if hasattr(whole, key)}
+    return own | around | {"vision_config": {"model_type": getattr(vision, "model_type", None)} | small}
