@@ -11,10 +11,11 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor, nn
 
+from mergekit_symalign.activations.objectives import Objective, objective_of
 from mergekit_symalign.activations.runner import LayerRunner
 from mergekit_symalign.commands.common import parsed
 from mergekit_symalign.errors import CheckpointError, GeometryError
-from mergekit_symalign.families.stream import heads_of
+from mergekit_symalign.families.stream import head_name, heads_of
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.leftovers import are_equal
 from mergekit_symalign.graph.load import LoadFinite
@@ -82,6 +83,13 @@ class StoredModel:
     @property
     def layers(self) -> int:
         return self.checkpoint.layout.layers
+
+    def objective(self) -> Objective:
+        """What the model predicts; around a text model that has a head, the next token of a text."""
+        layout = self.checkpoint.layout
+        if layout.family.config and head_name(layout) is not None:
+            return Objective.next_token
+        return objective_of(type(self.runner.model).__name__)
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """The tensors of a layer in float32, by their name inside the layer."""

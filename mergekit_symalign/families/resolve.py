@@ -263,6 +263,12 @@ class ModelLayout:
         match = self._layer_name.fullmatch(self.canonical(name))
         return int(match[1]) if match else None
 
+    def is_around_text(self, name: str) -> bool:
+        """Whether a tensor lies outside the text model of a model around one (a vision tower's): no text reaches it."""
+        name = self.canonical(name)
+        around = any(fnmatchcase(name, pattern) for pattern in self.family.passes_through)
+        return bool(self.family.config) and around and self.layer_of(name) is None
+
     def is_buffer(self, name: str) -> bool:
         """Whether old checkpoints carry this beside the weights."""
         return any(fnmatchcase(name, pattern) for of in self.stacks for pattern in of.family.buffers)

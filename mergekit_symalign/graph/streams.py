@@ -247,6 +247,8 @@ def _loads(
     found: dict[Place, dict[str, LoadFinite]] = {None: {}}
     for weight, task in planned:
         claim = _claim(weight.name, model, models)
+        if claim is not None and claim.spec.any_shape:
+            continue  # of a tower, which has a stream of its own
         infos = gather_of(task).weight_info
         if claim is not None and all(m in infos and models.checkpoints[m].stored(infos[m]) for m in both):
             loads = GatherAligned(**dict(gather_of(task))).loads()

@@ -141,8 +141,10 @@ class _Plan:
     def _members(self) -> dict[int, list[Ready]]:
         """The tensors of each step, by layer: -1 in front of the layers, their number behind them."""
         found: dict[int, list[Ready]] = defaultdict(list)
-        for one in self.context.tensors:
-            if (claim := self.layout.claim(one.name)) is not None:
+        once = {one.name: one for one in self.context.tensors}  # MergeKit plans some tensors twice
+        for name, one in once.items():
+            claim = self.layout.claim(name)
+            if claim is not None and not claim.spec.any_shape:
                 found[self._step_of(claim)].append(one)
         return dict(sorted(found.items()))
 

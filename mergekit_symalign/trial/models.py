@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -28,7 +30,9 @@ _TEXT = {
     "num_labels": 2,
 } | _TOKENS
 _VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-_VISION |= {"image_size": 28, "patch_size": 14}
+_VISION |= {"image_size": 28, "patch_size": 14, "depth": 4, "num_heads": 4, "num_position_embeddings": 16}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}  # of the 4 planes of a head
+_INTO_TEXT = ("out_hidden_size", "projection_dim")  # widths of what a tower writes to the residual stream
 
 
 class EverythingInFloat64(TorchFunctionMode):
@@ -60,7 +64,7 @@ def small_model(name: str, family: Family, settings: Mapping[str, Any] | None = 
         ConfigError: if transformers has no such class, or cannot build it so small.
     """
     model_type = class_of(name)
-    own = _small_config(model_type.config_class, family)
+    own = _small_config(model_type, family)
     for key, value in (settings or {}).items():
         own[key] = own.get(key, {}) | value if isinstance(value, Mapping) else value
     try:
@@ -137,15 +141,19 @@ def relative_deviation(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max() / a.double().std())
 
 
-def _small_config(config_class: Any, family: Family) -> dict[str, Any]:
+def _small_config(model_type: Any, family: Family) -> dict[str, Any]:
     sizes = {key: where for key, where in family.sizes.named().items() if key in _SIZES}
     alike = {"kv_heads": _SIZES["query_heads"]} if family.sizes.kv_latent else {}
-    text = {where: (_SIZES | alike)[key] for key, where in sizes.items()} | _TEXT
+    text: dict[str, Any] = {where: (_SIZES | alike)[key] for key, where in sizes.items()} | _TEXT
     if not family.config:
         return text
-    whole = config_class()
+    whole = model_type.config_class()
+    if "mrope_section" in inspect.getsource(sys.modules[model_type.__module__]):
+        text["rope_parameters"] = _MROPE
     vision = getattr(whole, "vision_config", None)
     known = getattr(vision, "__dataclass_fields__", None) or vars(vision or object)
     own: dict[str, Any] = {family.config: {"model_type": getattr(whole, family.config).model_type} | text}
-    small = {key: value for key, value in _VISION.items() if key in known}
-    return own | {"vision_config": {"model_type": getattr(vision, "model_type", None)} | small}
+    written = dict.fromkeys(_INTO_TEXT, _SIZES["hidden"])
+    small = {key: value for key, value in (_VISION | written).items() if key in known}
+    around = {key: value for key, value in written.items() if hasattr(whole, key)}
+    return own | around | {"vision_config": {"model_type": getattr(vision, "model_type", None)} | small}
