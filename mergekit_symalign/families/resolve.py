@@ -25,12 +25,12 @@ from mergekit_symalign.families.schema import (
 from mergekit_symalign.symmetry.element import Fused, TensorAxes
 from mergekit_symalign.symmetry.options import (
     AttentionShape,
+    BlockShape,
     GainScope,
     HeadShape,
     LatentShape,
     MlpShape,
     NeuronScale,
-    BlockShape,
 )
 
 __all__ = ["families", "lookup", "supported_architectures"]  # of `known`

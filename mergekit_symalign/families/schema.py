@@ -86,7 +86,7 @@ Axis = Literal[
 ]
 
 LATENT_AXES: frozenset[str] = frozenset(LatentShape(1, 1, 2, 1, 1, 1).lengths())
-ATTENTION_AXES: frozenset[str] = frozenset(("query", "key", "value", "attended", "query_gain", "key_gain")) | LATENT_AXES
+ATTENTION_AXES: frozenset[str] = LATENT_AXES | {"query", "key", "value", "attended", "query_gain", "key_gain"}
 MLP_AXES: frozenset[str] = frozenset(("gate", "up", "down", "expert"))
 
 

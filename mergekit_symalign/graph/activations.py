@@ -20,7 +20,7 @@ from mergekit_symalign.symmetry.by_activations.covariance import Covariance, ali
 from mergekit_symalign.symmetry.by_activations.experts import Routing, align_experts_by
 from mergekit_symalign.symmetry.fitting import Values
 from mergekit_symalign.symmetry.heads.solve import HEAD_AXES
-from mergekit_symalign.symmetry.options import Sides
+from mergekit_symalign.symmetry.options import HeadShape, Sides
 from mergekit_symalign.symmetry.rows import compute_dtype
 from mergekit_symalign.symmetry.solve import solve_block
 from mergekit_symalign.symmetry.solved import Solved
@@ -249,4 +249,5 @@ class SolveActivations(SolveBlock):
         seen = {axis: Covariance(*numbers) for axis, numbers in statistics.items()}
         if self.kind.is_mlp:
             return align_mlp_by(seen["down"], sides, self.mlp, self.use)
+        assert isinstance(self.heads, HeadShape)  # others are refused (`Block.require_possible_latents`)
         return align_attention_by(seen, sides, self.heads, self.use)

@@ -250,9 +250,7 @@ class LearnedNeurons(Learned):
         return BlockElement({axis: Chain(of) for axis, of in steps.items() if of})
 
 
-def learned_block(
-    element: BlockElement, shape: BlockShape, use: Symmetries, *, orders: bool = False
-) -> Learned:
+def learned_block(element: BlockElement, shape: BlockShape, use: Symmetries, *, orders: bool = False) -> Learned:
     """What is learned of a block's element.
 
     Args:

@@ -55,7 +55,7 @@ def _admitted_in_latent(axis: str, shape: LatentShape) -> Admitted:
     if axis in ("q_pe", "k_pe"):
         planes = InterleavedPlaneRotation if shape.interleaved else PlaneRotation
         turns = {planes.kind: ((heads, d // 2), (heads, d // 2))}
-        return turns if axis == "k_pe" else order | turns
+        return turns if axis == "k_pe" else {**order, **turns}
     general: Admitted = {HeadMatrix.kind: ((heads, d, d),)} if axis in VALUES else {}
     return {**order, HeadRotation.kind: _rotation(heads, d), **general} if heads else {}
 

@@ -9,7 +9,8 @@ the shapes and numbers of every step, and then what the axes together have to ob
 - under a QK-norm queries and keys carry signs, and the gains factors, that both coordinates of a plane share;
 - heads that share a latent share the turns of their planes; a latent carries signs and an order that its gains follow,
   or a rotation and gains that its readers take up;
-- gate, up and down move the same neurons, experts move as wholes, in their groups, and down divides by what up is multiplied by.
+- gate, up and down move the same neurons, experts move as wholes and stay in their groups, and down divides by what up
+  is multiplied by.
 """
 
 from __future__ import annotations
@@ -223,10 +224,9 @@ def _check_latent(actions: Mapping[str, AxisAction], axis: str, size: int, large
         follows = bool((gain.index == own.index).all() & (gain.factor == 1).all())
         _require(follows, f"{axis}_gain", f"it is not the order of {axis}")
         return
-    turns = [step for step in read if isinstance(step, Rotation)]
-    single = len(written) == len(turns) == 1 and isinstance(written[0], Rotation)
-    _require(single, axis, "it is no single rotation that its readers share")
-    _require(bool((written[0].tensors()[0] == turns[0].matrix).all()), f"{axis}_read", f"it turns otherwise than {axis}")
+    turns, own_turns = ([step.matrix for step in steps if isinstance(step, Rotation)] for steps in (read, written))
+    single = len(written) == len(own_turns) == len(turns) == 1 and bool((turns[0] == own_turns[0]).all())
+    _require(single, f"{axis}_read", f"it is not the one rotation of {axis}")
     unmoved = bool((gain.index == torch.arange(size)).all())
     _require(unmoved, f"{axis}_gain", f"it moves gains, which a rotation of {axis} does not")
     factor = gain.factor.clone()

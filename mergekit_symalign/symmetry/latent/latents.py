@@ -8,6 +8,8 @@ along. For *any rotation* the readers take up the gains, and the anchor's gains 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -104,6 +106,20 @@ def stored_actions(sides: Sides, latents: Latents, tolerance: float, *, rotate: 
     return actions
 
 
+def gains_taken_up(actions: Mapping[str, AxisAction]) -> dict[str, Tensor]:
+    """The gains that readers of rotated latents take up: those that the model must have, by the axis of the gains."""
+    found: dict[str, Tensor] = {}
+    for axis in READERS:
+        read = actions.get(f"{axis}_read")
+        steps = read.steps if isinstance(read, Chain) else (read,)
+        turn = next((i for i, step in enumerate(steps) if isinstance(step, Rotation)), None)
+        if turn is not None:
+            size = steps[turn].size  # type: ignore[union-attr]
+            factors = (step.factor.double() for step in steps[:turn] if isinstance(step, Scaling))
+            found[f"{axis}_gain"] = reduce(mul, factors, torch.ones(size, dtype=torch.float64))
+    return found
+
+
 def are_same(one: Latents, other: Latents, tolerance: float) -> bool:
     """Whether two rounds have found the same, up to rounding."""
     if one.keys() != other.keys():
@@ -117,9 +133,7 @@ def _numbers(action: AxisAction) -> Sequence[Tensor]:
 
 
 def _read(sides: Sides, axis: str, heads: Mapping[str, AxisAction]) -> list[Pair]:
-    return [
-        (a, heads[reader](b, 0) if reader in heads else b) for reader in READERS[axis] for a, b in sides[reader]
-    ]
+    return [(a, heads[reader](b, 0) if reader in heads else b) for reader in READERS[axis] for a, b in sides[reader]]
 
 
 def _times(pair: Pair, gains: tuple[Tensor, Tensor]) -> Pair:
