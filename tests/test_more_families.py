@@ -45,6 +45,8 @@ MERGED = [
     "glm4-moe",
     "opt",
     "xlm-roberta",
+    "minicpm3",
+    "deepseek-v3",
 ]
 MERGED += [
     "reward",
