@@ -50,8 +50,9 @@ OUT = """
 | ELECTRA, RoFormer with embeddings narrower than the hidden size | refused by their shape |
 | CTRL, XLM, FlauBERT, XLNet, Funnel, FNet, ALBERT, SqueezeBERT, MobileBERT, I-BERT | of another build |
 | T5, BART, Whisper | not described yet |
-| Llama 4, Gemma 3n, Gemma 4, Qwen3-Next, Qwen3.5, AFMoE, hybrids with state spaces | their layers differ |
-| DeepSeek and other models with MLA | no solver |
+| Llama 4, Gemma 3n, Gemma 4 | their layers differ |
+| DeepSeek V3.2 and GLM-5 (an indexer reads the latents), DeepSeek V4, Kimi Linear | not described yet |
+| LongCat Flash (two attentions in a layer) | not described yet |
 | NanoChat (QK-norm without gains), DiffLlama (differential attention), BitNet (norms in the attention) | no solver |
 """
 

@@ -65,7 +65,7 @@ ROOMS: dict[str, str] = {
     "methods": "aligned_methods data_methods planned_methods",
     "graph": f"errors families whole_file sealed statistics activations alignments methods fusion {ELEMENTS} "
     "symmetry/heads symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved symmetry/consensus "
-    "symmetry/statistics symmetry/membership symmetry/residual",
+    "symmetry/statistics symmetry/membership symmetry/residual symmetry/latent",
     "card": "methods graph",
     "hook": "errors host method_names aligned_methods data_methods graph card",
     "demo": "errors families planting whole_file",

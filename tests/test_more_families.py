@@ -49,6 +49,8 @@ MERGED = [
     "xlm-roberta",
     "gpt-oss",
     "bloom",
+    "minicpm3",
+    "deepseek-v3",
 ]
 MERGED += [
     "reward",

@@ -251,5 +251,5 @@ class SolveActivations(SolveBlock):
         seen = {axis: Covariance(*numbers) for axis, numbers in statistics.items()}
         if self.kind.is_mlp:
             return align_mlp_by(seen["down"], sides, self.mlp, self.use)
-        assert isinstance(self.heads, HeadShape)
+        assert isinstance(self.heads, HeadShape)  # others are refused (`Block.require_possible_latents`)
         return align_attention_by(seen, sides, self.heads, self.use)

@@ -29,6 +29,7 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.families.towers import Layer, layer_name
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint_of
+from mergekit_symalign.graph.latent_gains import require_gains
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.whole_file import require_writable
@@ -127,6 +128,8 @@ class Alignments:
         name = require_block(file, *block)
         checkpoint = self.checkpoints[model]
         self.exact &= require_fitting_block(file, checkpoint.layout, *block, halves=has_halves(checkpoint))
+        if block[1] is BlockKind.attention and isinstance(block[0], int):
+            require_gains(file, checkpoint, block[0])
         return file.sha256, name
 
     def has_stream(self, path: str, anchor: ModelReference, model: ModelReference) -> bool:

@@ -11,7 +11,7 @@ the shapes and numbers of every step, and then what the axes together have to ob
   and the gains factors, that both coordinates of a plane share;
 - heads that share a latent share the turns of their planes; a latent carries signs and an order that its gains follow,
   or a rotation and gains that its readers take up;
-- gate, up and down move the same neurons, experts move as wholes and inside their groups, and down divides by what up
+- gate, up and down move the same neurons, experts move as wholes and stay in their groups, and down divides by what up
   is multiplied by.
 """
 

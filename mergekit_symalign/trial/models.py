@@ -22,13 +22,8 @@ _SIZES = {"layers": 2, "hidden": 48, "query_heads": 6, "kv_heads": 2, "head_dim"
 _SIZES |= {"dense": 64, "groups": 2}
 _SIZES |= {"nope": 8, "rope": 4, "value": 12, "kv_latent": 16, "q_latent": 20}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-_TEXT = {
-    "vocab_size": 97,
-    "max_position_embeddings": 128,
-    "num_experts_per_tok": 2,
-    "topk_group": 1,
-    "num_labels": 2,
-} | _TOKENS
+_TEXT = {"vocab_size": 97, "max_position_embeddings": 128, "num_experts_per_tok": 2, "num_labels": 2} | _TOKENS
+_TEXT |= {"topk_group": 1}
 _VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 _VISION |= {"image_size": 28, "patch_size": 14, "depth": 4, "num_heads": 4, "num_position_embeddings": 16}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}  # of the 4 planes of a head

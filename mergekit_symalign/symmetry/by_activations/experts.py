@@ -136,8 +136,10 @@ def _match_experts(routing: tuple[Routing, Routing], weights: Sides, groups: int
     logits = Covariance.of_rows([(routing[0].logits.mT, routing[1].logits.mT)])
     costs = -with_grain(logits, Covariance.of_rows(weights["expert"])).cross
     if groups == 1:
-        return best_assignment(-costs).tolist()
-    return grouped_assignment(costs, lambda i, j: costs[i, j], groups).tolist()
+        order: list[int] = best_assignment(-costs).tolist()
+    else:
+        order = grouped_assignment(costs, lambda i, j: costs[i, j], groups).tolist()
+    return order
 
 
 def _tokens_of(routing: tuple[Routing, Routing], i: int, j: int) -> Tensor:

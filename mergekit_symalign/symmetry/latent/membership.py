@@ -44,10 +44,9 @@ def check_latent(actions: Mapping[str, AxisAction], axis: str, size: int, larges
         follows = bool((gain.index == own.index).all() & (gain.factor == 1).all())
         require(follows, f"{axis}_gain", f"it is not the order of {axis}")
         return
-    turns = [step for step in read if isinstance(step, Rotation)]
-    single = len(written) == len(turns) == 1 and isinstance(written[0], Rotation)
-    require(single, axis, "it is no single rotation that its readers share")
-    require(bool((written[0].tensors()[0] == turns[0].matrix).all()), f"{axis}_read", f"it turns otherwise than {axis}")
+    turns, own_turns = ([step.matrix for step in steps if isinstance(step, Rotation)] for steps in (read, written))
+    single = len(written) == len(own_turns) == len(turns) == 1 and bool((turns[0] == own_turns[0]).all())
+    require(single, f"{axis}_read", f"it is not the one rotation of {axis}")
     unmoved = bool((gain.index == torch.arange(size)).all())
     require(unmoved, f"{axis}_gain", f"it moves gains, which a rotation of {axis} does not")
     factor = gain.factor.clone()

@@ -15,8 +15,8 @@ from mergekit_symalign.symmetry.latent.latents import (
     READERS,
     Latents,
     are_same,
-    best_latents,
-    folded,
+    best_signs,
+    best_turns,
     may_rotate,
     stored_actions,
     with_latents,
@@ -52,7 +52,7 @@ def align_latent(sides: Sides, shape: LatentShape, use: Symmetries) -> Solved:
 def _candidates(sides: Sides, shape: LatentShape, use: Symmetries, before: float) -> Iterator[_Found]:
     """Where latents keep their order and signs or not, where they rotate, and where they stay if neither is closer.
 
-    A rotation is found for readers in units of the gains, and may leave the stored ones farther apart than signs do.
+    Both end in local optima, and a rotation has to bring the anchor's gains along.
     """
     signed = _Search(sides, shape, use, rotate=False)
     if use.rotation is Rotation.none:
@@ -92,33 +92,48 @@ class _Search:
 
     def best(self, start: MatchedLatentHeads | None = None) -> _Found:
         """From the rows that write the latents, and from an order of the heads if one is known."""
-        compared = folded(self.sides, self.shape) if self.rotate else self.sides
-        latents = best_latents(compared, self.shape, None, rotate=self.rotate)
-        heads, matched = self._heads(compared, latents, start), start is None
+        latents = self._latents(None, None)
+        heads, matched = self._heads(latents, start), start is None
         for _ in range(_ROUNDS):
-            following = best_latents(compared, self.shape, heads.actions(self.shape), rotate=self.rotate)
+            following = self._latents(heads, latents)
             if are_same(latents, following, _STILL):
                 break
             latents, matched = following, False
-            heads = self._heads(compared, latents, heads)
+            heads = self._heads(latents, heads)
         if not matched:
-            moved = with_latents(compared, self.shape, latents)
-            heads = align_latent_heads(moved, self.shape, self.use, heads.planes)
+            heads = align_latent_heads(self._moved(latents), self.shape, self.use, heads.planes)
         return self._found(heads, latents)
 
-    def _heads(self, compared: Sides, latents: Latents, known: MatchedLatentHeads | None) -> MatchedLatentHeads:
+    def _latents(self, heads: MatchedLatentHeads | None, known: Latents | None) -> Latents:
+        """The best latents for given heads."""
+        actions = None if heads is None else heads.actions(self.shape)
+        if self.rotate:
+            return best_turns(self.sides, self.shape, actions, known)
+        return best_signs(self.sides, self.shape, actions)
+
+    def _heads(self, latents: Latents, known: MatchedLatentHeads | None) -> MatchedLatentHeads:
         """The best heads for given latents, in an order that is known if one is."""
-        moved = with_latents(compared, self.shape, latents)
+        moved = self._moved(latents)
         if known is None:
             return align_latent_heads(moved, self.shape, self.use)
         return turned_latent_heads(moved, self.shape, self.use, known.order, known.route)
+
+    def _moved(self, latents: Latents) -> Sides:
+        """The rows with the model's latents moved."""
+        actions = stored_actions(self.sides, latents, self._tolerance, rotate=self.rotate)
+        reads = {axis: actions[f"{axis}_read"] for axis in latents if axis in actions}
+        return with_latents(self.sides, self.shape, reads)
+
+    @property
+    def _tolerance(self) -> float:
+        x = self.sides["value"][0][1]
+        return max(torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps, 1e-12)
 
     def with_still_latents(self) -> _Found:
         return self._found(align_latent_heads(self.sides, self.shape, self.use), {})
 
     def _found(self, heads: MatchedLatentHeads, latents: Latents) -> _Found:
-        x = self.sides["value"][0][1]
-        tolerance = max(torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps, 1e-12)
+        tolerance = self._tolerance
         of_heads = {axis: g.snapped(tolerance) for axis, g in heads.actions(self.shape).items()}
         actions = of_heads | stored_actions(self.sides, latents, tolerance, rotate=self.rotate)
         return _Found(heads, actions, _distance(self.sides, self.shape, actions))
