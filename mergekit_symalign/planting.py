@@ -136,7 +136,7 @@ class _Draw:
         }
 
     def _after_head_permutation(self, actions: dict[str, AxisAction], shape: HeadShape) -> dict[str, AxisAction]:
-        if not self.what.heads:
+        if not self.what.heads or shape.locked_heads:
             return actions
         kv = torch.randperm(shape.kv_heads, generator=self.generator)
         inner = [torch.randperm(shape.queries_per_kv, generator=self.generator) for _ in kv]

@@ -11,7 +11,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor, nn
 
-from mergekit_symalign.activations.runner import LayerRunner
+from mergekit_symalign.activations.runner import LayerRunner, require_runs
 from mergekit_symalign.commands.common import parsed
 from mergekit_symalign.errors import CheckpointError, GeometryError
 from mergekit_symalign.families.resolve import resolve
@@ -53,6 +53,7 @@ class StoredModel:
         reference = parsed(name)
         config = require_config(reference, trust_remote_code=options.trust_remote_code)
         layout = resolve(config, model=name)
+        require_runs(layout, name)
         require_openable([reference], options)
         checkpoint = Checkpoint.open(reference, config, layout)
         model = StoredModel(checkpoint, LayerRunner(config, layout, attention), options.device or "cpu")

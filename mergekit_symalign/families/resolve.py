@@ -51,6 +51,7 @@ class Geometry:
         every = gains.per_head
         return {
             "query": self.query_heads * self.head_dim,
+            **dict.fromkeys(BlockKind.cross.names, self.query_heads * self.head_dim),
             "attended": self.query_heads * self.head_dim,
             "key": self.kv_heads * self.head_dim,
             "value": self.kv_heads * self.head_dim,
@@ -276,7 +277,16 @@ class ModelLayout:
     def block_shape(self, layer: Layer, kind: BlockKind) -> HeadShape | MlpShape:
         """The heads or neurons of a block."""
         of, index = self.stack(layer)
-        return of.mlp_shape(kind) if kind.is_mlp else of.head_shape(index)
+        return of.mlp_shape(kind) if kind.is_mlp else of.attention_shape(index, kind)
+
+    def attention_shape(self, layer: int, kind: BlockKind) -> HeadShape:
+        """The heads of a block; those of a layer's own attention for a block that has none."""
+        g = self.geometry
+        return (
+            HeadShape(g.query_heads, g.query_heads, g.head_dim, 0)
+            if kind is BlockKind.cross
+            else self.head_shape(layer)
+        )
 
     def shape(self, spec: TensorSpec) -> tuple[int | None, ...]:
         """The shape a tensor must be stored in; None where any length is right."""
@@ -303,7 +313,8 @@ class ModelLayout:
         g, attention = self.geometry, self.family.attention
         rotary = 0 if layer in self.without_rope or attention.positions is Positions.none else self.rotary
         interleaved = attention.positions is Positions.rope_interleaved
-        return HeadShape(g.query_heads, g.kv_heads, g.head_dim, rotary, interleaved, self.norm)
+        locked = attention.locked_heads
+        return HeadShape(g.query_heads, g.kv_heads, g.head_dim, rotary, interleaved, self.norm, locked)
 
     def mlp_shape(self, kind: BlockKind = BlockKind.mlp) -> MlpShape:
         """The neurons of one of a layer's MLPs, and which factors they have."""
@@ -374,6 +385,8 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
     family = family or family_of(config, model)
     towers = _towers(config, family, model)
     config = text_config(config, family)
+    if family.gated_when is not None and not lookup(config, family.gated_when):
+        family = family.model_copy(update={"mlp": MlpKind.plain})
     for key, allowed in family.variants.items():
         wrong = [value for value in _values(config, key) if value not in allowed]
         if wrong:
@@ -398,7 +411,7 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
         without_rope=layers_where(attention.without_rope, config, layers) if attention.without_rope else frozenset(),
         norm=attention.norm if normalised else GainScope.none,
         neuron_scale=_neuron_scale(config, family),
-        activation=lookup(config, family.activation) if family.activation is not None else None,
+        activation=_activation(config, family),
         absent=frozenset(family.layer) - inside.keys(),
         layer_kinds={k: layers_where(of, config, layers, family.layer_kinds) for k, of in family.layer_kinds.items()},
         towers=towers,
@@ -436,23 +449,35 @@ def _values(config: Any, key: str) -> list[Any]:
 
 
 def _present(config: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    return {name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)}
+    return {name: spec for name, spec in tensors.items() if _exists(config, spec)}
+
+
+def _exists(config: Any, spec: TensorSpec) -> bool:
+    wanted = spec.when is None or bool(lookup(config, spec.when))
+    return wanted and (spec.unless is None or not lookup(config, spec.unless))
+
+
+def _activation(config: Any, family: Family) -> str | None:
+    """Of a plain MLP."""
+    plain = family.mlp is MlpKind.plain and family.activation is not None
+    return lookup(config, family.activation) if plain and family.activation is not None else None
 
 
 def _neuron_scale(config: Any, family: Family) -> NeuronScale:
     if family.mlp is MlpKind.gated:
         return NeuronScale.signed
-    activation = lookup(config, family.activation) if family.activation is not None else None
-    return NeuronScale.positive if activation in _POSITIVELY_HOMOGENEOUS else NeuronScale.none
+    return NeuronScale.positive if _activation(config, family) in _POSITIVELY_HOMOGENEOUS else NeuronScale.none
 
 
 def _geometry(config: Any, family: Family, model: str) -> Geometry:
     """Sizes from the config, with transformers' own rules for those it may leave out."""
-    keys = family.sizes.model_dump(exclude={"layers", "shared"})
+    keys = family.sizes.model_dump(exclude={"layers", "shared", "two_thirds"})
     sizes: dict[str, Any] = {key: lookup(config, where) if where is not None else None for key, where in keys.items()}
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["query_heads"]
     sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["query_heads"]
     sizes["neurons"] = sizes["neurons"] or 4 * sizes["hidden"]
+    if family.sizes.two_thirds and family.mlp is MlpKind.gated:
+        sizes["neurons"] = (int(sizes["neurons"] * 2 / 3) + 7) // 8 * 8
     sizes["experts"] = sizes["experts"] or 1
     sizes["dense"] = sizes["dense"] or 0
     sizes["shared"] = prod(lookup(config, key) or 0 for key in family.sizes.shared) if family.sizes.shared else 0

@@ -20,6 +20,7 @@ from mergekit_symalign.graph.fresh import forget_architectures
 from mergekit_symalign.graph.layer_checks import check_layers
 from mergekit_symalign.graph.opening import require_openable
 from mergekit_symalign.graph.planning import AlignedPlan
+from mergekit_symalign.graph.prefixes import with_dots
 from mergekit_symalign.graph.untie import UNTIE
 
 _PLAN = "_mergekit_symalign_plan"  # where a planner keeps our plan, for the tasks at the end of the merge
@@ -47,6 +48,7 @@ def plan_aligned(planner: Any, original: Any) -> None:
     method, listed = planner._method, listed_models(planner.config)
     check_config(planner.config, method)
     check_layers(planner.config, planner.arch_info, planner.options.trust_remote_code)
+    planner.arch_info = with_dots(planner.arch_info)
     plan = AlignedPlan(planner.config, planner.options, method, listed)
     planner.config = planner.config.model_copy(deep=True)
     _know_other_names(planner, plan)

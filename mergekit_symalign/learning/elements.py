@@ -145,7 +145,7 @@ class LearnedHeads(Learned):
         else:
             key = parts["key"].step
             numbers |= _queries(None if key is None else key.dual(), shape)
-        if orders and use.heads:
+        if orders and use.heads and not shape.locked_heads:
             sizes = {"kv_scores": (1, shape.kv_heads), "query_scores": (shape.kv_heads, shape.queries_per_kv)}
             numbers |= {name: first_scores(*size) for name, size in sizes.items() if size[1] > 1}
         found = {name: _manifold(name, use, general=general) for name in numbers}

@@ -32,13 +32,14 @@ def admitted(axis: str, shape: HeadShape | MlpShape, *, full: bool = False) -> A
     if isinstance(shape, MlpShape):
         return _admitted_in_mlp(axis, shape)
     size = (shape.heads(axis) * shape.head_dim,)
+    order: Admitted = {} if shape.locked_heads else {Permutation.kind: (size,)}
     if axis in GAIN_AXES:
         return _admitted_gains(axis, shape)
     if axis in ("value", "attended"):
         d, heads = shape.head_dim, shape.heads(axis)
-        return {Permutation.kind: (size,), HeadRotation.kind: _rotation(heads, d), HeadMatrix.kind: ((heads, d, d),)}
+        return {**order, HeadRotation.kind: _rotation(heads, d), HeadMatrix.kind: ((heads, d, d),)}
     if axis in ("query", "key"):
-        return {Permutation.kind: (size,), **_admitted_turns(shape.heads(axis), shape, full=full)}
+        return {**order, **_admitted_turns(shape.heads(axis), shape, full=full)}
     return {}
 
 

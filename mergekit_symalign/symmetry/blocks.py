@@ -71,7 +71,7 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> Solved:
     problem = HeadProblem(HeadRows(sides, own, norms, shape, use))
     m = problem.standing
     before = heads_distance(m, norms, HeadActions(None, None), sides, {})
-    matched = match_heads(problem) if use.heads else MatchedHeads(None, None)
+    matched = match_heads(problem) if use.heads and not shape.locked_heads else MatchedHeads(None, None)
     order = matched.order
     if order is None:
         found = problem.standing_actions

@@ -104,6 +104,7 @@ class HeadShape:
         rotary: how many of them turn with the position (RoPE); 0 without positions in query and key.
         interleaved: planes are ``(2i, 2i + 1)`` instead of ``(i, i + rotary/2)``.
         norm: normalisation of queries and keys.
+        locked_heads: no head may move to another's place, because each has a bias of its own on its scores.
     """
 
     query_heads: int
@@ -112,6 +113,7 @@ class HeadShape:
     rotary: int
     interleaved: bool = False
     norm: GainScope = GainScope.none
+    locked_heads: bool = False
 
     @property
     def qk_norm(self) -> bool:

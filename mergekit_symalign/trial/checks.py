@@ -130,7 +130,8 @@ def _stored(model: PreTrainedModel) -> State:
 
 def _is_ignored(layout: ModelLayout, part: str) -> bool:
     """Without positions a bias of the keys adds the same to all scores of a query: softmax does not see it."""
-    return layout.inside[part].axes == ("key",) and layout.family.attention.positions is Positions.none
+    axes, positions = layout.inside[part].axes, layout.family.attention.positions
+    return axes == ("cross.key",) or (axes == ("key",) and positions is Positions.none)
 
 
 def _fits(shape: tuple[int | None, ...], x: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from mergekit_symalign.errors import ConfigError
+from mergekit_symalign.families.known import families
 from mergekit_symalign.families.schema import Family
 
 _SIZES = {"layers": 2, "hidden": 48, "query_heads": 6, "kv_heads": 2, "head_dim": 8, "neurons": 80, "experts": 4}
@@ -21,7 +22,9 @@ _SIZES |= {"dense": 64}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 _TEXT = {"vocab_size": 97, "max_position_embeddings": 128, "num_experts_per_tok": 2, "num_labels": 2} | _TOKENS
 _VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-_VISION |= {"image_size": 28, "patch_size": 14}
+_PICTURES = {"image_size": 28, "patch_size": 14, "num_patches": 4}
+_VISION |= _PICTURES
+_DECODE_THEIR_INPUT = ("ForSequenceClassification", "ForQuestionAnswering")
 
 
 class EverythingInFloat64(TorchFunctionMode):
@@ -76,7 +79,10 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """Sharp weights, norms away from 1, and biases away from 0, in place."""
     generator = torch.Generator().manual_seed(seed)
     biases = ((name, x) for name, x in model.named_buffers() if name.endswith("bias") and x.is_floating_point())
+    fixed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # sinusoids that checkpoints do not have
     for name, x in (*model.named_parameters(), *biases):
+        if name in fixed:
+            continue
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         if x.ndim >= 2 and "norm" not in name:
             x.copy_(noise * 1.5 / x.shape[-1] ** 0.5)
@@ -87,24 +93,56 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 @torch.no_grad()
 def outputs(model: PreTrainedModel, seed: int = 0, **more: Tensor) -> Tensor:
-    """What a model in float64 computes of random tokens (images, where it knows no tokens).
+    """What a model in float64 computes of random tokens (images or sounds, where it knows no tokens).
 
     Args:
         model: in float64.
         seed: of the inputs.
         more: inputs beside the tokens; ``input_ids`` among them replaces those.
     """
-    generator = torch.Generator().manual_seed(seed)
-    config = model.config.get_text_config()
-    if model.main_input_name == "pixel_values":
-        size = (3, config.num_channels, config.image_size, config.image_size)
-        inputs = {"pixel_values": torch.randn(size, generator=generator, dtype=torch.float64)}
-    else:
-        shape = (3, 2, 24) if type(model).__name__.endswith("MultipleChoice") else (3, 24)
-        inputs = {"input_ids": torch.randint(3, min(config.vocab_size, 80), shape, generator=generator)}
+    inputs = _inputs(model, torch.Generator().manual_seed(seed))
     with EverythingInFloat64():
         found: Tensor = model(**inputs | more)[0]
     return found
+
+
+def _inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
+    config = model.config.get_text_config()
+    if model.main_input_name == "pixel_values":
+        return _pictures(getattr(model.config, "vision_config", model.config), generator)
+    if model.main_input_name == "input_features":
+        size = (3, config.num_mel_bins, 2 * config.max_source_positions)
+        sounds = {"input_features": torch.randn(size, generator=generator, dtype=torch.float64)}
+        return sounds | (_decoded(config, generator) if hasattr(model, "get_decoder") else {})
+    shape = (3, 2, 24) if type(model).__name__.endswith("MultipleChoice") else (3, 24)
+    ids = torch.randint(3, min(config.vocab_size, 80), shape, generator=generator)
+    if not config.is_encoder_decoder:
+        both = hasattr(model, "logit_scale")  # it compares texts with pictures
+        return {"input_ids": ids} | (_pictures(model.config.vision_config, generator) if both else {})
+    ids[:, -1] = config.eos_token_id  # classifiers look for it
+    decodes = "Encoder" not in type(model).__name__ and not type(model).__name__.endswith(_DECODE_THEIR_INPUT)
+    return {"input_ids": ids} | (_decoded(config, generator) if decodes else {})
+
+
+def _decoded(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """Tokens for a decoder."""
+    ids = torch.randint(3, min(config.vocab_size, 80), (3, 20), generator=generator)
+    ids[:, -1] = config.eos_token_id
+    return {"decoder_input_ids": ids}
+
+
+def _pictures(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """Square ones; as patches, and how many there are of them, where a model takes pictures of any shape."""
+    if not hasattr(config, "image_size"):
+        patches = (3, config.num_patches, config.num_channels * config.patch_size**2)
+        side = int(config.num_patches**0.5)
+        return {
+            "pixel_values": torch.randn(patches, generator=generator, dtype=torch.float64),
+            "pixel_attention_mask": torch.ones(patches[:2], dtype=torch.int64),
+            "spatial_shapes": torch.full((3, 2), side),
+        }
+    size = (3, config.num_channels, config.image_size, config.image_size)
+    return {"pixel_values": torch.randn(size, generator=generator, dtype=torch.float64)}
 
 
 def with_weights(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -121,13 +159,35 @@ def relative_deviation(a: Tensor, b: Tensor) -> float:
 
 
 def _small_config(config_class: Any, family: Family) -> dict[str, Any]:
-    sizes = {key: where for key, where in family.sizes.model_dump(exclude={"shared"}).items() if where is not None}
+    sizes = {
+        key: where
+        for key, where in family.sizes.model_dump(exclude={"shared", "two_thirds"}).items()
+        if where is not None
+    }
     text = {where: _SIZES[key] for key, where in sizes.items()} | _TEXT
     if not family.config:
-        return text
+        return text | _small_pictures(config_class) | _sizes_of_towers(family)
     whole = config_class()
     vision = getattr(whole, "vision_config", None)
     known = getattr(vision, "__dataclass_fields__", None) or vars(vision or object)
     own: dict[str, Any] = {family.config: {"model_type": getattr(whole, family.config).model_type} | text}
     small = {key: value for key, value in _VISION.items() if key in known}
-    return own | {"vision_config": {"model_type": getattr(vision, "model_type", None)} | small}
+    pictures = _PICTURES if family.config == "vision_config" else small
+    kind = {"model_type": getattr(vision, "model_type", None)}
+    own["vision_config"] = kind | own.get("vision_config", {}) | {k: x for k, x in pictures.items() if k in known}
+    return own
+
+
+def _small_pictures(config_class: Any) -> dict[str, Any]:
+    """Of a model that looks at pictures alone."""
+    known = vars(config_class()).keys()
+    return {key: value for key, value in _PICTURES.items() if key in known}
+
+
+def _sizes_of_towers(family: Family) -> dict[str, Any]:
+    """Of the other stacks of layers that the same config describes."""
+    others = [families()[tower.family].sizes for tower in family.towers.values() if tower.family and not tower.config]
+    keys = [
+        (key, where) for sizes in others for key, where in sizes.model_dump(exclude={"shared", "two_thirds"}).items()
+    ]
+    return {where: _SIZES[key] for key, where in keys if where is not None}
