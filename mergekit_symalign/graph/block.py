@@ -56,7 +56,8 @@ class Block:
 
     @cached_property
     def axes(self) -> tuple[TensorAxes, ...]:
-        specs = [self.layout.claim(weight.name).spec for weight, _ in self.members]  # type: ignore[union-attr]
+        whole = self.checkpoints[self.anchor].layout
+        specs = [whole.placed(weight.name).claim.spec for weight, _ in self.members]  # type: ignore[union-attr]
         return tuple(self.layout.axes(spec) for spec in specs)
 
     @property
