@@ -212,6 +212,40 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4v": ("Glm4vForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | {"image_size": 28}}),
 }
 
+WHISPER = {"max_source_positions": 12, "max_target_positions": 32, "num_mel_bins": 8}
+GATED = {"feed_forward_proj": "gated-gelu"}
+SIDES = {"text_config": {"projection_size": 32}}
+MORE |= {
+    "clip-pictures": ("CLIPVisionModelWithProjection", {}),
+    "clip-text": ("CLIPTextModelWithProjection", {}),
+    "siglip": ("SiglipModel", SIDES),
+    "siglip2": ("Siglip2Model", SIDES),
+    "siglip-pictures": ("SiglipVisionModel", {}),
+    "siglip2-pictures": ("Siglip2VisionModel", {}),
+    "siglip-text": ("SiglipTextModel", {}),
+    "siglip-classifier": ("SiglipForImageClassification", {}),
+    "dinov2": ("Dinov2Model", {}),
+    "dinov2-swiglu": ("Dinov2WithRegistersModel", {"use_swiglu_ffn": True}),
+    "dinov2-classifier": ("Dinov2ForImageClassification", {}),
+    "dinov2-registers-classifier": ("Dinov2WithRegistersForImageClassification", {}),
+    "dinov3": ("DINOv3ViTModel", {"num_register_tokens": 2}),
+    "dinov3-gated": ("DINOv3ViTModel", {"use_gated_mlp": True, "hidden_act": "silu"}),
+    "bart": ("BartForConditionalGeneration", {}),
+    "bart-classifier": ("BartForSequenceClassification", {"num_labels": 3}),
+    "mbart": ("MBartForConditionalGeneration", {}),
+    "pegasus": ("PegasusForConditionalGeneration", {}),
+    "marian": ("MarianMTModel", {"decoder_start_token_id": 0}),
+    "m2m100": ("M2M100ForConditionalGeneration", {}),
+    "whisper": ("WhisperForConditionalGeneration", WHISPER),
+    "whisper-sounds": ("WhisperForAudioClassification", WHISPER),
+    "t5": ("T5ForConditionalGeneration", {"feed_forward_proj": "relu"}),
+    "flan-t5": ("T5ForConditionalGeneration", GATED | UNTIED),
+    "t5-encoder": ("T5EncoderModel", GATED),
+    "mt5": ("MT5ForConditionalGeneration", GATED),
+    "umt5": ("UMT5ForConditionalGeneration", GATED),
+    "umt5-encoder": ("UMT5EncoderModel", GATED),
+}
+
 
 def family_for(class_name: str) -> Family:
     """By the class's default config."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from mergekit_symalign.errors import ArchitectureError
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import MlpKind, TensorSpec
 from mergekit_symalign.families.stream import is_gain
@@ -86,6 +87,20 @@ class Activations:
     positions: dict[str, Tensor] = field(default_factory=dict)
     routing: Routing | None = None
     normed: dict[str, Tensor] = field(default_factory=dict)
+
+
+def require_runs(layout: ModelLayout, model: str) -> None:
+    """
+    Raises:
+        ArchitectureError: if the layers of a model cannot be run one after another on prompts or images.
+    """
+    if not layout.family.runs:
+        raise ArchitectureError(
+            f"model {model}",
+            f"{layout.family.title} has several stacks of layers with inputs of their own, which cannot be run one "
+            "layer after another on prompts",
+            "Use objective: weights, and a method that needs no data",
+        )
 
 
 class LayerRunner:

@@ -78,13 +78,18 @@ def _of_mlp(family: Family, axes: set[str]) -> Iterator[str]:
         yield f"no tensor of a layer has the axis {missing[0]}"
     if gated != ("gate" in axes):
         yield f"mlp is {family.mlp.value}, but {'no' if gated else 'a'} tensor of a layer has the axis gate"
-    if gated and family.activation is not None:
+    if family.gated_when is not None and not gated:
+        yield "gated_when says when the MLP is gated, but mlp is plain"
+    always = gated and family.gated_when is None
+    if always and family.activation is not None:
         yield f"activation is of a plain MLP, but mlp is {family.mlp.value}"
-    if gated and (restricted := [key for key in _ACTIVATIONS if family.variants.get(key)]):
+    if always and (restricted := [key for key in _ACTIVATIONS if family.variants.get(key)]):
         yield f"variants.{restricted[0]} is no reason to refuse a model: a gated MLP may have any activation"
     for kind, size in ((BlockKind.shared, family.sizes.shared), (BlockKind.dense, family.sizes.dense)):
         if bool(size) != bool(kind.names & axes):
             yield f"sizes.{kind.value} and the axes {kind.prefix}* belong together, and one of them is missing"
+    if cross := [axis for axis in BlockKind.cross.names - axes if BlockKind.cross.names & axes]:
+        yield f"no tensor of a layer has the axis {min(cross)}"
     if (family.sizes.experts is not None) != ("expert" in axes):
         yield "sizes.experts and the axis expert belong together, and one of them is missing"
 

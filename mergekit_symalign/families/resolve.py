@@ -71,6 +71,7 @@ class Geometry:
             return lengths[axis]
         return {
             "query": self.query_heads * self.head_dim,
+            **dict.fromkeys(BlockKind.cross.names, self.query_heads * self.head_dim),
             "attended": self.query_heads * self.head_dim,
             "key": self.kv_heads * self.head_dim,
             "value": self.kv_heads * self.head_dim,
@@ -317,7 +318,16 @@ class ModelLayout:
     def block_shape(self, layer: Layer, kind: BlockKind) -> BlockShape:
         """The heads or neurons of a block."""
         of, index = self.stack(layer)
-        return of.mlp_shape(kind) if kind.is_mlp else of.head_shape(index)
+        return of.mlp_shape(kind) if kind.is_mlp else of.attention_shape(index, kind)
+
+    def attention_shape(self, layer: int, kind: BlockKind) -> AttentionShape:
+        """The heads of a block; those of a layer's own attention for a block that has none."""
+        g = self.geometry
+        return (
+            HeadShape(g.query_heads, g.query_heads, g.head_dim, 0)
+            if kind is BlockKind.cross
+            else self.head_shape(layer)
+        )
 
     def shape(self, spec: TensorSpec) -> tuple[int | None, ...]:
         """The shape a tensor must be stored in; None where any length is right."""
@@ -430,6 +440,8 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
     family = family or family_of(config, model)
     towers = _towers(config, family, model)
     config = text_config(config, family)
+    if family.gated_when is not None and not lookup(config, family.gated_when):
+        family = family.model_copy(update={"mlp": MlpKind.plain})
     for key, allowed in family.variants.items():
         wrong = [value for value in _values(config, key) if value not in allowed]
         if wrong:
@@ -458,7 +470,7 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
         norm=attention.norm if normalised else GainScope.none,
         locked=_is_locked(config, attention.head_bias),
         neuron_scale=_neuron_scale(config, family),
-        activation=lookup(config, family.activation) if family.activation is not None else None,
+        activation=_activation(config, family),
         absent=frozenset(family.layer) - inside.keys(),
         layer_kinds=kinds,
         towers=towers,
@@ -509,7 +521,18 @@ def _ropes(config: Any) -> list[Mapping[str, Any]]:
 
 
 def _present(config: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    return {name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)}
+    return {name: spec for name, spec in tensors.items() if _exists(config, spec)}
+
+
+def _exists(config: Any, spec: TensorSpec) -> bool:
+    wanted = spec.when is None or bool(lookup(config, spec.when))
+    return wanted and (spec.unless is None or not lookup(config, spec.unless))
+
+
+def _activation(config: Any, family: Family) -> str | None:
+    """Of a plain MLP."""
+    plain = family.mlp is MlpKind.plain and family.activation is not None
+    return lookup(config, family.activation) if plain and family.activation is not None else None
 
 
 def _has_neurons(geometry: Geometry, block: BlockKind | None) -> bool:
@@ -524,8 +547,7 @@ def _is_locked(config: Any, bias: bool | str) -> bool:
 def _neuron_scale(config: Any, family: Family) -> NeuronScale:
     if family.mlp is MlpKind.gated:
         return NeuronScale.signed
-    activation = lookup(config, family.activation) if family.activation is not None else None
-    return NeuronScale.positive if activation in _POSITIVELY_HOMOGENEOUS else NeuronScale.none
+    return NeuronScale.positive if _activation(config, family) in _POSITIVELY_HOMOGENEOUS else NeuronScale.none
 
 
 def _geometry(config: Any, family: Family, model: str) -> Geometry:
@@ -537,6 +559,8 @@ def _geometry(config: Any, family: Family, model: str) -> Geometry:
     sizes |= {key: sizes[key] or 0 for key in ("nope", "rope", "value", "kv_latent", "q_latent")}
     sizes["head_dim"] = sizes["head_dim"] or sizes["nope"] + sizes["rope"] or sizes["hidden"] // sizes["query_heads"]
     sizes["neurons"] = _adjusted(config, family.sizes.adjusted, sizes["neurons"] or 4 * sizes["hidden"])
+    if family.sizes.two_thirds and family.mlp is MlpKind.gated:
+        sizes["neurons"] = (int(sizes["neurons"] * 2 / 3) + 7) // 8 * 8
     sizes["groups"] = sizes["groups"] or 1
     sizes["experts"] = 1 if sizes["experts"] is None else sizes["experts"]
     sizes["dense"] = sizes["dense"] or 0
