@@ -104,6 +104,7 @@ class ModelLayout:
         without_rope: layers that have none.
         norm: normalisation of queries and keys.
         locked: each head has a bias of positions of its own.
+        unit_norm: queries and keys are normalised without a gain, in layers with RoPE.
         neuron_scale: which factors the neurons have.
         activation: of a plain MLP, as the config names it; None where it decides nothing.
         absent: tensors that the family knows and this config does not have, by the rest of their name.
@@ -119,6 +120,7 @@ class ModelLayout:
     without_rope: frozenset[int] = frozenset()
     norm: GainScope = GainScope.none
     locked: bool = False
+    unit_norm: bool = False
     neuron_scale: NeuronScale = NeuronScale.signed
     activation: str | None = None
     absent: frozenset[str] = frozenset()
@@ -232,7 +234,8 @@ class ModelLayout:
         interleaved = attention.positions is Positions.rope_interleaved
         axes = {name for spec in self.inside.values() for axis in spec.axes for name in _names(axis)}
         sizes = (g.query_heads, g.kv_heads, g.head_dim, rotary)
-        return HeadShape(*sizes, interleaved, self.norm, "query_head" in axes, self.locked, self._values(axes))
+        unit = self.unit_norm and turning
+        return HeadShape(*sizes, interleaved, self.norm, "query_head" in axes, self.locked, self._values(axes), unit)
 
     def _values(self, axes: set[str]) -> HeadValues:
         if "attended_gate" in axes:
@@ -333,7 +336,8 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
         rotary=_rotary(config, family, geometry, model),
         without_rope=layers_where(flat, config, layers, family.layer_kinds) if flat else frozenset(),
         norm=attention.norm if normalised else GainScope.none,
-        locked=_is_locked(config, attention.head_bias),
+        locked=_is_set(config, attention.head_bias),
+        unit_norm=_is_set(config, attention.unit_norm),
         neuron_scale=_neuron_scale(config, family),
         activation=lookup(config, family.activation) if family.activation is not None else None,
         absent=frozenset(family.layer) - inside.keys(),
@@ -359,8 +363,8 @@ def _has_neurons(geometry: Geometry, block: BlockKind | None) -> bool:
     return block is None or not block.is_mlp or min(geometry.mlp(block)) > 0
 
 
-def _is_locked(config: Any, bias: bool | str) -> bool:
-    return bias if isinstance(bias, bool) else bool(lookup(config, bias))
+def _is_set(config: Any, key: bool | str) -> bool:
+    return key if isinstance(key, bool) else bool(lookup(config, key))
 
 
 def _neuron_scale(config: Any, family: Family) -> NeuronScale:
