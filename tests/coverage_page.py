@@ -30,9 +30,13 @@ OUT = """
 | Qwen2-VL | MergeKit does not find the number of layers in its config, so it plans no merge |
 | heads for answers to questions of decoders and BERT, BERT for pre-training | MergeKit drops the head's tensors |
 | GPT-J, GPTBigCode, GPT-Neo, Falcon, BLOOM, MPT, T5, BART, Whisper, MPNet | not described yet |
-| Llama 4, gpt-oss, Gemma 3n, Gemma 4, Qwen3-Next, Qwen3.5, hybrids with state spaces | not described yet |
+| Gemma 3n, Gemma 4 | heads of another size in some layers, and layers that share keys and values: no solver |
+| Llama 4 with vision | transformers 5.24 cannot run the class |
+| Laguna, MiMo V2 | heads of another number or size in some layers |
+| Zamba 2 | one attention that many layers share, each with an adapter of its own |
+| mixtures with groups of experts (`n_group` above 1) | experts may not leave their group, and no solver knows |
 | DeepSeek and other models with MLA | no solver |
-| NanoChat (QK-norm without gains), DiffLlama (differential attention), BitNet (norms in the attention) | no solver |
+| DiffLlama (differential attention), BitNet (norms in the attention) | no solver |
 """
 
 

@@ -378,6 +378,9 @@ def _geometry(config: Any, family: Family, model: str) -> Geometry:
     """Sizes from the config, with transformers' own rules for those it may leave out."""
     keys = family.sizes.named()
     sizes: dict[str, Any] = {f.name: lookup(config, keys[f.name]) if f.name in keys else None for f in fields(Geometry)}
+    for size, value in sizes.items():
+        if isinstance(value, (list, tuple)):
+            raise ArchitectureError(f"model {model}", f"config.{keys[size]} differs between layers: {value}", OTHERWISE)
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["query_heads"]
     sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["query_heads"]
     sizes["neurons"] = _adjusted(config, family.sizes.adjusted, sizes["neurons"] or 4 * sizes["hidden"])
