@@ -25,6 +25,7 @@ from mergekit_symalign.symmetry.groups import (
 )
 from mergekit_symalign.symmetry.heads.coordinates import order_within, within_heads
 from mergekit_symalign.symmetry.heads.gated import GATE, gate_action
+from mergekit_symalign.symmetry.heads.of_keys import with_attended, with_own_values
 from mergekit_symalign.symmetry.heads.order import HeadOrder, moved_axes
 from mergekit_symalign.symmetry.heads.solve import per_query_head
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, HeadValues, MlpShape, NeuronScale
@@ -96,6 +97,9 @@ class _Draw:
     what: Planted
 
     def attention(self, shape: HeadShape) -> BlockElement:
+        if shape.of_keys:
+            own = self.attention(with_own_values(shape)).actions
+            return BlockElement(with_attended(own))
         value = self._values(shape)
         actions: dict[str, AxisAction] = {"value": value, "attended": per_query_head(value.dual(), shape)}
         gate = gate_action(value) if shape.gated else None

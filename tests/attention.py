@@ -16,7 +16,8 @@ Rows = dict[str, Tensor]
 def random_rows(shape: HeadShape, seed: int) -> Rows:
     """The rows of every axis of a block."""
     g = torch.Generator().manual_seed(seed)
-    axes = ("query", "key", "value", "attended", *(("attended_gate",) if shape.gated else ()))
+    own = ("query", "key", "attended") if shape.of_keys else ("query", "key", "value", "attended")
+    axes = (*own, *(("attended_gate",) if shape.gated else ()))
     sizes = {axis: shape.heads(axis) * shape.head_dim for axis in axes}
     rows = {axis: torch.randn(n, HIDDEN, generator=g, dtype=torch.float64) for axis, n in sizes.items()}
     for axis, heads in (("query_gain", shape.query_heads), ("key_gain", shape.kv_heads)) if shape.qk_norm else ():
@@ -34,8 +35,8 @@ def random_tokens(count: int = 12) -> Tensor:
 def attention(rows: Rows, shape: HeadShape, x: Tensor) -> Tensor:
     """What the block adds to tokens [n, hidden]."""
     query, key = (_turned(_normed(x, rows, axis, shape), shape) for axis in ("query", "key"))
-    value = (x @ rows["value"].mT).unflatten(-1, (shape.kv_heads, -1))
-    if shape.values is HeadValues.normed:
+    value = (x @ rows["key" if shape.of_keys else "value"].mT).unflatten(-1, (shape.kv_heads, -1))
+    if shape.values in (HeadValues.normed, HeadValues.keys):
         value = value / value.square().mean(-1, keepdim=True).sqrt()
     key, value = (y.repeat_interleave(shape.queries_per_kv, dim=1) for y in (key, value))
     score = torch.einsum("nhd,mhd->hnm", query, key)

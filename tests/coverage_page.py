@@ -29,7 +29,7 @@ OUT = """
 |---|---|
 | Qwen2-VL | MergeKit does not find the number of layers in its config, so it plans no merge |
 | heads for answers to questions of decoders and BERT, BERT for pre-training | MergeKit drops the head's tensors |
-| GPT-J, GPTBigCode, GPT-Neo, Falcon, BLOOM, MPT, T5, BART, Whisper, MPNet | not described yet |
+| GPT-J, GPTBigCode, GPT-Neo, Falcon, T5, BART, Whisper | not described yet |
 | Gemma 3n, Gemma 4 | heads of another size in some layers, and layers that share keys and values: no solver |
 | Llama 4 with vision | transformers 5.24 cannot run the class |
 | Laguna, MiMo V2 | heads of another number or size in some layers |

@@ -99,6 +99,8 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt-oss": ("GptOssForCausalLM", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}),
     "minimax-m2": ("MiniMaxM2ForCausalLM", {"rotary_dim": 4}),
+    "granite-swa": ("GraniteSWAForCausalLM", {"layer_rope_theta": [1e4, 0]} | UNTIED),
+    "granitemoe-swa": ("GraniteMoeSWAForCausalLM", {"layer_rope_theta": [1e4, 0]} | UNTIED),
     "bloom": ("BloomForCausalLM", {}),
     "mpt": ("MptForCausalLM", {"max_seq_len": 64}),
     "mpnet": ("MPNetForMaskedLM", {}),

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from attention import attention, distance, moved, noisy, planted, random_rows, random_tokens, sides_of, wide
 
-from mergekit_symalign.errors import SymmetryError
+from mergekit_symalign.errors import ConfigError, SymmetryError
+from mergekit_symalign.families.known import _files, classes_in, families_of
+from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.families.schema import BlockKind, Family
+from mergekit_symalign.graph.models import check_possible
 from mergekit_symalign.learning.elements import learned_block
 from mergekit_symalign.planting import Planted
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by
@@ -19,6 +26,8 @@ from mergekit_symalign.symmetry.heads.order import moved_axes
 from mergekit_symalign.symmetry.membership import require_symmetry
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, HeadValues, Rotation, Symmetries, ValueOutput
 from mergekit_symalign.symmetry.solve import solve_block
+from mergekit_symalign.trial.checks import problems
+from mergekit_symalign.trial.models import randomise, small_model
 
 PLAIN = HeadShape(6, 2, 8, 8)
 SHAPES = {
@@ -32,6 +41,9 @@ SHAPES = {
     "gate, no RoPE, sinks": HeadShape(4, 2, 6, 0, values=HeadValues.gated, numbered=True),
     "values normed": replace(PLAIN, norm=GainScope.head, values=HeadValues.normed),
     "values normed, partial RoPE": HeadShape(4, 2, 8, 4, norm=GainScope.head, values=HeadValues.normed),
+    "keys are values": HeadShape(6, 2, 8, 8, norm=GainScope.head, values=HeadValues.keys),
+    "keys are values, partial RoPE": HeadShape(4, 2, 9, 4, norm=GainScope.head, values=HeadValues.keys),
+    "keys are values, own gains": HeadShape(4, 2, 7, 2, norm=GainScope.all, values=HeadValues.keys),
 }
 
 
@@ -75,8 +87,9 @@ def test_by_activations_too(name: str) -> None:
     sibling = noisy(anchor, 0.02)
     twin = moved(sibling, planted(shape, 3))
     x = random_tokens(200).mT
-    seen = {axis: Covariance.of_rows([(anchor[axis] @ x, twin[axis] @ x)]) for axis in ("query", "key", "value")}
-    seen["attended"] = Covariance.of_rows([(wide(anchor["value"], shape) @ x, wide(twin["value"], shape) @ x)])
+    values = "key" if shape.of_keys else "value"
+    seen = {axis: Covariance.of_rows([(anchor[axis] @ x, twin[axis] @ x)]) for axis in ("query", "key", values)}
+    seen["attended"] = Covariance.of_rows([(wide(anchor[values], shape) @ x, wide(twin[values], shape) @ x)])
     found = align_attention_by(seen, sides_of(anchor, twin), shape, Symmetries()).element
     require_symmetry(found, shape)
     back = moved(twin, found)
@@ -200,3 +213,100 @@ def test_a_general_matrix_is_never_taken(name: str) -> None:
     anchor, model = random_rows(shape, 0), random_rows(shape, 1)
     found = solve_block(sides_of(anchor, model), shape, Symmetries(value_output=ValueOutput.general)).element
     require_symmetry(found, shape)
+
+
+GEMMA4 = {
+    "layer_types": ["full_attention"] * 2,
+    "global_head_dim": 8,
+    "num_global_key_value_heads": 2,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "attention_k_eq_v": False,
+    "enable_moe_block": False,
+    "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+}
+# Attentions of classes whose layers differ, in models whose layers are alike.
+FILES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "query and gate in one tensor": (
+        "Qwen3NextForCausalLM",
+        {"layer_types": ["full_attention"] * 2, "mlp_only_layers": [0, 1], "partial_rotary_factor": 0.5},
+        {
+            "extends": "qwen3",
+            "attention": {"rotary_factor": ["rope_parameters.partial_rotary_factor", "partial_rotary_factor"]},
+            "variants": {"rope_parameters.partial_rotary_factor": None, "partial_rotary_factor": None},
+            "tensors": {"norm.weight": {"axes": ["residual"], "offset": 1, "read_by": ["lm_head.weight"]}},
+            "layer": {
+                "self_attn.q_proj.weight": {"axes": [["query", "attended_gate"], "residual"], "fused_per_head": True},
+                "self_attn.q_norm.weight": {"axes": ["query_gain"], "offset": 1},
+                "self_attn.k_norm.weight": {"axes": ["key_gain"], "offset": 1},
+                "input_layernorm.weight": {"axes": ["residual"], "offset": 1},
+                "post_attention_layernorm.weight": {"axes": ["residual"], "offset": 1},
+            },
+        },
+    ),
+    "gate beside, layers without RoPE": (
+        "AfmoeForCausalLM",
+        {"num_dense_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+        {
+            "extends": "qwen3",
+            "attention": {"without_rope": {"key": "layer_types", "value": "full_attention"}},
+            "layer": {
+                "self_attn.gate_proj.weight": {"axes": ["attended_gate", "residual"]},
+                "pre_mlp_layernorm.weight": {"axes": ["residual"]},
+                "post_mlp_layernorm.weight": {"axes": ["residual"]},
+            },
+        },
+    ),
+    "keys that are values": (
+        "Gemma4ForCausalLM",
+        GEMMA4 | {"attention_k_eq_v": True},
+        {
+            "extends": "qwen3",
+            "attention": {"value_norm": True},
+            "layer": {
+                "self_attn.v_proj.weight": None,
+                "self_attn.v_proj.bias": None,
+                "layer_scalar": {"axes": ["other"]},
+                "input_layernorm.weight": {"axes": ["residual"], "read_by": ["self_attn.q_proj.weight"]},
+                "pre_feedforward_layernorm.weight": {"axes": ["residual"]},
+                "post_feedforward_layernorm.weight": {"axes": ["residual"]},
+            },
+        },
+    ),
+    "normalised values": (
+        "Gemma4ForCausalLM",
+        GEMMA4,
+        {
+            "extends": "qwen3",
+            "attention": {"value_norm": True},
+            "layer": {
+                "layer_scalar": {"axes": ["other"]},
+                "pre_feedforward_layernorm.weight": {"axes": ["residual"]},
+                "post_feedforward_layernorm.weight": {"axes": ["residual"]},
+            },
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_may_describe_such_attentions(name: str, tmp_path: Path) -> None:
+    class_name, settings, text = FILES[name]
+    raw = {"name": "own", "title": "own", "architectures": [class_name], "stream": {"returned": True}} | text
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(raw), "utf-8")
+    family = classes_in(tmp_path / "own.yaml")[class_name]
+    assert isinstance(family, Family)
+    model = randomise(small_model(class_name, family, settings), 0)
+    layout = resolve(model.config, model=name, family=family)
+    assert layout.head_shape(0).values is not HeadValues.free
+    assert problems(model, layout) == []
+
+
+def test_a_general_matrix_is_refused_in_a_merge() -> None:
+    class_name, settings, text = FILES["normalised values"]
+    raw = {"name": "own", "title": "Own", "architectures": [class_name]} | text
+    family = families_of({**{k: v for k, v in _files().items() if "passes_through" not in v}, "own": raw})["own"]
+    layout = resolve(small_model(class_name, family, settings).config, model="m", family=family)
+    with pytest.raises(ConfigError, match="general is not exact for Own: its values are normalised"):
+        check_possible(Symmetries(value_output=ValueOutput.general), BlockKind.attention, layout)
+    check_possible(Symmetries(), BlockKind.attention, layout)

@@ -78,7 +78,7 @@ def query_key(layout: ModelLayout) -> str:
         order = "; order and signs of coordinates that do not turn" if still else ""
         return f"QK-norm: sign per {sign}, factor between gains ({gains}){order}"
     if shape.rotary == 0:
-        return "rotation and scale (no RoPE)"
+        return "rotation and scale (no RoPE)" + ("; heads stay" if shape.locked else "")
     layout_name = "interleaved" if attention.positions is Positions.rope_interleaved else "half-split"
     text = f"angle and scale per plane ({layout_name})"
     if shape.rotary < shape.head_dim:
@@ -96,7 +96,10 @@ MLP = {
 def mlp(layout: ModelLayout) -> str:
     """What is exact for neurons."""
     shape = layout.mlp_shape()
-    return MLP[shape.scale] + ("; experts with their router rows" if shape.experts > 1 else "")
+    clamped = shape.gated and shape.scale is NeuronScale.none
+    return ("gated, clamped: permutation" if clamped else MLP[shape.scale]) + (
+        "; experts with their router rows" if shape.experts > 1 else ""
+    )
 
 
 def measure(name: str, folder: Path) -> str:

@@ -38,7 +38,8 @@ def _problems(family: Family) -> Iterator[str]:
 
 def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
     attention = family.attention
-    if missing := [axis for axis in _HEADS if axis not in axes]:
+    of_keys = attention.value_norm and attention.norm is not GainScope.none  # no values of their own
+    if missing := [axis for axis in _HEADS if axis not in axes and not (axis == "value" and of_keys)]:
         yield f"no tensor of a layer has the axis {missing[0]}"
     if attention.positions is Positions.none and (attention.rotary_factor or attention.without_rope):
         yield "attention.positions is none, so no part of a head turns and no layer is without RoPE"

@@ -240,6 +240,8 @@ class ModelLayout:
     def _values(self, axes: set[str]) -> HeadValues:
         if "attended_gate" in axes:
             return HeadValues.gated
+        if "value" not in axes:
+            return HeadValues.keys
         return HeadValues.normed if self.family.attention.value_norm else HeadValues.free
 
     def mlp_shape(self, kind: BlockKind = BlockKind.mlp) -> MlpShape:

@@ -262,7 +262,8 @@ class AttentionSpec(_Data):
             config key: only where that is true, and there in place of RoPE.
         unit_norm: queries and keys are normalised over the head, behind RoPE and without a gain, in layers with RoPE. A
             config key: only where that is true.
-        value_norm: values are normalised over the head (RMS, without a gain), so that they have no scale.
+        value_norm: values are normalised over the head (RMS, without a gain), so that they have no scale. Under a
+            QK-norm, without a tensor that has the axis ``value``, they are what the key projection writes.
     """
 
     positions: Positions

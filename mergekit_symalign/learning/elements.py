@@ -136,14 +136,16 @@ class LearnedHeads(Learned):
             lengths |= {axis: gain_heads(axis, shape) * shape.head_dim for axis in GAIN_AXES}
         lengths |= {NUMBERS: shape.query_heads} if shape.numbered else {}
         lengths |= {GATE: lengths["attended"]} if shape.gated else {}
+        if shape.of_keys:
+            del lengths["value"]
         parts = {axis: canonical(element.actions.get(axis), size) for axis, size in lengths.items()}
         fixed: dict[str, AxisAction] = {axis: part.order for axis, part in parts.items()}
-        value = parts["value"].step
+        value = parts["value"].step if "value" in parts else None
         wanted = use.value_output is ValueOutput.general and shape.values is HeadValues.free
         general = wanted or isinstance(value, HeadMatrix)
         numbers = _values(value, shape, general=general)
         if shape.qk_norm:
-            for axis in ("query", "key"):
+            for axis in ("query", "key", *(("attended",) if shape.of_keys else ())):
                 step = parts[axis].step
                 fixed[axis] = fixed[axis] if step is None else Chain((fixed[axis], step))
             numbers |= _factors(parts["key_gain"].step, lengths["key_gain"], shape)
@@ -160,14 +162,18 @@ class LearnedHeads(Learned):
         return LearnedHeads(shape, general, BlockElement(fixed), numbers, manifolds)
 
     def element(self, numbers: Numbers) -> BlockElement:
-        value: AxisAction
-        if self.shape.gated:
+        value: AxisAction | None = None
+        if self.shape.of_keys:
+            pass
+        elif self.shape.gated:
             value = Scaling(numbers["value_factor"].exp() * numbers["value_sign"])
         elif self.general:
             value = HeadMatrix(numbers["value_matrix"])
         else:
             value = HeadRotation(numbers["value_matrix"], numbers["value_scale"].exp())
-        actions: dict[str, AxisAction] = {"value": value, "attended": per_query_head(value.dual(), self.shape)}
+        actions: dict[str, AxisAction] = {}
+        if value is not None:
+            actions |= {"value": value, "attended": per_query_head(value.dual(), self.shape)}
         actions |= self._gains(numbers) if self.shape.qk_norm else self._queries(numbers)
         orders = self._orders(numbers)
         axes = dict.fromkeys((*orders, *actions))
@@ -263,6 +269,8 @@ def learned_block(
 
 def _values(step: AxisAction | None, shape: HeadShape, *, general: bool) -> dict[str, Tensor]:
     heads, d = shape.kv_heads, shape.head_dim
+    if shape.of_keys:
+        return {}
     if shape.gated:
         factor = step.factor.double() if isinstance(step, Scaling) else torch.ones(heads * d, dtype=torch.float64)
         return {"value_factor": factor.abs().log(), "value_sign": factor.sign()}

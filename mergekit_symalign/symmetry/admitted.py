@@ -39,6 +39,8 @@ def admitted(axis: str, shape: HeadShape | MlpShape, *, full: bool = False) -> A
         return _admitted_gains(axis, shape)
     if axis == GATE:
         return {Permutation.kind: (size,)} if shape.gated else {}
+    if axis == "value" and shape.of_keys:
+        return {}
     if axis in ("value", "attended"):
         return {Permutation.kind: (size,), **_admitted_values(shape.heads(axis), shape)}
     if axis in ("query", "key"):
@@ -48,7 +50,7 @@ def admitted(axis: str, shape: HeadShape | MlpShape, *, full: bool = False) -> A
 
 def _admitted_values(heads: int, shape: HeadShape) -> Admitted:
     d = shape.head_dim
-    if shape.gated:
+    if shape.gated or shape.of_keys:
         return {Scaling.kind: ((heads * d,),)}
     general: Admitted = {HeadMatrix.kind: ((heads, d, d),)} if shape.values is HeadValues.free else {}
     return {HeadRotation.kind: _rotation(heads, d), **general}

@@ -7,6 +7,7 @@ that axis first: a weight and its bias are two of them, and the bias counts as o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from mergekit_symalign.symmetry.heads.from_rows import HeadRows
 from mergekit_symalign.symmetry.heads.gated import GATE, gate_action
 from mergekit_symalign.symmetry.heads.general import GeneralOptimum, align_general, value_grams
 from mergekit_symalign.symmetry.heads.match import HeadProblem, MatchedHeads, match_heads
+from mergekit_symalign.symmetry.heads.of_keys import joined_rows, with_attended, with_own_values
 from mergekit_symalign.symmetry.heads.order import HeadOrder, after, reordered_gains
 from mergekit_symalign.symmetry.heads.shared import reordered, shared_order
 from mergekit_symalign.symmetry.heads.solve import (
@@ -73,6 +75,11 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> Solved:
     >>> torch.equal(found.element.actions["value"](swapped, 0), rows)
     True
     """
+    if shape.of_keys:
+        solved = align_attention(
+            joined_rows(sides, shape), with_own_values(shape), replace(use, value_output=ValueOutput.orthogonal)
+        )
+        return Solved(BlockElement(with_attended(solved.element.actions)), solved.facts)
     if not shape.one_order or use.rotation is Rotation.none:
         return _aligned_heads(sides, shape, use)
     own, norms = head_moments(sides, shape, use.rotation)

@@ -73,6 +73,16 @@ def check_gated(actions: Mapping[str, AxisAction], shape: HeadShape, largest: Ma
     return {axis: found[axis].head for axis in ("value", "attended")}
 
 
+def check_of_keys(
+    actions: Mapping[str, AxisAction], shape: HeadShape, largest: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """The same where values are what the key rows write. Takes and raises what `check_coordinates` does."""
+    own = {**actions, "value": actions["key"]} if "key" in actions else actions
+    found = _moved(own, {axis: shape.heads(axis) for axis in ("value", "attended")}, shape, largest)
+    _check_pairs("attended", "value", found, "it is not the inverse transpose of attended")
+    return {axis: found[axis].head for axis in ("value", "attended")}
+
+
 def _moved(
     actions: Mapping[str, AxisAction], heads: Mapping[str, int], shape: HeadShape, largest: Mapping[str, float]
 ) -> dict[str, _Coordinates]:

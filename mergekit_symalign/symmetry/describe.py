@@ -48,7 +48,10 @@ def describe_heads(element: BlockElement, shape: HeadShape) -> Facts:
         (``query_coordinates_moved``, ``value_coordinates_moved``).
     """
     facts: Facts = {}
-    for name, axis, heads in (("kv", "value", shape.kv_heads), ("query", "query", shape.query_heads)):
+    for name, axis, heads in (
+        ("kv", "key" if shape.of_keys else "value", shape.kv_heads),
+        ("query", "query", shape.query_heads),
+    ):
         order = _order(element.actions.get(axis), heads * shape.head_dim)
         moved = 0 if order is None else _count_moved(order.unflatten(0, (heads, -1)).select(1, 0) // shape.head_dim)
         facts |= {f"{name}_heads": heads, f"{name}_heads_moved": moved}

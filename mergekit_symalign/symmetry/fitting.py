@@ -103,6 +103,8 @@ def _head_lengths(shape: HeadShape) -> Mapping[str, int]:
         reason = f"{shape.rotary} of {shape.head_dim} coordinates cannot turn in pairs"
         raise ShapeError("HeadShape", reason, "rotary is even and at most head_dim")
     lengths = {axis: shape.heads(axis) * shape.head_dim for axis in ("query", "key", "value", "attended")}
+    if shape.of_keys:
+        del lengths["value"]
     lengths |= {"attended_gate": shape.query_heads * shape.head_dim} if shape.gated else {}
     lengths |= {"query_head": shape.query_heads} if shape.numbered else {}
     return lengths | (_gain_lengths(shape) if shape.qk_norm else {})

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.admitted import Admitted, admitted
-from mergekit_symalign.symmetry.coordinates import check_coordinates, check_gated
+from mergekit_symalign.symmetry.coordinates import check_coordinates, check_gated, check_of_keys
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, HeadMatrix, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS
@@ -145,11 +145,15 @@ def _order_of_wholes(index: Tensor, wholes: int, axis: str, what: str) -> Tensor
 
 def _check_heads(actions: Mapping[str, AxisAction], shape: HeadShape, largest: Mapping[str, float]) -> None:
     d, group = shape.head_dim, shape.queries_per_kv
-    axes = (*(() if shape.gated else ("value", "attended")), *(() if shape.qk_norm else ("query", "key")))
+    axes = (
+        *(() if shape.gated or shape.of_keys else ("value", "attended")),
+        *(() if shape.qk_norm else ("query", "key")),
+    )
     heads = {axis: _Heads.moved_by(actions.get(axis), axis, shape.heads(axis), d, largest[axis]) for axis in axes}
     orders = {axis: found.order for axis, found in heads.items()}
     orders |= check_coordinates(actions, shape, largest) if shape.qk_norm else {}
     orders |= check_gated(actions, shape, largest) if shape.gated else {}
+    orders |= check_of_keys(actions, shape, largest) if shape.of_keys else {}
     if shape.values is HeadValues.normed:
         turned = heads["value"].matrix
         require(_is_identity(turned.mT @ turned), "value", "values are normalised, and a scale would be lost")

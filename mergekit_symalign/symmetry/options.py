@@ -73,6 +73,7 @@ class HeadValues(str, Enum):
 
     free = "free"  # nothing: a rotation and a scale, or any invertible matrix
     normed = "normed"  # values are normalised over the head (RMS, no gain): a rotation
+    keys = "keys"  # values are what the key rows write, normalised like that: they carry what keys carry
     gated = "gated"  # a gate multiplies each attended coordinate: an order, and a signed factor for each coordinate
 
 
@@ -133,6 +134,11 @@ class HeadShape:
     def gated(self) -> bool:
         """Whether a gate multiplies each attended coordinate; its rows are the axis ``attended_gate``."""
         return self.values is HeadValues.gated
+
+    @property
+    def of_keys(self) -> bool:
+        """Whether values have no rows of their own: those of the keys, whose QK-norm leaves them no more than signs."""
+        return self.values is HeadValues.keys
 
     @property
     def qk_norm(self) -> bool:

@@ -23,6 +23,7 @@ from mergekit_symalign.symmetry.heads.bounds import whole_bounds
 from mergekit_symalign.symmetry.heads.gated import GATE, gate_action
 from mergekit_symalign.symmetry.heads.match import HeadProblem, MatchedHeads, match_heads
 from mergekit_symalign.symmetry.heads.moments import Moments
+from mergekit_symalign.symmetry.heads.of_keys import joined_rows, with_attended, with_own_values
 from mergekit_symalign.symmetry.heads.order import HeadOrder, after, reordered_gains
 from mergekit_symalign.symmetry.heads.pairs import GroupMoments
 from mergekit_symalign.symmetry.heads.shared import orders, reordered, shared_order
@@ -140,7 +141,13 @@ def align_attention_by(seen: Covariances, weights: Sides, shape: HeadShape, use:
     True
     """
     for axis in HEAD_AXES:
-        _require_axis(axis, seen, shape.heads(axis) * shape.head_dim)
+        if axis != "value" or not shape.of_keys:
+            _require_axis(axis, seen, shape.heads(axis) * shape.head_dim)
+    if shape.of_keys:
+        joined = {**seen, "query": _per_layer(seen["query"]) + _per_layer(seen["attended"])}
+        joined |= {axis: _nothing(shape.heads(axis) * shape.head_dim, seen["key"]) for axis in ("value", "attended")}
+        found = align_attention_by(joined, joined_rows(weights, shape), with_own_values(shape), use)
+        return replace(found, element=BlockElement(with_attended(found.element.actions)))
     blended = _blended(seen, weights, shape)
     gains: Sides = {axis: weights[axis] for axis in GAIN_AXES if axis in weights}
     if not shape.one_order or use.rotation is Rotation.none:
@@ -193,6 +200,11 @@ def _aligned_heads(
     actions |= solve_gains(gains, shape, use, found.query)
     actions = {axis: action.snapped(_TOLERANCE) for axis, action in actions.items()}
     return Solved(BlockElement(actions if order is None else after(order, actions, shape)), BY_ACTIVATIONS)
+
+
+def _nothing(size: int, like: Covariance) -> Covariance:
+    """Of coordinates that no token shows."""
+    return Covariance(like.cross.new_zeros(size, size), like.anchor.new_zeros(size), like.model.new_zeros(size))
 
 
 def _of_heads(order: HeadOrder, shape: HeadShape) -> dict[str, Permutation]:

@@ -40,8 +40,9 @@ class HeadOrder:
 
 def moved_axes(shape: HeadShape) -> tuple[str, ...]:
     """The axes that a permutation of heads moves."""
+    heads = tuple(axis for axis in HEAD_AXES if axis != "value" or not shape.of_keys)
     gate = (GATE,) if shape.gated else ()
-    return HEAD_AXES + gate + (GAIN_AXES if shape.norm.per_head else ()) + ((NUMBERS,) if shape.numbered else ())
+    return heads + gate + (GAIN_AXES if shape.norm.per_head else ()) + ((NUMBERS,) if shape.numbered else ())
 
 
 def reordered_gains(sides: Sides, order: HeadOrder, shape: HeadShape) -> dict[str, list[Pair]]:
