@@ -49,11 +49,13 @@ OUT = """
 | ESM, Nystromformer, BigBird with block-sparse attention | heads may not change places: not described yet |
 | ELECTRA, RoFormer with embeddings narrower than the hidden size | refused by their shape |
 | CTRL, XLM, FlauBERT, XLNet, Funnel, FNet, ALBERT, SqueezeBERT, MobileBERT, I-BERT | of another build |
-| T5, BART, Whisper | not described yet |
-| Llama 4, Gemma 3n, Gemma 4 | their layers differ |
+| Gemma 3n, Gemma 4 | heads of another size in some layers, and layers that share keys and values: no solver |
+| Llama 4 with vision | transformers 5.24 cannot run the class |
+| Laguna, MiMo V2 | heads of another number or size in some layers |
+| Zamba 2 | one attention that many layers share, each with an adapter of its own |
 | DeepSeek V3.2 and GLM-5 (an indexer reads the latents), DeepSeek V4, Kimi Linear | not described yet |
 | LongCat Flash (two attentions in a layer) | not described yet |
-| NanoChat (QK-norm without gains), DiffLlama (differential attention), BitNet (norms in the attention) | no solver |
+| DiffLlama (differential attention), BitNet (norms in the attention) | no solver |
 """
 
 

@@ -88,6 +88,12 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-next": ("Qwen3NextForCausalLM", DELTA | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}),
     "qwen3.5": ("Qwen3_5ForCausalLM", DELTA | UNTIED),
     "qwen3.5-moe": ("Qwen3_5MoeForCausalLM", DELTA | {"shared_expert_intermediate_size": 40}),
+    "llama4": (
+        "Llama4ForCausalLM",
+        {"moe_layers": [1], "no_rope_layers": [1, 0], "num_experts_per_tok": 1, "attention_chunk_size": 64},
+    ),
+    "llama4-dense": ("Llama4ForCausalLM", {"moe_layers": [0], "no_rope_layers": [1, 1], "use_qk_norm": False}),
+    "nanochat": ("NanoChatForCausalLM", {}),
     "lfm2": ("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
     "lfm2-moe": ("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "bamba": ("BambaForCausalLM", MAMBA | {"attn_layer_indices": [1]}),

@@ -12,10 +12,11 @@ import torch
 import yaml
 from attention import attention, distance, moved, noisy, planted, random_rows, random_tokens, sides_of, wide
 
-from mergekit_symalign.errors import SymmetryError
-from mergekit_symalign.families.known import classes_in
+from mergekit_symalign.errors import ConfigError, SymmetryError
+from mergekit_symalign.families.known import _files, classes_in, families_of
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.families.schema import Family
+from mergekit_symalign.families.schema import BlockKind, Family
+from mergekit_symalign.graph.models import check_possible
 from mergekit_symalign.learning.elements import learned_block
 from mergekit_symalign.planting import Planted
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by
@@ -299,3 +300,13 @@ def test_a_file_may_describe_such_attentions(name: str, tmp_path: Path) -> None:
     layout = resolve(model.config, model=name, family=family)
     assert layout.head_shape(0).values is not HeadValues.free
     assert problems(model, layout) == []
+
+
+def test_a_general_matrix_is_refused_in_a_merge() -> None:
+    class_name, settings, text = FILES["normalised values"]
+    raw = {"name": "own", "title": "Own", "architectures": [class_name]} | text
+    family = families_of({**{k: v for k, v in _files().items() if "passes_through" not in v}, "own": raw})["own"]
+    layout = resolve(small_model(class_name, family, settings).config, model="m", family=family)
+    with pytest.raises(ConfigError, match="general is not exact for Own: its values are normalised"):
+        check_possible(Symmetries(value_output=ValueOutput.general), BlockKind.attention, layout)
+    check_possible(Symmetries(), BlockKind.attention, layout)

@@ -59,6 +59,8 @@ def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
         yield "attention.positions is none, so no part of a head turns and no layer is without RoPE"
     if attention.head_bias is True and attention.positions is not Positions.none:
         yield "attention.head_bias is of every model, but attention.positions is not none"
+    if attention.unit_norm and (attention.norm is not GainScope.none or attention.positions is Positions.none):
+        yield "attention.unit_norm is behind RoPE and without gains, so attention.norm is none and positions is not"
     if attention.value_norm and "attended_gate" in axes:
         yield "attention.value_norm and the axis attended_gate together have no solver"
     has_gains = [axis for axis in _GAINS if axis in axes]

@@ -167,6 +167,7 @@ class ModelLayout:
         without_rope: layers that have none.
         norm: normalisation of queries and keys.
         locked: each head has a bias of positions of its own.
+        unit_norm: queries and keys are normalised without a gain, in layers with RoPE.
         neuron_scale: which factors the neurons have.
         activation: of a plain MLP, as the config names it; None where it decides nothing.
         absent: tensors that the family knows and this config does not have, by the rest of their name.
@@ -185,6 +186,7 @@ class ModelLayout:
     without_rope: frozenset[int] = frozenset()
     norm: GainScope = GainScope.none
     locked: bool = False
+    unit_norm: bool = False
     neuron_scale: NeuronScale = NeuronScale.signed
     activation: str | None = None
     absent: frozenset[str] = frozenset()
@@ -359,7 +361,8 @@ class ModelLayout:
         axes = {name for spec in self.inside.values() for axis in spec.axes for name in _names(axis)}
         sizes = (g.query_heads, g.kv_heads, g.head_dim, rotary)
         numbered, values = "query_head" in axes, self._values(axes)
-        return HeadShape(*sizes, self.interleaved, self.norm, numbered, self.locked, values)
+        unit = self.unit_norm and turning
+        return HeadShape(*sizes, self.interleaved, self.norm, numbered, self.locked, values, unit)
 
     def _values(self, axes: set[str]) -> HeadValues:
         if "attended_gate" in axes:
@@ -468,7 +471,8 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
         interleaved=_interleaved(config, attention),
         without_rope=layers_where(flat, config, layers, family.layer_kinds) if flat else frozenset(),
         norm=attention.norm if normalised else GainScope.none,
-        locked=_is_locked(config, attention.head_bias),
+        locked=_is_set(config, attention.head_bias),
+        unit_norm=_is_set(config, attention.unit_norm),
         neuron_scale=_neuron_scale(config, family),
         activation=_activation(config, family),
         absent=frozenset(family.layer) - inside.keys(),
@@ -540,8 +544,8 @@ def _has_neurons(geometry: Geometry, block: BlockKind | None) -> bool:
     return block is None or not block.is_mlp or min(geometry.mlp(block)) > 0
 
 
-def _is_locked(config: Any, bias: bool | str) -> bool:
-    return bias if isinstance(bias, bool) else bool(lookup(config, bias))
+def _is_set(config: Any, key: bool | str) -> bool:
+    return key if isinstance(key, bool) else bool(lookup(config, key))
 
 
 def _neuron_scale(config: Any, family: Family) -> NeuronScale:
@@ -554,6 +558,9 @@ def _geometry(config: Any, family: Family, model: str) -> Geometry:
     """Sizes from the config, with transformers' own rules for those it may leave out."""
     keys = family.sizes.named()
     sizes: dict[str, Any] = {key: lookup(config, where) for key, where in keys.items() if key != "layers"}
+    for size, value in sizes.items():
+        if isinstance(value, (list, tuple)):
+            raise ArchitectureError(f"model {model}", f"config.{keys[size]} differs between layers: {value}", OTHERWISE)
     sizes = dict.fromkeys(f.name for f in fields(Geometry)) | sizes
     sizes["kv_heads"] = 1 if sizes.pop("one_kv_head", None) else sizes["kv_heads"] or sizes["query_heads"]
     sizes |= {key: sizes[key] or 0 for key in ("nope", "rope", "value", "kv_latent", "q_latent")}

@@ -159,7 +159,7 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
     if kind.is_mlp and use.neuron_scaling and layout.neuron_scale is NeuronScale.none:
         raise ConfigError(
             "parameter neuron_scaling",
-            f"{layout.family.title} has {_KEEPS_SCALE[layout.family.mlp]}, and a scale would change the function",
+            f"{layout.family.title} {_KEEPS_SCALE[layout.family.mlp]}, and a scale would change the function",
             "Leave neuron_scaling out",
         )
 
@@ -170,8 +170,8 @@ _STANDS_BETWEEN = {
     HeadValues.gated: "a gate multiplies each coordinate of its attended values",
 }
 _KEEPS_SCALE = {
-    MlpKind.plain: "a plain MLP: its activation stands between the two projections",
-    MlpKind.clamped: "a gated MLP that clamps its up projection",
+    MlpKind.plain: "has a plain MLP: its activation stands between the two projections",
+    MlpKind.clamped: "has a gated MLP that clamps its up projection",
 }
 
 

@@ -17,6 +17,7 @@ from mergekit.graph import Task
 from mergekit_symalign.errors import ArchitectureError, ConfigError, GeometryError, ParameterError
 from mergekit_symalign.families.flow import Place, is_front, is_parallel, layer_places, outside_axes, outside_place
 from mergekit_symalign.families.resolve import Claim, ModelLayout, lookup
+from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.fusion.flow import Heads, Policy, Residual
 from mergekit_symalign.graph.activations import Part
 from mergekit_symalign.graph.ready import Context, DataPlan, Ready
@@ -227,6 +228,14 @@ def _require_dense(layout: ModelLayout, model: ModelReference) -> None:
             f"model {model}",
             f"{layout.family.title} has experts, and optimal transport fusion knows no routers",
             "Use regmean, fisher or an aligned method for mixtures of experts",
+        )
+    usual = {(BlockKind.attention, BlockKind.mlp)}
+    if {layout.kinds(layer) for layer in range(layout.layers)} != usual or layout.layer_kinds:
+        raise ArchitectureError(
+            f"model {model}",
+            f"{layout.family.title} has layers that are not one attention and one MLP, and optimal transport fusion "
+            "knows no others",
+            "Use regmean, fisher or an aligned method for this architecture",
         )
 
 
