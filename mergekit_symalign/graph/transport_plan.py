@@ -61,6 +61,8 @@ class _Plan:
         """Everything that can be told before any tensor is read."""
         for model in self.models:
             _require_dense(self.context.checkpoints[model].layout, model)
+            if self._shared("heads") == Heads.ignore.value:
+                _require_plain_heads(self.context.checkpoints[model].layout, model)
         for one in self.context.tensors:
             self._require_whole(one)
             if sum(self._weights(one)) <= 0:
@@ -219,6 +221,17 @@ def _require_dense(layout: ModelLayout, model: ModelReference) -> None:
             f"model {model}",
             f"{layout.family.title} has experts, and optimal transport fusion knows no routers",
             "Use regmean, fisher or an aligned method for mixtures of experts",
+        )
+
+
+def _require_plain_heads(layout: ModelLayout, model: ModelReference) -> None:
+    """Queries, keys and values mixed over their full width leave behind what belongs to one head or coordinate."""
+    shape = layout.head_shape(0)
+    if shape.numbered or shape.locked or shape.gated or shape.of_keys:
+        raise ArchitectureError(
+            f"model {model}",
+            "its heads have sinks, gates or position biases of their own, which mixing them loses",
+            "Use heads: respect",
         )
 
 
