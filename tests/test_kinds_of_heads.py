@@ -11,14 +11,16 @@ import pytest
 import torch
 import yaml
 from attention import attention, distance, moved, noisy, planted, random_rows, random_tokens, sides_of, wide
+from conftest import load, merge_config, merged
+from more_models import more_model
 
-from mergekit_symalign.errors import ConfigError, SymmetryError
+from mergekit_symalign.errors import ArchitectureError, ConfigError, SymmetryError
 from mergekit_symalign.families.known import _files, classes_in, families_of
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.families.schema import BlockKind, Family
 from mergekit_symalign.graph.models import check_possible
 from mergekit_symalign.learning.elements import learned_block
-from mergekit_symalign.planting import Planted
+from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import HeadRotation, Permutation, Scaling
@@ -27,7 +29,7 @@ from mergekit_symalign.symmetry.membership import require_symmetry
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, HeadValues, Rotation, Symmetries, ValueOutput
 from mergekit_symalign.symmetry.solve import solve_block
 from mergekit_symalign.trial.checks import problems
-from mergekit_symalign.trial.models import randomise, small_model
+from mergekit_symalign.trial.models import randomise, small_model, with_weights
 
 PLAIN = HeadShape(6, 2, 8, 8)
 SHAPES = {
@@ -310,3 +312,20 @@ def test_a_general_matrix_is_refused_in_a_merge() -> None:
     with pytest.raises(ConfigError, match="general is not exact for Own: its values are normalised"):
         check_possible(Symmetries(value_output=ValueOutput.general), BlockKind.attention, layout)
     check_possible(Symmetries(), BlockKind.attention, layout)
+
+
+@pytest.mark.parametrize("name", ["bloom", "granite-swa"])
+def test_transport_that_mixes_heads_is_refused(name: str, tmp_path: Path) -> None:
+    """With heads as wholes a permuted twin comes back, its sinks too."""
+    anchor = more_model(name)
+    layout = resolve(anchor.config, model=name)
+    elements = random_elements(layout, 3, Planted(rotation=False, scaling=False))
+    twin = with_weights(anchor, transform(anchor.state_dict(), layout, elements))
+    for model, path in ((anchor, "a"), (twin, "b")):
+        with_weights(model, model.state_dict()).float().save_pretrained(tmp_path / path)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(ArchitectureError, match="have sinks, gates or position biases of their own"):
+        merged(merge_config("ot_fusion", paths[0], paths, parameters={"heads": "ignore"}), tmp_path / "out")
+    out = merged(merge_config("ot_fusion", paths[0], paths, parameters={"heads": "respect"}), tmp_path / "out")
+    for stored, x in load(paths[0]).items():
+        assert (out[stored] - x).abs().max() < 1e-4 * x.abs().max(), stored

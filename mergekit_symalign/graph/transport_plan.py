@@ -62,6 +62,8 @@ class _Plan:
         """Everything that can be told before any tensor is read."""
         for model in self.models:
             _require_dense(self.context.checkpoints[model].layout, model)
+            if self._shared("heads") == Heads.ignore.value:
+                _require_plain_heads(self.context.checkpoints[model].layout, model)
         for one in self.context.tensors:
             self._require_whole(one)
             if sum(self._weights(one)) <= 0:
@@ -236,6 +238,17 @@ def _require_dense(layout: ModelLayout, model: ModelReference) -> None:
             f"{layout.family.title} has layers that are not one attention and one MLP, and optimal transport fusion "
             "knows no others",
             "Use regmean, fisher or an aligned method for this architecture",
+        )
+
+
+def _require_plain_heads(layout: ModelLayout, model: ModelReference) -> None:
+    """Queries, keys and values mixed over their full width leave behind what belongs to one head or coordinate."""
+    shape = layout.head_shape(0)
+    if shape.numbered or shape.locked or shape.gated or shape.of_keys:
+        raise ArchitectureError(
+            f"model {model}",
+            "its heads have sinks, gates or position biases of their own, which mixing them loses",
+            "Use heads: respect",
         )
 
 
