@@ -349,7 +349,7 @@ class ModelLayout:
         axes = {name for spec in self.inside.values() for axis in spec.axes for name in _names(axis)}
         sizes = (g.query_heads, g.kv_heads, g.head_dim, rotary)
         numbered, values = "query_head" in axes, self._values(axes)
-        return HeadShape(*sizes, self.interleaved, self.norm, numbered, self.locked, values)
+        return HeadShape(*sizes, self.interleaved, self.norm, numbered, self.locked or attention.heads_stay, values)
 
     def _values(self, axes: set[str]) -> HeadValues:
         if "attended_gate" in axes:

@@ -293,6 +293,7 @@ class AttentionSpec(_Data):
         layers: those that have an attention, an entry of ``layer_kinds``; all if not given.
         head_bias: each head has a bias of its own for each distance (ALiBi, T5), so that heads stay where they are. A
             config key: only where that is true, and there in place of RoPE.
+        heads_stay: heads stay where they are for another reason: a tensor outside the layers has a number for each.
         value_norm: values are normalised over the head (RMS, without a gain), so that they have no scale. Under a
             QK-norm, without a tensor that has the axis ``value``, they are what the key projection writes.
     """
@@ -306,6 +307,7 @@ class AttentionSpec(_Data):
     norm_when: Optional[str] = None
     layers: Optional[str] = None
     head_bias: Union[bool, str] = False
+    heads_stay: bool = False
     value_norm: bool = False
 
 

@@ -130,7 +130,8 @@ def _stored(model: PreTrainedModel) -> State:
 
 def _is_ignored(layout: ModelLayout, part: str) -> bool:
     """Without positions a bias of the keys adds the same to all scores of a query: softmax does not see it."""
-    return layout.inside[part].axes == ("key",) and layout.family.attention.positions is Positions.none
+    nowhere = layout.family.attention.positions is Positions.none or layout.without_rope >= set(range(layout.layers))
+    return layout.inside[part].axes == ("key",) and nowhere
 
 
 def _fits(shape: tuple[int | None, ...], x: Tensor) -> bool:
