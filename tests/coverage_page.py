@@ -46,7 +46,7 @@ OUT = """
 | Falcon 7B (Falcon's first architecture) | MergeKit's file for Falcon lists tensors that only 40B and 180B have |
 | Baichuan, ChatGLM, Jais, Phi-3-small, the first Qwen, Solar | code on the Hub, not described |
 | Persimmon, Fuyu, Phi and StableLM with QK layer norms that have biases | no solver |
-| ESM, Nystromformer, BigBird with block-sparse attention | heads may not change places: not described yet |
+| Nystromformer, YOSO, MRA, Longformer, LUKE, X-MOD | not described yet |
 | ELECTRA, RoFormer with embeddings narrower than the hidden size | refused by their shape |
 | CTRL, XLM, FlauBERT, XLNet, Funnel, FNet, ALBERT, SqueezeBERT, MobileBERT, I-BERT | of another build |
 | Gemma 3n, Gemma 4 | heads of another size in some layers, and layers that share keys and values: no solver |

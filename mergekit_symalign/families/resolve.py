@@ -361,8 +361,8 @@ class ModelLayout:
         axes = {name for spec in self.inside.values() for axis in spec.axes for name in _names(axis)}
         sizes = (g.query_heads, g.kv_heads, g.head_dim, rotary)
         numbered, values = "query_head" in axes, self._values(axes)
-        unit = self.unit_norm and turning
-        return HeadShape(*sizes, self.interleaved, self.norm, numbered, self.locked, values, unit)
+        unit, locked = self.unit_norm and turning, self.locked or attention.heads_stay
+        return HeadShape(*sizes, self.interleaved, self.norm, numbered, locked, values, unit)
 
     def _values(self, axes: set[str]) -> HeadValues:
         if "attended_gate" in axes:

@@ -310,6 +310,7 @@ class AttentionSpec(_Data):
             config key: only where that is true, and there in place of RoPE.
         unit_norm: queries and keys are normalised over the head, behind RoPE and without a gain, in layers with RoPE. A
             config key: only where that is true.
+        heads_stay: heads stay where they are for another reason: a tensor outside the layers has a number for each.
         value_norm: values are normalised over the head (RMS, without a gain), so that they have no scale. Under a
             QK-norm, without a tensor that has the axis ``value``, they are what the key projection writes.
     """
@@ -324,6 +325,7 @@ class AttentionSpec(_Data):
     layers: Optional[str] = None
     head_bias: Union[bool, str] = False
     unit_norm: Union[bool, str] = False
+    heads_stay: bool = False
     value_norm: bool = False
 
 

@@ -145,7 +145,8 @@ def _stored(model: PreTrainedModel) -> State:
 def _is_ignored(layout: ModelLayout, part: str) -> bool:
     """Without positions a bias of the keys adds the same to all scores of a query: softmax does not see it."""
     axes, positions = layout.inside[part].axes, layout.family.attention.positions
-    return axes == ("cross.key",) or (axes == ("key",) and positions is Positions.none)
+    nowhere = positions is Positions.none or layout.without_rope >= set(range(layout.layers))
+    return axes == ("cross.key",) or (axes == ("key",) and nowhere)
 
 
 def _fits(shape: tuple[int | None, ...], x: Tensor) -> bool:
