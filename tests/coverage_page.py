@@ -31,7 +31,7 @@ OUT = """
 | heads for answers to questions of decoders and BERT, BERT for pre-training | MergeKit drops the head's tensors |
 | GPT-J, GPTBigCode, GPT-Neo, Falcon, BLOOM, MPT, T5, BART, Whisper, MPNet | not described yet |
 | Llama 4, gpt-oss, Gemma 3n, Gemma 4, Qwen3-Next, Qwen3.5, hybrids with state spaces | not described yet |
-| DeepSeek V3.2 and GLM-5 (an indexer reads the latents), DeepSeek V4, Kimi Linear, LongCat Flash (two attentions in a layer) | not described yet |
+| DeepSeek V4, Kimi Linear, LongCat Flash (two attentions in a layer) | not described yet |
 | NanoChat (QK-norm without gains), DiffLlama (differential attention), BitNet (norms in the attention) | no solver |
 """
 

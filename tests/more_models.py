@@ -21,6 +21,7 @@ QWEN |= {"tie_word_embeddings": False, "vision_end_token_id": 93}
 DEEP = {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 16}
 GEMMA2 = {"model_type": "gemma2"} | SLIDING
 SPARSE = {"first_k_dense_replace": 1, "n_group": 2}
+INDEXED = {"index_topk": 6, "index_n_heads": 2, "index_head_dim": 8, "mlp_layer_types": ["dense", "sparse"]}
 SHARED = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "intermediate_size": 64}
 UNTIED = {"tie_word_embeddings": False}
 
@@ -58,6 +59,8 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v3-halves": ("DeepseekV3ForCausalLM", SPARSE | {"rope_interleave": False, "q_lora_rank": None}),
     "mistral4": ("Mistral4ForCausalLM", SPARSE),
     "glm4.7-flash": ("Glm4MoeLiteForCausalLM", {}),
+    "deepseek-v3.2": ("DeepseekV32ForCausalLM", INDEXED),
+    "glm5": ("GlmMoeDsaForCausalLM", INDEXED | {"indexer_types": ["full", "shared"]}),
     "axk1": ("AXK1ForCausalLM", {"mlp_layer_types": ["dense", "sparse"]}),
     "xlm-roberta": ("XLMRobertaModel", {}),
     "camembert": ("CamembertForMaskedLM", {}),
