@@ -53,7 +53,7 @@ OUT = """
 | Llama 4 with vision | transformers 5.24 cannot run the class |
 | Laguna, MiMo V2 | heads of another number or size in some layers |
 | Zamba 2 | one attention that many layers share, each with an adapter of its own |
-| DeepSeek V3.2 and GLM-5 (an indexer reads the latents), DeepSeek V4, Kimi Linear | not described yet |
+| DeepSeek V4, Kimi Linear | not described yet |
 | LongCat Flash (two attentions in a layer) | not described yet |
 | DiffLlama (differential attention), BitNet (norms in the attention) | no solver |
 """

@@ -31,6 +31,7 @@ SPARSE = {"first_k_dense_replace": 1, "n_group": 2}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_expand": 2}
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 DELTA |= {"layer_types": ["linear_attention", "full_attention"], "partial_rotary_factor": 0.5}
+INDEXED = {"index_topk": 6, "index_n_heads": 2, "index_head_dim": 8, "mlp_layer_types": ["dense", "sparse"]}
 UNTIED = {"tie_word_embeddings": False}
 
 # Name -> transformers class, and its config beyond the sizes.
@@ -135,6 +136,8 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v3-halves": ("DeepseekV3ForCausalLM", SPARSE | {"rope_interleave": False, "q_lora_rank": None}),
     "mistral4": ("Mistral4ForCausalLM", SPARSE),
     "glm4.7-flash": ("Glm4MoeLiteForCausalLM", {}),
+    "deepseek-v3.2": ("DeepseekV32ForCausalLM", INDEXED),
+    "glm5": ("GlmMoeDsaForCausalLM", INDEXED | {"indexer_types": ["full", "shared"]}),
     "axk1": ("AXK1ForCausalLM", {"mlp_layer_types": ["dense", "sparse"]}),
     "xlm-roberta": ("XLMRobertaModel", {}),
     "camembert": ("CamembertForMaskedLM", {}),

@@ -23,6 +23,7 @@ from mergekit_symalign.graph.activations import Part
 from mergekit_symalign.graph.ready import Context, DataPlan, Ready
 from mergekit_symalign.graph.transport import About, TransportEnd, TransportFront, TransportLayer, TransportStep
 from mergekit_symalign.graph.transport_run import FRONT, Run, plan_run
+from mergekit_symalign.symmetry.options import HeadShape
 
 LOG = logging.getLogger(__name__)
 
@@ -244,7 +245,7 @@ def _require_dense(layout: ModelLayout, model: ModelReference) -> None:
 def _require_plain_heads(layout: ModelLayout, model: ModelReference) -> None:
     """Queries, keys and values mixed over their full width leave behind what belongs to one head or coordinate."""
     shape = layout.head_shape(0)
-    if shape.numbered or shape.locked or shape.gated or shape.of_keys:
+    if isinstance(shape, HeadShape) and (shape.numbered or shape.locked or shape.gated or shape.of_keys):
         raise ArchitectureError(
             f"model {model}",
             "its heads have sinks, gates or position biases of their own, which mixing them loses",
