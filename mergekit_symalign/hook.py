@@ -194,7 +194,18 @@ def _hook_merge(merge: Any) -> None:
 
         return run_merge
 
+    def hooked_architecture(original: Any) -> Any:
+        def get_architecture_info(config: Any, options: Any) -> Any:
+            if not _is_our_merge(config):
+                return original(config, options)
+            from mergekit_symalign.graph.planner import architecture_of
+
+            return architecture_of(config, options, original)
+
+        return get_architecture_info
+
     _replace(merge, "run_merge", hooked)
+    _replace(merge, "get_architecture_info", hooked_architecture)
 
 
 def _is_our_merge(merge_config: Any) -> bool:

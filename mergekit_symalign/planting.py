@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,15 +17,29 @@ from mergekit_symalign.symmetry.groups import (
     Chain,
     HeadMatrix,
     HeadRotation,
+    PerHead,
     Permutation,
     PlaneRotation,
     Rotation,
     Scaling,
+    behind,
     rotary_action,
 )
+from mergekit_symalign.symmetry.heads.coordinates import order_within, within_heads
+from mergekit_symalign.symmetry.heads.gated import GATE, gate_action
+from mergekit_symalign.symmetry.heads.of_keys import with_attended, with_own_values
 from mergekit_symalign.symmetry.heads.order import HeadOrder, moved_axes
 from mergekit_symalign.symmetry.heads.solve import per_query_head
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.latent.heads import MatchedLatentHeads
+from mergekit_symalign.symmetry.options import (
+    BlockShape,
+    GainScope,
+    HeadShape,
+    HeadValues,
+    LatentShape,
+    MlpShape,
+    NeuronScale,
+)
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind, centred_basis
 
 Elements = dict[tuple[Layer, BlockKind], BlockElement]
@@ -89,15 +103,38 @@ class _Draw:
     generator: torch.Generator
     what: Planted
 
-    def block(self, shape: HeadShape | MlpShape) -> BlockElement:
-        return self.mlp(shape) if isinstance(shape, MlpShape) else self.attention(shape)
+    def block(self, shape: BlockShape) -> BlockElement:
+        if isinstance(shape, MlpShape):
+            return self.mlp(shape)
+        return self.latent(shape) if isinstance(shape, LatentShape) else self.attention(shape)
+
+    def latent(self, shape: LatentShape) -> BlockElement:
+        of_values = HeadShape(shape.heads, shape.heads, shape.value, rotary=0)
+        still, value = self._heads(shape.heads, shape.nope), self._values(of_values)
+        query = self._query(HeadShape(1, 1, shape.rope, shape.rope, shape.interleaved))
+        assert isinstance(query, PerHead)
+        actions: dict[str, AxisAction] = {"value": value, "attended": value.dual()}
+        actions |= {"q_nope": still, "k_nope": still.dual()}
+        actions |= {"q_pe": query.per_query_head(shape.heads), "k_pe": query.dual()}
+        order = torch.randperm(shape.heads, generator=self.generator) if self.what.heads else None
+        moved = MatchedLatentHeads(order, None, None, actions).actions(shape)
+        for axis, size in shape.latents().items() if self.what.rotation else ():
+            index = Permutation(self._order(size))
+            signed = Chain((index, Scaling(self._signs(size))))
+            moved |= {axis: signed, f"{axis}_read": signed, f"{axis}_gain": index}
+        return BlockElement(moved)
 
     def attention(self, shape: HeadShape) -> BlockElement:
-        value = self._values(shape.kv_heads, shape.head_dim)
+        if shape.of_keys:
+            own = self.attention(with_own_values(shape)).actions
+            return BlockElement(with_attended(own))
+        value = self._values(shape)
         actions: dict[str, AxisAction] = {"value": value, "attended": per_query_head(value.dual(), shape)}
+        gate = gate_action(value) if shape.gated else None
+        actions |= {} if gate is None else {GATE: per_query_head(gate, shape)}
         if shape.qk_norm:
-            sign = Scaling(self._norm_signs(shape))
-            actions |= {"query": per_query_head(sign, shape), "key": sign} | self._gains(shape)
+            rows = self._coordinates(shape)
+            actions |= {"query": per_query_head(rows, shape), "key": rows} | self._gains(shape, rows)
         else:
             query = self._query(shape)
             actions |= {"query": per_query_head(query, shape), "key": query.dual()}
@@ -105,7 +142,7 @@ class _Draw:
 
     def mlp(self, shape: MlpShape) -> BlockElement:
         neurons, experts, permute = shape.neurons, shape.experts, self.what.permutation
-        order = self._order(experts) if permute else torch.arange(experts)
+        order = self._experts(shape) if permute else torch.arange(experts)
         inside = [self._order(neurons) if permute else torch.arange(neurons) for _ in range(experts)]
         gate = Permutation(torch.cat([x + j * neurons for x, j in zip(inside, order.tolist(), strict=True)]))
         up: AxisAction = gate
@@ -126,26 +163,39 @@ class _Draw:
         rest = self._heads(shape.kv_heads, free) if free else None
         return rotary_action(planes, rest, interleaved=shape.interleaved)
 
-    def _gains(self, shape: HeadShape) -> dict[str, AxisAction]:
+    def _coordinates(self, shape: HeadShape) -> AxisAction:
+        """Under a QK-norm: an order of the coordinates that do not turn, and signs."""
+        signs, rest = Scaling(self._norm_signs(shape)), shape.rest()
+        if not (shape.reorders and self.what.rotation):
+            return signs
+        orders = [torch.tensor(rest)[self._order(len(rest))] for _ in range(1 if shape.one_order else shape.kv_heads)]
+        turning = torch.arange(shape.rotary).expand(len(orders), -1)
+        order = torch.cat((turning, torch.stack(orders)), dim=1)
+        return Chain((within_heads(order.expand(shape.kv_heads, -1)), signs))
+
+    def _gains(self, shape: HeadShape, rows: AxisAction) -> dict[str, AxisAction]:
+        """Of a QK-norm: the order of the rows, and factors that they trade."""
         heads, group = (shape.kv_heads, shape.queries_per_kv) if shape.norm.per_head else (1, 1)
-        half = (heads, shape.head_dim // 2)
-        factor = self._paired(self._scale(*half) * self._signs(*half), shape)
-        return {
+        free = shape.head_dim - shape.rotary // 2
+        factor = self._paired(self._scale(heads, free) * self._signs(heads, free), shape)
+        gains: dict[str, AxisAction] = {
             "query_gain": Scaling(factor.repeat_interleave(group, dim=0).flatten()),
             "key_gain": Scaling(1 / factor.flatten()),
         }
+        order = order_within(rows, shape.head_dim)
+        if order is None:
+            return gains
+        wide = {"query_gain": order[:heads].repeat_interleave(group, dim=0), "key_gain": order[:heads]}
+        return {axis: Chain((within_heads(wide[axis]), gain)) for axis, gain in gains.items()}
 
     def _after_head_permutation(self, actions: dict[str, AxisAction], shape: HeadShape) -> dict[str, AxisAction]:
-        if not self.what.heads or shape.locked_heads:
+        if not self.what.heads or shape.locked:
             return actions
         kv = torch.randperm(shape.kv_heads, generator=self.generator)
         inner = [torch.randperm(shape.queries_per_kv, generator=self.generator) for _ in kv]
         order = HeadOrder(kv, (kv.unsqueeze(1) * shape.queries_per_kv + torch.stack(inner)).flatten())
-        moved = moved_axes(shape)
-        return {
-            axis: Chain((order.permutation(axis, shape.head_dim), action)) if axis in moved else action
-            for axis, action in actions.items()
-        }
+        orders = {axis: order.permutation(axis, shape.head_dim) for axis in moved_axes(shape)}
+        return actions | {axis: behind(moved, actions.get(axis)) for axis, moved in orders.items()}
 
     def _heads(self, heads: int, d: int) -> HeadRotation:
         rotation = torch.eye(d, dtype=torch.float64).expand(heads, d, d)
@@ -153,22 +203,37 @@ class _Draw:
             rotation = torch.linalg.qr(self._normal(heads, d, d)).Q
         return HeadRotation(rotation, self._scale(heads))
 
-    def _values(self, heads: int, d: int) -> AxisAction:
-        if self.what.condition <= 1:
-            return self._heads(heads, d)
+    def _values(self, shape: HeadShape) -> AxisAction:
+        heads, d = shape.kv_heads, shape.head_dim
+        if shape.gated:
+            factors = Scaling(self._scale(heads * d) * self._signs(heads * d))
+            orders = torch.stack([self._order(d) for _ in range(heads)])
+            return Chain((within_heads(orders), factors)) if self.what.rotation else factors
+        if self.what.condition <= 1 or shape.values is HeadValues.normed:
+            turned = self._heads(heads, d)
+            return replace(turned, scale=torch.ones(heads)) if shape.values is HeadValues.normed else turned
         left, right = (torch.linalg.qr(self._normal(heads, d, d)).Q for _ in range(2))
         even = torch.rand(heads, d, generator=self.generator, dtype=torch.float64) - 0.5
         return HeadMatrix((left * self.what.condition ** even.unsqueeze(1)) @ right)
 
     def _norm_signs(self, shape: HeadShape) -> Tensor:
-        """±1 for every coordinate of the KV heads: for each plane, or for each head if the norm subtracts the mean."""
+        """±1 for every coordinate of the KV heads: one for each plane, or each head if the norm subtracts the mean."""
         if shape.norm is GainScope.centred:
             return self._signs(shape.kv_heads).repeat_interleave(shape.head_dim)
-        return self._paired(self._signs(shape.kv_heads, shape.head_dim // 2), shape).flatten()
+        return self._paired(self._signs(shape.kv_heads, shape.head_dim - shape.rotary // 2), shape).flatten()
 
-    def _paired(self, planes: Tensor, shape: HeadShape) -> Tensor:
-        """The same number for both coordinates of each plane [*, d/2] to [*, d]."""
-        return torch.cat((planes, planes), dim=-1).index_select(-1, torch.argsort(torch.tensor(shape.planes())))
+    def _paired(self, numbers: Tensor, shape: HeadShape) -> Tensor:
+        """One number for each plane and for each other coordinate [*, r/2 + rest], for every coordinate [*, d]."""
+        half = shape.rotary // 2
+        place = torch.argsort(torch.tensor([*shape.planes(), *shape.rest()]))
+        return torch.cat((numbers[..., :half], numbers), dim=-1).index_select(-1, place)
+
+    def _experts(self, shape: MlpShape) -> Tensor:
+        """A random order of experts inside their groups, and of the groups."""
+        if shape.groups == 1:
+            return self._order(shape.experts)
+        size = shape.experts // shape.groups
+        return torch.cat([self._order(size) + group * size for group in self._order(shape.groups).tolist()])
 
     def _order(self, n: int) -> Tensor:
         """A random order that is not the identity (of more than one)."""

@@ -15,9 +15,8 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from processes import run_command
 from safetensors import safe_open
-
-sys.path.insert(0, str(Path(__file__).parent))  # models.py
 
 State = dict[str, torch.Tensor]
 BIN = Path(sys.executable).parent
@@ -56,8 +55,10 @@ def mergekit_yaml(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[s
     ) -> subprocess.CompletedProcess[str]:
         file = tmp_path / "config.yml"
         file.write_text(config if isinstance(config, str) else yaml.safe_dump(config), "utf-8")
-        command = [BIN / "mergekit-yaml", file, out, "--quiet", *args]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE | (env or {}))
+        if env is None:
+            return run_command("mergekit-yaml", file, out, "--quiet", *args, cwd=tmp_path, env=OFFLINE)
+        command = [BIN / "mergekit-yaml", file, out, "--quiet", *args]  # variables are read when MergeKit is imported
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE | env)
 
     return run
 

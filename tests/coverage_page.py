@@ -6,21 +6,35 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from hub_models import CLASSES as HUB
+from hub_models import hub_model
 from more_models import MORE, more_model
+from transformers import PreTrainedModel
 
 from mergekit_symalign.commands.plain import plain_loss
-from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.trial.checks import deviation_of_blocks, deviation_of_stream, stream_kinds
+from mergekit_symalign.trial.models import randomise
 
 START = "\n## More classes\n"
 HEAD = f"""{START}
 The same *function* in float64 on smaller models. *Stream*: what may be done to the residual stream, and how far that
 moves the outputs (where a model returns the stream itself, nothing is measured). In vision-language models the text
 model is aligned, and the vision tower passes through unaligned. *Plain merge*: what MergeKit's own merge of a model
-with itself does to its tensors, from the layout that transformers writes.
+with itself does to its tensors, from the layout that transformers writes. A text model can be
+merged into the text part of a vision-language model ([how](faq.md#choosing)).
 
 | test model | family | transformers class | function | stream | plain merge |
 |---|---|---|---:|---|---|
+"""
+HUB_HEAD = """
+### Code on the Hub
+
+transformers does not have these classes. They were measured on a Llama that keeps its tensors as they do. Aligned
+methods from weights merge them; methods that run the model (activations, statistics) do not.
+
+| class | family | function | stream |
+|---|---|---:|---|
 """
 OUT = """
 ### Not aligned
@@ -28,30 +42,55 @@ OUT = """
 | classes | reason |
 |---|---|
 | Qwen2-VL | MergeKit does not find the number of layers in its config, so it plans no merge |
-| heads for answers to questions of decoders and BERT, BERT for pre-training | MergeKit drops the head's tensors |
-| GPT-J, GPTBigCode, GPT-Neo, Falcon, BLOOM, MPT, T5, BART, Whisper, MPNet | not described yet |
-| Llama 4, gpt-oss, Gemma 3n, Gemma 4, Qwen3-Next, Qwen3.5, hybrids with state spaces | not described yet |
-| DeepSeek and other models with MLA | no solver |
+| heads for answers to questions of decoders | not described yet |
+| Falcon 7B (Falcon's first architecture) | MergeKit's file for Falcon lists tensors that only 40B and 180B have |
+| Baichuan, ChatGLM, Jais, Phi-3-small, the first Qwen, Solar | code on the Hub, not described |
+| Persimmon, Fuyu, Phi and StableLM with QK layer norms that have biases | no solver |
+| ESM, Nystromformer, BigBird with block-sparse attention | heads may not change places: not described yet |
+| ELECTRA, RoFormer with embeddings narrower than the hidden size | refused by their shape |
+| CTRL, XLM, FlauBERT, XLNet, Funnel, FNet, ALBERT, SqueezeBERT, MobileBERT, I-BERT | of another build |
+| T5, BART, Whisper | not described yet |
+| Llama 4, Gemma 3n, Gemma 4 | their layers differ |
+| DeepSeek V3.2 and GLM-5 (an indexer reads the latents), DeepSeek V4, Kimi Linear | not described yet |
+| LongCat Flash (two attentions in a layer) | not described yet |
 | NanoChat (QK-norm without gains), DiffLlama (differential attention), BitNet (norms in the attention) | no solver |
 """
 
 
 def section() -> str:
     with tempfile.TemporaryDirectory() as folder:
-        return HEAD + "\n".join(_rows(Path(folder))) + "\n" + OUT
+        rows = "\n".join(_rows(Path(folder)))
+    return f"{HEAD}{rows}\n{HUB_HEAD}" + "\n".join(_hub_rows()) + f"\n{OUT}"
+
+
+def _hub_rows() -> Iterable[str]:
+    for kind in HUB:
+        model = randomise(hub_model(kind), 0)
+        layout = resolve(model.config, model=kind.__name__)
+        cells = (f"`{kind.__name__}`", layout.family.title, f"{deviation_of_blocks(model, layout):.0e}")
+        yield f"| {' | '.join((*cells, _stream(model, layout)))} |"
+
+
+def _stream(model: PreTrainedModel, layout: ModelLayout) -> str:
+    """What may be done to the residual stream, and how far that moves the outputs."""
+    kinds = ((kind.value, deviation_of_stream(model, layout, kind)) for kind in stream_kinds(model, layout))
+    return ", ".join(f"{kind} {off:.0e}" for kind, off in kinds)
+
+
+def _no_stream(layout: ModelLayout) -> str:
+    return "returned" if layout.family.stream.returned else "none: positions are calculated"
 
 
 def _rows(folder: Path) -> Iterable[str]:
     for name, (class_name, _) in MORE.items():
         model = more_model(name)
         layout = resolve(model.config, model=name)
-        kinds = ((kind.value, deviation_of_stream(model, layout, kind)) for kind in stream_kinds(model, layout))
         row = (
             name,
             layout.family.title,
             f"`{class_name}`",
             f"{deviation_of_blocks(model, layout):.0e}",
-            ", ".join(f"{kind} {off:.0e}" for kind, off in kinds) or "returned",
+            _stream(model, layout) or _no_stream(layout),
             (plain_loss(model, folder / name) or "fine").partition(" (")[0].partition(", ")[0],
         )
         yield f"| {' | '.join(row)} |"

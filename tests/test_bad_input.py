@@ -100,7 +100,7 @@ def test_unsupported_architecture(models: dict[str, Path], tmp_path: Path, refus
         BloomForCausalLM(config).save_pretrained(paths[-1])
     message = refused(ArchitectureError, merge_config("rotation_match", paths[0], [paths[1]]))
     assert "BloomForCausalLM" in message
-    assert "LlamaForCausalLM" in message
+    assert "MergeKit's own methods merge all its tensors" in message
 
 
 @pytest.mark.parametrize("other", ["wide", "heads", "kv_heads", "head_dim", "neurons"])
@@ -268,10 +268,21 @@ def test_misshapen_tensor(models: dict[str, Path], tmp_path: Path, refused: Call
     assert "96 x 48" in message
 
 
-def test_biases_that_mergekit_would_drop(models: dict[str, Path], refused: Callable[..., str]) -> None:
-    message = refused(CheckpointError, _pair(models, "biased-b", "biased"))
-    assert "silently drop" in message
-    assert "_proj.bias" in message
+def test_biases_that_mergekit_would_drop(models: dict[str, Path], tmp_path: Path) -> None:
+    """Its architecture file does not list them, ours does: they are merged."""
+    out = merged(_pair(models, models["biased-b"], "biased"), tmp_path / "out")
+    biases = {name for name in load(models["biased-b"]) if name.endswith("_proj.bias")}
+    assert biases
+    assert biases <= out.keys()
+
+
+def test_a_layer_of_another_kind_than_the_config_says(tmp_path: Path, refused: Callable[..., str]) -> None:
+    paths = [save(make_model("qwen3-moe", i), tmp_path / str(i)) for i in range(2)]
+    for path in paths:
+        file = path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"mlp_only_layers": [0]}), "utf-8")
+    message = refused(CheckpointError, merge_config("rotation_match", paths[0], [paths[1]]))
+    assert "by the model's config this layer does not" in message
 
 
 def test_surplus_tensor_in_a_layer(models: dict[str, Path], tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -355,11 +366,12 @@ def test_raw_pytorch_merge(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_a_task_head_that_mergekit_would_drop(tmp_path: Path, refused: Callable[..., str]) -> None:
-    """MergeKit's file for BertForMaskedLM lacks the head's transformation: the merged model would predict noise."""
+    """MergeKit's file for BertForMaskedLM lacks the head's transformation: all models must have it, or none is read."""
     config = BertConfig(vocab_size=31, hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     for name in "ab":
         BertForMaskedLM(config).save_pretrained(tmp_path / name)
-    message = refused(CheckpointError, merge_config("rotation_match", tmp_path / "a", [tmp_path / "b"]))
+    lacking = _edited(tmp_path / "a", tmp_path / "c", lambda s: s.pop("cls.predictions.transform.dense.weight"))
+    message = refused(CheckpointError, merge_config("rotation_match", lacking, [tmp_path / "b"]))
     assert "cls.predictions.transform" in message
     assert "override_architecture" in message
 
@@ -387,7 +399,6 @@ def test_one_model_without_the_qk_norm_of_the_other(tmp_path: Path, refused: Cal
     ("family", "key", "value"),
     [
         ("olmoe", "clip_qkv", 8.0),
-        ("qwen3-moe", "mlp_only_layers", [0]),
         ("deberta-v3", "conv_kernel_size", 3),
         ("bert", "position_embedding_type", "relative_key"),
         ("gpt-neox", "hidden_act", "tanh"),

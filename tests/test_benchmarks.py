@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+
+from measure import Cost
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads memory from /proc")
 def test_small_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).parent / "benchmarks" / "run.py"
-    command = [sys.executable, script, "--small", "--no-growth", "--cache", tmp_path / "cache"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    routes = ("prefix_1 100.0%", "heads identity", "full 100.0%")
-    for expected in ("siblings, 10 % noise", *routes, "2 layers", "| yes |", "| small |"):
-        assert expected in done.stdout, done.stdout
+    """Plain and aligned merges of siblings and of unrelated models, in fresh processes."""
+    from run import main
+
+    options = ["--small", "--no-depths", "--no-growth", "--no-layer", "--cache", str(tmp_path / "cache")]
+    shown = CliRunner().invoke(main, options, catch_exceptions=False).output
+    for expected in ("siblings, 10 % noise", "prefix_1 100.0%", "heads identity", "full 100.0%"):
+        assert expected in shown, shown
     assert list((tmp_path / "cache").glob("*/model.safetensors"))
+
+
+def test_depths_and_growth_are_differences_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    import run
+    from workloads import depths, growth, shapes
+
+    plain, aligned = (
+        Cost(wall, cpu, 3 * run.MIB, own * run.MIB, Counter()) for wall, cpu, own in ((4, 6, 1), (5, 9, 2))
+    )
+    monkeypatch.setattr(run, "_measured", lambda workload, *_: run.Line(workload, [plain], [aligned]))
+    shape, layers = shapes(True)
+    assert run._depth(depths(shape, layers)[0], Path(), 1) == ["2 layers", "1", "2", "1", "3", "3"]
+    assert run._growth(growth(shape)[0], Path(), 1) == ["3 layers", "4.0", "1.0", "3.0", "0.50"]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("layer", "| yes |"), ("shapes", "| small |")])
+def test_one_layer_alone(name: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import_module(name).main(True)
+    assert expected in capsys.readouterr().out
 
 
 def test_growth_varies_one_thing_at_a_time(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import BIN, OFFLINE, load, merge_config, merged, squared_distance
+from conftest import OFFLINE, load, merge_config, merged, squared_distance
 from models import make_model, perturbed, save, with_weights, word_tokenizer
+from processes import run_command
 from transformers import AutoTokenizer
 
 from mergekit_symalign.cli import main
@@ -84,22 +86,39 @@ def test_raw_pytorch_command_refuses(paths: dict[str, Path], tmp_path: Path) -> 
     files = [str(paths[m] / "model.safetensors") for m in ("anchor", "twin")]
     config = {"merge_method": "rotation_match", "base_model": files[0], "models": [{"model": f} for f in files]}
     (tmp_path / "raw.yml").write_text(yaml.safe_dump(config), "utf-8")
-    command = [BIN / "mergekit-pytorch", tmp_path / "raw.yml", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE)
+    done = run_command("mergekit-pytorch", tmp_path / "raw.yml", tmp_path / "out", cwd=tmp_path, env=OFFLINE)
     assert done.returncode == 1
     assert "needs the whole block" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
+WITHOUT = """
+import sys
+from mergekit.scripts.run_yaml import main
+for method in sys.argv[1:]:
+    main([f"{method}.yml", f"{method}-0", "--quiet"], standalone_mode=False)
+assert "mergekit_symalign" not in sys.modules
+"""
+"""``mergekit-yaml`` for several methods, without the plugin."""
+
+
 def test_stock_methods_are_untouched(paths: dict[str, Path], mergekit_yaml: Run, tmp_path: Path) -> None:
     """Bit-identical output with the plugin and without."""
     models = [{"model": paths[m], "parameters": {"weight": 0.5, "density": 0.5}} for m in ("sibling", "twin")]
-    for method in ("task_arithmetic", "ties"):
-        config = merge_config(method, paths["anchor"], models) | {"dtype": "bfloat16"}
-        for autoload in ("1", "0"):
-            out = tmp_path / f"{method}-{autoload}"
-            done = mergekit_yaml(config, out, env={"MERGEKIT_SYMALIGN_AUTOLOAD": autoload})
-            assert done.returncode == 0, done.stderr
+    configs = {
+        method: merge_config(method, paths["anchor"], models) | {"dtype": "bfloat16"}
+        for method in ("task_arithmetic", "ties")
+    }
+    for method, config in configs.items():
+        (tmp_path / f"{method}.yml").write_text(yaml.safe_dump(config), "utf-8")
+        done = mergekit_yaml(config, tmp_path / f"{method}-1")
+        assert done.returncode == 0, done.stderr
+    env = OFFLINE | {"MERGEKIT_SYMALIGN_AUTOLOAD": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *configs], text=True, capture_output=True, cwd=tmp_path, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    for method in configs:
         with_plugin, without = (load(tmp_path / f"{method}-{autoload}") for autoload in "10")
         assert with_plugin.keys() == without.keys()
         assert all(torch.equal(x, without[name]) for name, x in with_plugin.items())
@@ -141,8 +160,8 @@ def test_tied_embeddings_stay_tied(paths: dict[str, Path], tmp_path: Path) -> No
     assert json.loads((tmp_path / "config.json").read_text("utf-8"))["tie_word_embeddings"] is True
 
 
-def test_help_of_every_command() -> None:
-    done = subprocess.run([BIN / "mergekit-symalign", "--help"], capture_output=True, text=True)
+def test_help_of_every_command(tmp_path: Path) -> None:
+    done = run_command("mergekit-symalign", "--help", cwd=tmp_path, env=OFFLINE)
     assert done.returncode == 0, done.stderr
     assert "Usage: mergekit-symalign" in done.stdout
     for name in main.commands:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import State, load, merge_config, merged
+from conftest import OFFLINE, State, load, merge_config, merged
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task, TaskUniverse
@@ -19,6 +18,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from models import ROUNDINGS, make_model, off_by, perturbed, save, with_weights, word_tokenizer
+from processes import run_command
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from whole_statistics import fishers, grams, inputs_of, measure
 
@@ -257,8 +257,7 @@ def test_the_command(
 )
 def test_merges_with_statistics_stay_on_a_fake_gpu() -> None:
     script = Path(__file__).with_name("fake_gpu_data.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", script]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_command("pytest", "-q", "-p", "no:cacheprovider", script, cwd=script.parent, env=OFFLINE)
     assert done.returncode == 0, done.stdout
     assert "3 passed" in done.stdout
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import merge_config
+from conftest import OFFLINE, merge_config
 from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -22,6 +20,7 @@ from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from models import make_model, save
+from processes import run_command
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
@@ -151,8 +150,8 @@ def _shape(load: LoadFinite) -> tuple[int, ...]:
     reason="this torch cannot pretend to have a GPU",
 )
 def test_the_run_on_prompts_stays_on_a_fake_gpu() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).with_name("fake_gpu.py")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    script = Path(__file__).with_name("fake_gpu.py")
+    done = run_command("pytest", "-q", "-p", "no:cacheprovider", script, cwd=script.parent, env=OFFLINE)
     assert done.returncode == 0, done.stdout
     assert "4 passed" in done.stdout
 

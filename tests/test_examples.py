@@ -10,9 +10,12 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import BIN, OFFLINE, load, merged
+from conftest import OFFLINE, load, merged
 from mergekit.config import MergeConfiguration
 from models import make_model, save, word_tokenizer
+from more_models import more_model
+from processes import run_command
+from text_models import text_model
 from transformers import PreTrainedModel
 from whole_statistics import measure
 
@@ -32,7 +35,13 @@ def _localised(text: str, folder: Path) -> str:
     stages = {document.pop("name", None) for document in documents}
     configs = [MergeConfiguration.model_validate(document) for document in documents]
     names = {str(m) for config in configs for m in config.referenced_models()} - stages
+    sees = any("-vl-" in name.lower() for name in names)
     for seed, name in enumerate(sorted(names, key=len, reverse=True)):  # longest first: some are prefixes of others
+        if sees:
+            model = more_model("qwen2.5-vl", seed)
+            model = model if "-vl-" in name.lower() else text_model(model)
+            text = text.replace(name, str(save(model, folder / name.replace("/", "-"), torch.bfloat16)))
+            continue
         family = next(f for key, f in FAMILY_OF.items() if key in name.lower().replace("-", ""))
         tiny = {"hidden_size": 24, "intermediate_size": 16, "vocab_size": 11}
         tiny |= {"num_hidden_layers": 32 if "layer_range" in text else 4}
@@ -82,9 +91,8 @@ def test_example_runs(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("example", STAGED, ids=lambda p: p.stem)
 def test_stages_run(example: Path, tmp_path: Path) -> None:
     (tmp_path / "stages.yml").write_text(_localised(example.read_text("utf-8"), tmp_path), "utf-8")
-    command = [BIN / "mergekit-multi", "stages.yml", "-I", tmp_path / "stages", "--out-path", "out"]
-    command.append("--no-copy-tokenizer")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE)
+    options = ["-I", tmp_path / "stages", "--out-path", "out", "--no-copy-tokenizer"]
+    done = run_command("mergekit-multi", "stages.yml", *options, cwd=tmp_path, env=OFFLINE)
     assert done.returncode == 0, done.stderr
     assert load(tmp_path / "out")
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import BIN, OFFLINE, merge_config
+from conftest import OFFLINE, merge_config
 from models import make_model, perturbed, save, with_weights
+from processes import run_command
 
 from mergekit_symalign.cli import main
 from mergekit_symalign.families.resolve import resolve
@@ -39,8 +40,7 @@ def here(*args: object) -> Result:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     def command(*args: object) -> subprocess.CompletedProcess[str]:
-        full = [str(BIN / "mergekit-symalign"), "inspect", *map(str, args)]
-        return subprocess.run(full, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE)
+        return run_command("mergekit-symalign", "inspect", *args, cwd=tmp_path, env=OFFLINE)
 
     return command
 

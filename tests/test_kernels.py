@@ -26,8 +26,16 @@ from mergekit_symalign.symmetry.heads.moments import Moments, moments
 from mergekit_symalign.symmetry.heads.pairs import GroupMoments, PlaneMoments
 from mergekit_symalign.symmetry.heads.procrustes import align_gains, align_heads, align_planes, align_signs
 from mergekit_symalign.symmetry.neurons.costs import NeuronPairs
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale, Sides, Symmetries
-from mergekit_symalign.symmetry.solve import Shape, solve_block, solve_consensus
+from mergekit_symalign.symmetry.options import (
+    BlockShape,
+    GainScope,
+    HeadShape,
+    MlpShape,
+    NeuronScale,
+    Sides,
+    Symmetries,
+)
+from mergekit_symalign.symmetry.solve import solve_block, solve_consensus
 
 PACKAGE = "mergekit_symalign.symmetry"
 MODULES = [PACKAGE, *(m.name for m in pkgutil.walk_packages(mergekit_symalign.symmetry.__path__, f"{PACKAGE}."))]
@@ -65,7 +73,7 @@ def test_every_public_solver_has_an_example() -> None:
     assert shown >= SOLVERS
 
 
-def _rows(shape: Shape, *, dtype: torch.dtype = torch.float32) -> dict[str, list[tuple[Tensor, Tensor]]]:
+def _rows(shape: BlockShape, *, dtype: torch.dtype = torch.float32) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Rows of a block of two random models."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(shape, MlpShape):
@@ -77,12 +85,12 @@ def _rows(shape: Shape, *, dtype: torch.dtype = torch.float32) -> dict[str, list
     return {axis: [(x[0], x[1])] for axis, x in both.items()}
 
 
-BLOCKS: list[Shape] = [HEADS, MLP, MlpShape(5, experts=2)]
+BLOCKS: list[BlockShape] = [HEADS, MLP, MlpShape(5, experts=2)]
 
 
 @pytest.mark.parametrize("shape", BLOCKS, ids=["attention", "mlp", "experts"])
 @pytest.mark.parametrize("values", Values)
-def test_a_block_that_fits_is_solved(shape: Shape, values: Values) -> None:
+def test_a_block_that_fits_is_solved(shape: BlockShape, values: Values) -> None:
     solved = solve_block(_rows(shape), shape, USE, values=values)
     assert solved.facts["distance_after"] <= solved.facts["distance_before"] + 1e-9
 
@@ -96,7 +104,7 @@ def _with(sides: Sides, axis: str, change: Callable[[Tensor], Tensor], *, both: 
 @pytest.mark.parametrize("both", [True, False], ids=["of both", "of the model"])
 @pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x[:, :, None], lambda x: x[0]])
 def test_rows_that_do_not_fit_are_refused_by_their_axis(
-    shape: Shape, both: bool, change: Callable[[Tensor], Tensor]
+    shape: BlockShape, both: bool, change: Callable[[Tensor], Tensor]
 ) -> None:
     sides = _rows(shape)
     for axis in sides:
@@ -110,7 +118,7 @@ def test_another_width_of_one_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", BLOCKS, ids=["attention", "mlp", "experts"])
-def test_missing_and_unknown_axes_are_refused(shape: Shape) -> None:
+def test_missing_and_unknown_axes_are_refused(shape: BlockShape) -> None:
     sides = _rows(shape)
     for axis in sides:
         for less in ({k: v for k, v in sides.items() if k != axis}, {**sides, axis: []}):
@@ -132,7 +140,7 @@ def test_missing_and_unknown_axes_are_refused(shape: Shape) -> None:
         (replace(MLP, gated=False), "axis gate"),
     ],
 )
-def test_shapes_that_contradict_themselves_are_refused(shape: Shape, said: str) -> None:
+def test_shapes_that_contradict_themselves_are_refused(shape: BlockShape, said: str) -> None:
     with pytest.raises(ShapeError, match=said):
         solve_block(_rows(HEADS if isinstance(shape, HeadShape) else MLP), shape, USE)
 
@@ -140,7 +148,7 @@ def test_shapes_that_contradict_themselves_are_refused(shape: Shape, said: str) 
 @pytest.mark.parametrize("shape", BLOCKS, ids=["attention", "mlp", "experts"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("side", [0, 1], ids=["anchor", "model"])
-def test_values_that_are_not_finite_are_refused_by_their_axis(shape: Shape, value: float, side: int) -> None:
+def test_values_that_are_not_finite_are_refused_by_their_axis(shape: BlockShape, value: float, side: int) -> None:
     for axis in _rows(shape):
         sides = _rows(shape)
         sides[axis][0][side][-1, -1] = value

@@ -37,15 +37,21 @@ ROOMS: dict[str, str] = {
     "symmetry/heads": f"errors {ELEMENTS} symmetry/scale symmetry/distance symmetry/assignment",
     "symmetry/by_activations": f"errors {ELEMENTS} symmetry/solved symmetry/assignment symmetry/neurons symmetry/heads",
     "symmetry/blocks": f"{ELEMENTS} symmetry/solved symmetry/distance symmetry/neurons symmetry/heads",
+    "symmetry/steps": "errors symmetry/groups",
+    "symmetry/latent": f"{ELEMENTS} symmetry/distance symmetry/solved symmetry/assignment symmetry/heads "
+    "symmetry/steps",
     "symmetry/describe": f"{ELEMENTS} symmetry/distance",
     "symmetry/consensus": f"errors {ELEMENTS}",
-    "symmetry/solve": f"errors {ELEMENTS} symmetry/solved symmetry/blocks symmetry/describe symmetry/consensus",
+    "symmetry/solve": f"errors {ELEMENTS} symmetry/solved symmetry/blocks symmetry/latent symmetry/describe "
+    "symmetry/consensus",
     "symmetry/admitted": f"{ELEMENTS} symmetry/heads",
-    "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/admitted",
+    "symmetry/coordinates": "symmetry/options symmetry/groups symmetry/heads symmetry/admitted symmetry/steps",
+    "symmetry/membership": f"errors {ELEMENTS} symmetry/heads symmetry/latent symmetry/admitted symmetry/steps "
+    "symmetry/coordinates",
     "symmetry/residual": f"errors {ELEMENTS} symmetry/distance symmetry/assignment symmetry/heads "
-    "symmetry/by_activations symmetry/solve symmetry/admitted symmetry/membership",
+    "symmetry/by_activations symmetry/solve symmetry/admitted symmetry/steps",
     "families": "errors symmetry/options symmetry/element symmetry/residual",
-    "planting": f"families {ELEMENTS} symmetry/heads symmetry/residual",
+    "planting": f"families {ELEMENTS} symmetry/heads symmetry/latent symmetry/residual",
     "trial": "errors families planting symmetry/residual",
     "fusion": f"errors families {ELEMENTS} symmetry/assignment symmetry/heads symmetry/by_activations symmetry/solve",
     "activations": "errors families fusion symmetry/element symmetry/by_activations symmetry/residual",
@@ -59,7 +65,7 @@ ROOMS: dict[str, str] = {
     "methods": "aligned_methods data_methods planned_methods",
     "graph": f"errors families whole_file sealed statistics activations alignments methods fusion {ELEMENTS} "
     "symmetry/heads symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved symmetry/consensus "
-    "symmetry/statistics symmetry/membership symmetry/residual",
+    "symmetry/statistics symmetry/membership symmetry/residual symmetry/latent",
     "card": "methods graph",
     "hook": "errors host method_names aligned_methods data_methods graph card",
     "demo": "errors families planting whole_file",

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import BIN, OFFLINE
+from conftest import OFFLINE
 from models import make_model, save, word_tokenizer
 from PIL import Image
+from processes import run_command
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
@@ -80,14 +81,8 @@ def _file(folder: Path, model: str, out: Path, *options: str, calibration: str =
 
 def test_the_real_command_says_the_size_and_writes_the_file(folder: Path, tmp_path: Path) -> None:
     arguments = ["measure", folder / "llama", "-o", "out.safetensors", "--calibration", folder / "texts.jsonl"]
-    done = subprocess.run(
-        [BIN / "mergekit-symalign", *arguments, "--fisher", "empirical"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=OFFLINE,
-        check=True,
-    )
+    done = run_command("mergekit-symalign", *arguments, "--fisher", "empirical", cwd=tmp_path, env=OFFLINE)
+    assert done.returncode == 0, done.stderr
     size, wrote = done.stdout.splitlines()
     assert size == "out.safetensors: 580 kB (gram 252 kB, mean 3.46 kB, fisher 324 kB)"
     assert wrote == "wrote out.safetensors"

@@ -26,9 +26,10 @@ from mergekit_symalign.symmetry.groups import (
     PlaneRotation,
     Scaling,
 )
-from mergekit_symalign.symmetry.membership import require_symmetry, steps_of
+from mergekit_symalign.symmetry.membership import require_symmetry
 from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Rotation, Sides, Symmetries
 from mergekit_symalign.symmetry.solve import align_block, solve_block, without_identities
+from mergekit_symalign.symmetry.steps import steps_of
 
 DISTINCT = [
     *("llama", "qwen3", "olmo2", "cohere-qk-norm", "gpt2", "roberta", "mixtral"),

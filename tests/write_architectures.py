@@ -56,8 +56,9 @@ CLASSES = """
 
 {classes}
 
-Anything else is refused with this list. Inside a family, variants that nobody has checked (another activation, another
-kind of RoPE, clamped queries, …) are refused too. The message names the config key and its value.
+Anything else is refused; `mergekit-symalign families` prints this list. Inside a family, variants that nobody has
+checked (another activation of a plain MLP, clamped queries, …) are refused too. The message names the config key and
+its value, and says whether MergeKit's own merge would keep every tensor.
 """
 
 
@@ -74,9 +75,11 @@ def query_key(layout: ModelLayout) -> str:
     if shape.qk_norm:
         gains = "for each KV head" if shape.norm.per_head else "one set for all heads"
         sign = "head" if shape.norm is GainScope.centred else "plane"
-        return f"QK-norm: sign per {sign}, factor between gains ({gains})"
+        still = any(layout.head_shape(i).reorders for i in range(layout.layers))
+        order = "; order and signs of coordinates that do not turn" if still else ""
+        return f"QK-norm: sign per {sign}, factor between gains ({gains}){order}"
     if shape.rotary == 0:
-        return "rotation and scale (no RoPE)"
+        return "rotation and scale (no RoPE)" + ("; heads stay" if shape.locked else "")
     layout_name = "interleaved" if attention.positions is Positions.rope_interleaved else "half-split"
     text = f"angle and scale per plane ({layout_name})"
     if shape.rotary < shape.head_dim:
@@ -94,7 +97,10 @@ MLP = {
 def mlp(layout: ModelLayout) -> str:
     """What is exact for neurons."""
     shape = layout.mlp_shape()
-    return MLP[shape.scale] + ("; experts with their router rows" if shape.experts > 1 else "")
+    clamped = shape.gated and shape.scale is NeuronScale.none
+    return ("gated, clamped: permutation" if clamped else MLP[shape.scale]) + (
+        "; experts with their router rows" if shape.experts > 1 else ""
+    )
 
 
 def measure(name: str, folder: Path) -> str:

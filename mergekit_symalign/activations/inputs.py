@@ -104,7 +104,9 @@ def _of_layer(runner: LayerRunner, index: int, recorded: Recorded) -> tuple[Shar
     with found:
         runner.call(index, weights, hidden, recorded)
     seen = found.groups()
-    missed = [(part, x) for part, x in weights.items() if x.ndim == 3 and all(part not in s.names for s in seen)]
+    linear = set(linear_names(runner.layers[index]))  # a convolution has three axes as well
+    packed = [(part, x) for part, x in weights.items() if x.ndim == 3 and part in linear]
+    missed = [(part, x) for part, x in packed if all(part not in s.names for s in seen)]
     return (*seen, *(_packed(part, x) for part, x in missed))  # experts that no token reached
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mergekit_symalign.errors import ArchitectureError
 from mergekit_symalign.families.resolve import ModelLayout
-from mergekit_symalign.families.schema import TensorSpec
+from mergekit_symalign.families.schema import MlpKind, TensorSpec
 from mergekit_symalign.families.stream import is_gain
 from mergekit_symalign.symmetry.by_activations.experts import Routing
 from mergekit_symalign.symmetry.element import Fused, fused_parts
@@ -171,6 +171,8 @@ class LayerRunner:
         """
         with _watched(self.layers[layer], self.layout, seen) as activations:
             out = self.call(layer, weights, hidden, recorded)
+        flat = {axis: x.unflatten(0, hidden.shape[:2]) for axis, x in activations.tokens.items() if x.ndim == 2}
+        activations.tokens.update(flat)  # some mixtures put the tokens of all prompts in one row
         return out, activations
 
     def call(self, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, recorded: Recorded) -> Tensor:
@@ -201,8 +203,15 @@ class LayerRunner:
             return functional_call(self.model, dict(weights), (), batch.inputs())
 
     def gate_activation(self) -> Any:
-        """The nonlinearity of the experts."""
-        return next(module.act_fn for module in self.layers[0].modules() if hasattr(module, "act_fn"))
+        """The nonlinearity of the experts; None where they do more than multiply up by it (`gated`)."""
+        return next((module.act_fn for module in self.layers.modules() if hasattr(module, "act_fn")), None)
+
+    def gated(self) -> Any:
+        """What the experts make of gate and up, a function of both; None if it is ``act(gate) · up``."""
+        if self.layout.family.mlp is not MlpKind.clamped:
+            return None
+        whole: Any = next(m._apply_gate for m in self.layers.modules() if hasattr(m, "_apply_gate"))
+        return lambda gate, up: whole(torch.stack((gate, up), dim=-1).flatten(-2))
 
     def _returned(self, hidden: Tensor) -> Any:
         return (hidden, None) if self._in_tuples else hidden
@@ -242,6 +251,8 @@ def _watched(layer: nn.Module, layout: ModelLayout, seen: frozenset[str]) -> Ite
         if STREAM in seen and is_gain(part, spec) and name in modules:
             handles.append(modules[name].register_forward_pre_hook(_note_normed(part, found)))
         axes = layout.axes(spec)
+        if EXPERTS in seen and EXPERTS in spec.axes and axes.joined is not None and name in modules:
+            handles.append(modules[name].register_forward_pre_hook(_note_chosen(found)))
         if kind != "weight" or len(axes.names) != 2 or axes.joined is not None or name not in modules:
             continue
         first, second = (_of_block(axis, spec) for axis in axes.names)
@@ -252,7 +263,7 @@ def _watched(layer: nn.Module, layout: ModelLayout, seen: frozenset[str]) -> Ite
         if seen & INPUTS & _names(read):
             handles.append(module.register_forward_pre_hook(_note_input(read, found)))
         if EXPERTS in seen and written == EXPERTS:
-            handles.append(module.register_forward_hook(_note_routing(found)))
+            handles.append(module.register_forward_hook(_note_routing(layer, found)))
     try:
         yield found
     finally:
@@ -294,15 +305,36 @@ def _note_normed(gain: str, found: Activations) -> Any:
     return hook
 
 
-def _note_routing(found: Activations) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def _note_routing(layer: nn.Module, found: Activations) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         entered = args[0].flatten(0, -2)
         weight: Any = module.weight
-        logits = nn.functional.linear(entered, weight)  # what else a router returns differs between versions
-        reached = torch.zeros_like(logits, dtype=torch.bool).scatter(1, output[-1].flatten(0, -2), True)
-        found.routing = Routing(logits, reached, entered)
+        bias: Any = getattr(module, "bias", None)
+        logits = nn.functional.linear(entered, weight, bias)  # what else a router returns differs between versions
+        chosen = logits.topk(_experts_per_token(layer), -1).indices  # unless the experts are told others
+        found.routing = Routing(logits, _reached(logits, chosen), entered)
 
     return hook
+
+
+def _note_chosen(found: Activations) -> Any:
+    """Experts are told which tokens are theirs; some compute with all tokens."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        chosen = next((x for x in args if isinstance(x, Tensor) and x.dtype in (torch.int64, torch.int32)), None)
+        if chosen is not None and found.routing is not None:
+            logits = found.routing.logits
+            found.routing = replace(found.routing, reached=_reached(logits, chosen.flatten(0, -2).long()))
+
+    return hook
+
+
+def _reached(logits: Tensor, chosen: Tensor) -> Tensor:
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+
+
+def _experts_per_token(layer: nn.Module) -> int:
+    return int(next(module.top_k for module in layer.modules() if hasattr(module, "top_k")))  # type: ignore[arg-type]
 
 
 def _parts(x: Tensor, axis: str | Fused) -> dict[str, Tensor]:

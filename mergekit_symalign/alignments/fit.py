@@ -19,7 +19,7 @@ from mergekit_symalign.sealed.text import shown
 from mergekit_symalign.symmetry.admitted import Admitted, admitted
 from mergekit_symalign.symmetry.groups import Permutation
 from mergekit_symalign.symmetry.membership import STEPS, require_symmetry
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape
+from mergekit_symalign.symmetry.options import BlockShape
 from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.symmetry.residual.membership import admitted_steps, require_stream_symmetry
 
@@ -128,7 +128,7 @@ def require_fitting_stream(file: AlignmentFile, layout: ModelLayout, tied: bool)
     return wanted
 
 
-def _turns_freely(axes: Mapping[str, Steps], shape: HeadShape | MlpShape) -> bool:
+def _turns_freely(axes: Mapping[str, Steps], shape: BlockShape) -> bool:
     """Whether queries or keys carry what positions do not admit."""
     return any(kind not in admitted(axis, shape) for axis, steps in axes.items() for kind, _ in steps)
 

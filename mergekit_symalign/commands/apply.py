@@ -27,6 +27,7 @@ from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.headers import Header
+from mergekit_symalign.graph.latent_gains import require_gains
 from mergekit_symalign.graph.leftovers import shortened
 from mergekit_symalign.graph.load import LoadFinite, LoadStored
 from mergekit_symalign.graph.stream_alone import StreamAlone
@@ -105,6 +106,8 @@ def run_apply(
     halves = has_halves(checkpoint) if dtype is None else dtype == "float16"
     if not require_fits(file, checkpoint.layout, halves=halves):
         click.echo(f"{file.label}: it was solved with rotation: full, which changes what the model computes", err=True)
+    for layer in range(checkpoint.layout.layers):
+        require_gains(file, checkpoint, layer, invert=invert)
     stream = stream_alone(file, checkpoint, others or Others(), options, invert=invert)
     left = () if stream is None else _left(stream)
 

@@ -10,11 +10,11 @@ from mergekit.options import MergeOptions
 from mergekit_symalign.alignment_file import AlignmentFile
 from mergekit_symalign.alignments.fit import STREAM_BLOCK, require_fitting_stream
 from mergekit_symalign.errors import ConfigError
-from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.families.stream import residual_kind, ties_embeddings
 from mergekit_symalign.graph.alignments import sizes_of
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint_of
+from mergekit_symalign.graph.plain_merge import resolve_stored
 from mergekit_symalign.graph.stream_alone import StreamAlone
 from mergekit_symalign.graph.untie import UNTIE
 
@@ -67,7 +67,7 @@ def opened(model: ModelReference, file: AlignmentFile, options: MergeOptions) ->
         OtherModelsError: if it is of another family or size than the file.
     """
     config = model.config(trust_remote_code=options.trust_remote_code)
-    checkpoint = Checkpoint.open(model, config, resolve(config, model=str(model)))
+    checkpoint = Checkpoint.open(model, config, resolve_stored(config, model))
     file.require_family(checkpoint.layout.family.name, sizes_of(checkpoint), str(model))
     return checkpoint
 

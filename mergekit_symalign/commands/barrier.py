@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers.utils import logging as transformers_logging
 
 from mergekit_symalign.activations.calibration import Calibration, calibrate
+from mergekit_symalign.activations.objectives import Objective
 from mergekit_symalign.activations.runner import Batch
 from mergekit_symalign.card import stream_moved
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options
@@ -209,7 +210,7 @@ def config_note(model_a: str, model_b: str, options: MergeOptions) -> list[str]:
 
 def _require_next_token(model: StoredModel) -> None:
     name = type(model.runner.model).__name__
-    if not name.endswith(("ForCausalLM", "LMHeadModel")):
+    if model.objective() is not Objective.next_token:
         raise ArchitectureError(
             f"model {model.name}",
             f"{name} does not predict the next token, so it has no loss on text",

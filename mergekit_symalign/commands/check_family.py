@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel
 
 from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.commands.plain import plain_loss
-from mergekit_symalign.errors import ParameterError
+from mergekit_symalign.errors import ConfigError, ParameterError, SymalignError
 from mergekit_symalign.families.known import classes_in, family_around
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import Family, Wrapper
+from mergekit_symalign.graph.damaged import describe
 from mergekit_symalign.trial.checks import deviation_of_blocks, deviation_of_stream, problems, stream_kinds
 from mergekit_symalign.trial.models import class_of, randomise, small_model
 
@@ -60,15 +62,29 @@ def check_class(
         seed: of its weights.
 
     Raises:
-        ConfigError: if transformers cannot build a small model of this class.
+        ConfigError: if transformers cannot build or run a small model of this class.
         ArchitectureError: if the family refuses its config.
     """
     config_class = class_of(name).config_class
     own = family_around(family, config_class(), name) if isinstance(family, Wrapper) else family
     model = randomise(small_model(name, own, settings), seed)
     layout = resolve(model.config, model=name, family=own)
-    wrong = problems(model, layout)
-    return ([] if wrong else list(_measured(model, layout))), wrong
+    with _running(name):
+        wrong = problems(model, layout)
+        return ([] if wrong else list(_measured(model, layout))), wrong
+
+
+@contextmanager
+def _running(name: str) -> Iterator[None]:
+    """What transformers' code raises when it runs a model that is too small for it, as our error."""
+    try:
+        yield
+    except SymalignError:
+        raise
+    except Exception as error:  # whatever the sizes lead it to
+        raise ConfigError(
+            f"class {name}", f"a small model of it does not run ({describe(error)})", "Say what it needs with --set"
+        ) from error
 
 
 def _measured(model: PreTrainedModel, layout: ModelLayout) -> Iterator[str]:

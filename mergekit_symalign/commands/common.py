@@ -9,10 +9,12 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from tqdm import tqdm
 
+from mergekit_symalign.commands.alignment import alignment_config
 from mergekit_symalign.commands.outcome import bars
 from mergekit_symalign.errors import GeometryError
-from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.opening import opening, require_config, require_openable
+from mergekit_symalign.graph.plain_merge import resolve_stored
+from mergekit_symalign.graph.text_parts import text_parts
 
 Item = TypeVar("Item")
 
@@ -36,7 +38,7 @@ def require_one_family(names: Sequence[str], options: MergeOptions) -> None:
     families = {}
     for name, reference in models.items():
         config = require_config(reference, trust_remote_code=options.trust_remote_code)
-        families[name] = resolve(config, model=name).family.name
+        families[name] = resolve_stored(config, reference).family.name
     anchor, model = names[0], names[-1]
     if families[anchor] != families[model]:
         raise GeometryError(
@@ -45,6 +47,20 @@ def require_one_family(names: Sequence[str], options: MergeOptions) -> None:
             "Compare models of one architecture",
         )
     require_openable(models.values(), options)
+
+
+def require_alignable(anchor: str, model: str, options: MergeOptions) -> None:
+    """The same, and a text model may be aligned to the text model inside the anchor.
+
+    Raises:
+        ModelError, CheckpointError, ConfigError, ArchitectureError, GeometryError: as `require_one_family`.
+    """
+    for name in (anchor, model):
+        require_config(parsed(name), trust_remote_code=options.trust_remote_code)
+    if text_parts(alignment_config(anchor, model, {}), options.trust_remote_code).outer is None:
+        require_one_family((anchor, model), options)
+    else:
+        require_openable(map(parsed, (anchor, model)), options)
 
 
 def parsed(name: str) -> ModelReference:

@@ -19,7 +19,7 @@ from mergekit_symalign.card import (
     verdict,
 )
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options, planned_task, run_tasks
-from mergekit_symalign.commands.common import require_one_family
+from mergekit_symalign.commands.common import require_alignable
 from mergekit_symalign.commands.names import in_a_table, short_names
 from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.commands.plots import plot_layers, require_plot
@@ -93,7 +93,7 @@ def measured(
     Raises:
         click.UsageError: if there are no such layers.
     """
-    require_one_family((anchor, model), options)
+    require_alignable(anchor, model, options)
     task = planned_task(alignment_config(anchor, model, parameters), options, WriteReport)
     chosen = [block for block in task.blocks if layers is None or block[1] in layers]
     if not chosen:

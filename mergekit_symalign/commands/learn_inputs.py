@@ -11,7 +11,7 @@ import torch
 from mergekit.options import MergeOptions
 
 from mergekit_symalign.activations.calibration import calibrate
-from mergekit_symalign.activations.objectives import Objective, objective_of
+from mergekit_symalign.activations.objectives import Objective
 from mergekit_symalign.activations.samples import masked
 from mergekit_symalign.commands.learning import Pair
 from mergekit_symalign.commands.sizes import human
@@ -101,7 +101,7 @@ def _objective(pair: Pair) -> Objective:
         ArchitectureError: if a text alone has no loss.
     """
     name = type(pair.anchor.runner.model).__name__
-    found = objective_of(name)
+    found = pair.anchor.objective()
     if found not in (Objective.next_token, Objective.masked_token):
         what = "has no head that predicts anything" if found is Objective.nothing else f"predicts a {found.value}"
         raise ArchitectureError(
@@ -145,7 +145,7 @@ def _sizes(pair: Pair, asked: Asked) -> Sizes:
         learned=geometry.hidden**2 + len(layers) * geometry.kv_heads * geometry.head_dim**2,
         layers=len(layers),
         hidden=geometry.hidden,
-        vocabulary=runner.model.config.vocab_size,
+        vocabulary=runner.model.config.get_text_config().vocab_size,
         inputs=asked.batch_size,
         length=asked.length or DEFAULT_LENGTH,
         checkpoints=asked.checkpoints,

@@ -248,6 +248,8 @@ def _distances(before: float, after: float) -> dict[str, float]:
 
 
 def _outside(model: StoredModel) -> dict[str, Tensor]:
-    """Tensors outside the layers, tied ones under the name that the others are tied to."""
+    """Tensors outside the layers, tied ones under the name that the others are tied to; none that nothing moves."""
     first = {name: of[0] for of in map(list, tied_names(model.runner)) for name in of}
-    return {first[name]: x for name, x in model.outside().items()}
+    claims = {name: model.checkpoint.layout.claim(name) for name in first.values()}
+    passing = {name for name, claim in claims.items() if claim is not None and claim.spec.any_shape}
+    return {first[name]: x for name, x in model.outside().items() if first[name] not in passing}

@@ -21,7 +21,7 @@ from mergekit_symalign.activations.fisher import FisherPass
 from mergekit_symalign.activations.gram import Gram
 from mergekit_symalign.activations.images import prepare_images, processor_digest
 from mergekit_symalign.activations.inputs import find_inputs
-from mergekit_symalign.activations.objectives import Objective, objective_of
+from mergekit_symalign.activations.objectives import Objective
 from mergekit_symalign.activations.samples import How, Prepared, moved, prepare_texts
 from mergekit_symalign.activations.spill import Spill
 from mergekit_symalign.activations.stream import Loss, sum_inputs
@@ -154,7 +154,8 @@ def run_measure(
     prepared, reader = _prepared(model, asked, objective, options)
     samples = moved(prepared, model.device)
     inputs = find_inputs(model, samples.batches[0])
-    shapes = shapes_of(model.runner)
+    around = model.checkpoint.layout.is_around_text
+    shapes = {tensor: shape for tensor, shape in shapes_of(model.runner).items() if not around(tensor)}
     vocabulary = {at for at, spec in model.checkpoint.layout.outside.items() if "vocabulary" in spec.axes}
     what = wanted(
         inputs,
@@ -209,7 +210,7 @@ def _objective(model: StoredModel, asked: Asked) -> Objective:
         ConfigError: if labels are needed, or of no use.
     """
     config = model.runner.model.config
-    found = objective_of(type(model.runner.model).__name__)
+    found = model.objective()
     wants = asked.fisher != "none"
     if found is Objective.nothing and (wants or asked.labels):
         option = f"--fisher {asked.fisher}" if wants else "--labels"

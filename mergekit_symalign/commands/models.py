@@ -11,15 +11,16 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor, nn
 
+from mergekit_symalign.activations.objectives import Objective, objective_of
 from mergekit_symalign.activations.runner import LayerRunner, require_runs
 from mergekit_symalign.commands.common import parsed
 from mergekit_symalign.errors import CheckpointError, GeometryError
-from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.families.stream import heads_of
+from mergekit_symalign.families.stream import head_name, heads_of
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.leftovers import are_equal
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.opening import require_config, require_openable
+from mergekit_symalign.graph.plain_merge import resolve_stored
 from mergekit_symalign.graph.untie import require_parting
 
 
@@ -52,7 +53,7 @@ class StoredModel:
         """
         reference = parsed(name)
         config = require_config(reference, trust_remote_code=options.trust_remote_code)
-        layout = resolve(config, model=name)
+        layout = resolve_stored(config, reference)
         require_runs(layout, name)
         require_openable([reference], options)
         checkpoint = Checkpoint.open(reference, config, layout)
@@ -83,6 +84,13 @@ class StoredModel:
     @property
     def layers(self) -> int:
         return self.checkpoint.layout.layers
+
+    def objective(self) -> Objective:
+        """What the model predicts; around a text model that has a head, the next token of a text."""
+        layout = self.checkpoint.layout
+        if layout.family.config and head_name(layout) is not None:
+            return Objective.next_token
+        return objective_of(type(self.runner.model).__name__)
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """The tensors of a layer in float32, by their name inside the layer."""

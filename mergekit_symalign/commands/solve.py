@@ -11,7 +11,7 @@ from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_symalign.alignments.destinations import require_alignment_or_nothing
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options, planned_task, run_tasks
-from mergekit_symalign.commands.common import require_one_family
+from mergekit_symalign.commands.common import require_alignable
 from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.graph.alignments import SaveAlignment
 from mergekit_symalign.whole_file import require_writable
@@ -32,7 +32,7 @@ def solve(anchor: str, model: str, out: Path, merge_options: MergeOptions, **par
     merge_options.apply_global_options()
     require_writable(out)
     require_alignment_or_nothing(out)
-    require_one_family((anchor, model), merge_options)
+    require_alignable(anchor, model, merge_options)
     run_solve(anchor, model, out, merge_options, parameters)
 
 

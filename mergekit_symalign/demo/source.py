@@ -7,8 +7,10 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -36,7 +38,7 @@ def unpack_smollm2(out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
         unpacked = Path(scratch) / "model"
-        with quiet():
+        with quiet(), _read_once():
             model, tokenizer = _load(weights)
             model.save_pretrained(unpacked)
             tokenizer.save_pretrained(unpacked)
@@ -73,6 +75,13 @@ def _load(weights: Path) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerBase]":
     model = LlamaForCausalLM(LlamaConfig.from_dict(plain))
     model.load_state_dict(quantised.state_dict())
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+
+def _read_once() -> contextlib.AbstractContextManager[object]:
+    """transformers opens a GGUF file for config, weights and tokenizer; inside, its 49152 words are parsed once."""
+    import gguf
+
+    return patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader))
 
 
 @contextlib.contextmanager

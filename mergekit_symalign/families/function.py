@@ -63,6 +63,7 @@ _ROPE: Mapping[str, Mapping[str, Any]] = {
     | {"short_factor": None, "long_factor": None},
     "llama3": {"factor": None, "original_max_position_embeddings": None, "low_freq_factor": None}
     | {"high_freq_factor": None},
+    "proportional": {"factor": 1.0},
 }  # what each kind of RoPE reads beside theta, with transformers' defaults; of an unknown kind everything counts
 _ROPE_OF_ALL: Mapping[str, Any] = {"rope_type": "default", "rope_theta": None, "partial_rotary_factor": 1.0}
 _WINDOW = ("sliding_window", "use_sliding_window")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -15,10 +16,11 @@ from mergekit_symalign.errors import ArchitectureError
 from mergekit_symalign.families.classes import LANGUAGE, classes_of, with_head
 from mergekit_symalign.families.combinations import require_known
 from mergekit_symalign.families.named import named_architecture
+from mergekit_symalign.families.readers import with_readers
 from mergekit_symalign.families.schema import Family, Wrapper
-from mergekit_symalign.families.wrappers import text_class, wrapped
+from mergekit_symalign.families.wrappers import text_class, without_pictures, wrapped
 
-_ALSO, _EXTENDS = "also", "extends"
+_ALSO, _EXTENDS, _TITLE = "also", "extends", "title"  # a file without a title is a part of others
 OTHERWISE = (
     "MergeKit's own methods may merge it: check that their output has every tensor of the model, as they drop what "
     "MergeKit's architecture files do not list"
@@ -49,7 +51,8 @@ def families_of(raw: Mapping[str, Raw]) -> dict[str, Family]:
         ArchitectureError: naming the family that does not fit the schema, or that combines what no solver knows.
     """
     every = dict(item for name, own in raw.items() for item in _apart(name, own))
-    found = {name: _validated(Family, _inherit(every, name), name) for name in sorted(every)}
+    whole = {name: _inherit(every, name) for name in sorted(every) if _TITLE in every[name]}
+    found = {name: _validated(Family, with_readers(own), name) for name, own in whole.items()}
     for family in found.values():
         require_known(family)
     return found
@@ -83,6 +86,12 @@ def supported_architectures() -> tuple[str, ...]:
     return tuple(sorted({*_by_class(), *_wrapper_by_class()}))
 
 
+def title_of(architecture: str) -> str:
+    """The title of the family that describes a supported class."""
+    wrapper = _wrapper_by_class().get(architecture)
+    return _by_class()[architecture].title if wrapper is None else wrapper.title
+
+
 def family_of(config: Any, model: str) -> Family:
     """The family of the model that a transformers config describes, with the head of its class.
 
@@ -101,10 +110,29 @@ def family_around(wrapper: Wrapper, config: Any, model: str) -> Family:
     Raises:
         ArchitectureError: no family has the architecture of the text model.
     """
+    return wrapped(wrapper, _text_family(wrapper, config, model))
+
+
+def family_inside(outer: Any, config: Any, model: str) -> Family | None:
+    """The family of a text model by the names that its tensors have inside a model around a text model.
+
+    Args:
+        outer: config of the model around a text model.
+        config: of a text model.
+        model: whose it is, for errors.
+
+    Returns:
+        None if the text model is of another kind than the one inside.
+    """
+    wrapper = _wrapper_by_class()[named_architecture(outer, model=model, supported=supported_architectures())]
+    inside, own = _text_family(wrapper, outer, model), family_of(config, model)
+    return wrapped(without_pictures(wrapper), inside) if own == inside else None
+
+
+def _text_family(wrapper: Wrapper, config: Any, model: str) -> Family:
     part = lookup(config, wrapper.config)
     known = wrapper.text_families.get(str(getattr(part, "model_type", None)))
-    text = _of_class(text_class(part), model, wrapper.name) if known is None else with_head(families()[known], LANGUAGE)
-    return wrapped(wrapper, text)
+    return _of_class(text_class(part), model, wrapper.name) if known is None else with_head(families()[known], LANGUAGE)
 
 
 def lookup(config: Any, key: str) -> Any:
@@ -121,11 +149,17 @@ def _of_class(name: str, model: str, shown: str) -> Family:
     if name not in known:
         what = f"architecture {name}" if name == shown else f"text model {name} inside a {shown} model"
         raise ArchitectureError(
-            f"model {model}",
-            f"{what} is not supported by the aligned methods",
-            f"Supported: {', '.join(supported_architectures())}. {OTHERWISE}",
+            f"model {model}", f"{what} is not supported by the aligned methods", f"{_nearest(name)}. {OTHERWISE}"
         )
     return known[name]
+
+
+def _nearest(name: str) -> str:
+    """The supported classes whose names are like this one, and where all are listed."""
+    supported = supported_architectures()
+    near = get_close_matches(name, supported, n=3)
+    named = f", the nearest by name {' or '.join(near)}" if near else ""
+    return f"{len(supported)} classes are supported{named}; mergekit-symalign families lists all"
 
 
 @cache
@@ -168,12 +202,20 @@ def _apart(name: str, raw: Raw) -> Iterator[tuple[str, Raw]]:
 
 
 def _inherit(raw: Mapping[str, Raw], name: str) -> Raw:
-    """A family file over the one it extends: mappings are merged, null removes an entry, all else is replaced."""
+    """A family file over those it extends: mappings are merged, null removes an entry, all else is replaced.
+
+    Of several that it extends, the first gives all that it has, the others what their own files say.
+    """
     own = dict(raw[name])
-    parent = own.pop(_EXTENDS, None)
-    if parent is not None and parent not in raw:
-        raise ArchitectureError(f"family {name}", f"it extends {parent}, which there is not", "Correct the file")
-    return own if parent is None else _overlaid(_inherit(raw, parent), own)
+    parents = own.pop(_EXTENDS, None) or ()
+    parents = (parents,) if isinstance(parents, str) else tuple(parents)
+    for parent in parents:
+        if parent not in raw:
+            raise ArchitectureError(f"family {name}", f"it extends {parent}, which there is not", "Correct the file")
+    found = _inherit(raw, parents[0]) if parents else {}
+    for parent in parents[1:]:
+        found = _overlaid(found, {key: value for key, value in raw[parent].items() if key != _EXTENDS})
+    return _overlaid(found, own) if parents else own
 
 
 def _overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> Raw:

@@ -18,9 +18,10 @@ def layers_where(
         where: the conditions.
         config: the part of a transformers config that describes the layers.
         layers: how many there are.
-        others: the family's ``layer_kinds``, for ``other_than``.
+        others: the family's ``layer_kinds``, for ``other_than`` and ``within``.
     """
-    if where.when is not None and not lookup(config, where.when):
+    excluded = any(lookup(config, key) == value for key, value in where.unless.items())
+    if excluded or (where.when is not None and not lookup(config, where.when)):
         return frozenset()
     found = frozenset(range(layers))
     for condition in _conditions(where, config, others or {}, layers):
@@ -50,3 +51,5 @@ def _conditions(
         yield frozenset(i for i in every if (i - counted_from) % n == 0)
     if where.other_than is not None:
         yield every - layers_where(others[where.other_than], config, layers, others)
+    if where.within is not None:
+        yield layers_where(others[where.within], config, layers, others)

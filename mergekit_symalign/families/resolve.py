@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from math import prod
@@ -15,6 +15,8 @@ from mergekit_symalign.families.known import OTHERWISE, families, family_of, loo
 from mergekit_symalign.families.layers import layers_where
 from mergekit_symalign.families.schema import (
     MLP_AXES,
+    Adjusted,
+    AttentionSpec,
     BlockKind,
     Family,
     MlpKind,
@@ -24,12 +26,22 @@ from mergekit_symalign.families.schema import (
 )
 from mergekit_symalign.families.towers import Layer, TowerLayer
 from mergekit_symalign.symmetry.element import Fused, TensorAxes
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.options import (
+    AttentionShape,
+    BlockShape,
+    GainScope,
+    HeadShape,
+    HeadValues,
+    LatentShape,
+    MlpShape,
+    NeuronScale,
+)
 
 __all__ = ["families", "lookup", "supported_architectures"]  # of `known`
 
 _COUNTED_APART = MLP_AXES - {"expert"} | {"query_gain", "key_gain"}  # may have their experts or heads as another axis
 _PASSES = TensorSpec(axes=(), optional=True, any_shape=True)
+_PROPORTIONAL = "proportional"  # of a RoPE that turns all planes of a head, the last of them by 0
 _POSITIVELY_HOMOGENEOUS = frozenset(("relu",))
 
 
@@ -43,20 +55,30 @@ class Geometry:
     head_dim: int
     neurons: int
     experts: int = 1
+    groups: int = 1
     shared: int = 0
     dense: int = 0
+    nope: int = 0
+    rope: int = 0
+    value: int = 0
+    kv_latent: int = 0
+    q_latent: int = 0
 
     def length(self, axis: str, gains: GainScope = GainScope.head) -> int | None:
         """Whole length of an axis of a block, or None where any is right (vocabulary, labels)."""
         every = gains.per_head
+        if self.latent is not None and axis in (lengths := self.latent.lengths()):
+            return lengths[axis]
         return {
             "query": self.query_heads * self.head_dim,
             **dict.fromkeys(BlockKind.cross.names, self.query_heads * self.head_dim),
             "attended": self.query_heads * self.head_dim,
             "key": self.kv_heads * self.head_dim,
             "value": self.kv_heads * self.head_dim,
+            "attended_gate": self.query_heads * self.head_dim,
             "query_gain": self.head_dim * (self.query_heads if every else 1),
             "key_gain": self.head_dim * (self.kv_heads if every else 1),
+            "query_head": self.query_heads,
             "gate": self.experts * self.neurons,
             "up": self.experts * self.neurons,
             "down": self.experts * self.neurons,
@@ -65,6 +87,13 @@ class Geometry:
             **{f"dense.{one}": self.dense for one in ("gate", "up", "down")},
             "residual": self.hidden,
         }.get(axis)
+
+    @property
+    def latent(self) -> LatentShape | None:
+        """Of multi-head latent attention, with planes that are not interleaved; None for any other."""
+        if not self.kv_latent:
+            return None
+        return LatentShape(self.query_heads, self.nope, self.rope, self.value, self.kv_latent, self.q_latent)
 
     def mlp(self, kind: BlockKind) -> tuple[int, int]:
         """Neurons and experts of one of a layer's MLPs."""
@@ -134,8 +163,10 @@ class ModelLayout:
         outside: tensors outside the layers, by name.
         inside: tensors of the layers, by the rest of their name; `parts` are those of one layer.
         rotary: coordinates of each head that RoPE turns, in layers that have it.
+        interleaved: rotary planes are neighbouring coordinates.
         without_rope: layers that have none.
         norm: normalisation of queries and keys.
+        locked: each head has a bias of positions of its own.
         neuron_scale: which factors the neurons have.
         activation: of a plain MLP, as the config names it; None where it decides nothing.
         absent: tensors that the family knows and this config does not have, by the rest of their name.
@@ -150,8 +181,10 @@ class ModelLayout:
     outside: Mapping[str, TensorSpec]
     inside: Mapping[str, TensorSpec]
     rotary: int
+    interleaved: bool = False
     without_rope: frozenset[int] = frozenset()
     norm: GainScope = GainScope.none
+    locked: bool = False
     neuron_scale: NeuronScale = NeuronScale.signed
     activation: str | None = None
     absent: frozenset[str] = frozenset()
@@ -231,6 +264,12 @@ class ModelLayout:
         match = self._layer_name.fullmatch(self.canonical(name))
         return int(match[1]) if match else None
 
+    def is_around_text(self, name: str) -> bool:
+        """Whether a tensor lies outside the text model of a model around one (a vision tower's): no text reaches it."""
+        name = self.canonical(name)
+        around = any(fnmatchcase(name, pattern) for pattern in self.family.passes_through)
+        return bool(self.family.config) and around and self.layer_of(name) is None
+
     def is_buffer(self, name: str) -> bool:
         """Whether old checkpoints carry this beside the weights."""
         return any(fnmatchcase(name, pattern) for of in self.stacks for pattern in of.family.buffers)
@@ -256,7 +295,9 @@ class ModelLayout:
         return {part: spec for part, spec in self.inside.items() if self._has(layer, spec)}
 
     def _has(self, layer: int, spec: TensorSpec) -> bool:
-        return spec.layers is None or layer in self.layer_kinds[spec.layers]
+        attends = self.family.attention.layers if spec.block is BlockKind.attention else None
+        kind = spec.layers or attends
+        return kind is None or layer in self.layer_kinds[kind]
 
     def kinds(self, layer: int) -> tuple[BlockKind, ...]:
         """The blocks of one layer."""
@@ -274,19 +315,15 @@ class ModelLayout:
         """The tensors of a block, by their name inside the layer."""
         return {part: spec for part, spec in self.inside.items() if spec.block is kind}
 
-    def block_shape(self, layer: Layer, kind: BlockKind) -> HeadShape | MlpShape:
+    def block_shape(self, layer: Layer, kind: BlockKind) -> BlockShape:
         """The heads or neurons of a block."""
         of, index = self.stack(layer)
         return of.mlp_shape(kind) if kind.is_mlp else of.attention_shape(index, kind)
 
-    def attention_shape(self, layer: int, kind: BlockKind) -> HeadShape:
+    def attention_shape(self, layer: int, kind: BlockKind) -> AttentionShape:
         """The heads of a block; those of a layer's own attention for a block that has none."""
-        g = self.geometry
-        return (
-            HeadShape(g.query_heads, g.query_heads, g.head_dim, 0)
-            if kind is BlockKind.cross
-            else self.head_shape(layer)
-        )
+        g, cross = self.geometry, kind is BlockKind.cross
+        return HeadShape(g.query_heads, g.query_heads, g.head_dim, 0) if cross else self.head_shape(layer)
 
     def shape(self, spec: TensorSpec) -> tuple[int | None, ...]:
         """The shape a tensor must be stored in; None where any length is right."""
@@ -308,24 +345,38 @@ class ModelLayout:
         names[i] = names.pop(j)
         return TensorAxes(tuple(names), (i, j, self.shape(spec)[j] or 0), spec.offset)
 
-    def head_shape(self, layer: int) -> HeadShape:
+    def head_shape(self, layer: int) -> AttentionShape:
         """The heads of a layer, and how positions enter its queries and keys."""
         g, attention = self.geometry, self.family.attention
-        rotary = 0 if layer in self.without_rope or attention.positions is Positions.none else self.rotary
-        interleaved = attention.positions is Positions.rope_interleaved
-        locked = attention.locked_heads
-        return HeadShape(g.query_heads, g.kv_heads, g.head_dim, rotary, interleaved, self.norm, locked)
+        if g.latent is not None:
+            return replace(g.latent, interleaved=self.interleaved)
+        turning = attention.positions is not Positions.none and layer not in self.without_rope and not self.locked
+        rotary = self.rotary if turning else 0
+        axes = {name for spec in self.inside.values() for axis in spec.axes for name in _names(axis)}
+        sizes = (g.query_heads, g.kv_heads, g.head_dim, rotary)
+        numbered, values = "query_head" in axes, self._values(axes)
+        return HeadShape(*sizes, self.interleaved, self.norm, numbered, self.locked, values)
+
+    def _values(self, axes: set[str]) -> HeadValues:
+        if "attended_gate" in axes:
+            return HeadValues.gated
+        if "value" not in axes:
+            return HeadValues.keys
+        return HeadValues.normed if self.family.attention.value_norm else HeadValues.free
 
     def mlp_shape(self, kind: BlockKind = BlockKind.mlp) -> MlpShape:
         """The neurons of one of a layer's MLPs, and which factors they have."""
-        gated = self.family.mlp is MlpKind.gated
-        return MlpShape(*self.geometry.mlp(kind), self.neuron_scale, gated)
+        groups = self.geometry.groups if kind is BlockKind.mlp else 1
+        return MlpShape(*self.geometry.mlp(kind), self.neuron_scale, self.family.mlp.has_gate, groups)
 
     def _named(self, axis: str | tuple[str, ...], spec: TensorSpec) -> str | Fused:
         if isinstance(axis, str):
             return axis
         groups = self.geometry.experts if "expert" in spec.axes else 1
-        groups = self.geometry.kv_heads if spec.fused_per_head else groups
+        groups = max(groups, spec.fused_groups)
+        if spec.fused_per_head:
+            groups = self.geometry.kv_heads if {"key", "value"} & set(axis) else self.geometry.query_heads
+        groups = self.geometry.experts * self.geometry.neurons if spec.interleaved else groups
         return Fused(tuple((part, self.geometry.length(part, self.norm) or 0) for part in axis), groups)
 
     def _length(self, axis: str | Fused) -> int | None:
@@ -400,7 +451,9 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
     attention = family.attention
     normalised = attention.norm_when is None or lookup(config, attention.norm_when)
     layers = lookup(config, family.sizes.layers)
-    inside = _present(config, family.layer)
+    kinds = {k: layers_where(of, config, layers, family.layer_kinds) for k, of in family.layer_kinds.items()}
+    flat = attention.without_rope
+    inside = {k: spec for k, spec in _present(config, family.layer).items() if _has_neurons(geometry, spec.block)}
     return ModelLayout(
         family=family,
         geometry=geometry,
@@ -408,12 +461,14 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
         outside=_present(config, {family.prefix + k: x for k, x in family.tensors.items()} | family.task_heads),
         inside=inside,
         rotary=_rotary(config, family, geometry, model),
-        without_rope=layers_where(attention.without_rope, config, layers) if attention.without_rope else frozenset(),
+        interleaved=_interleaved(config, attention),
+        without_rope=layers_where(flat, config, layers, family.layer_kinds) if flat else frozenset(),
         norm=attention.norm if normalised else GainScope.none,
+        locked=_is_locked(config, attention.head_bias),
         neuron_scale=_neuron_scale(config, family),
         activation=_activation(config, family),
         absent=frozenset(family.layer) - inside.keys(),
-        layer_kinds={k: layers_where(of, config, layers, family.layer_kinds) for k, of in family.layer_kinds.items()},
+        layer_kinds=kinds,
         towers=towers,
     )
 
@@ -440,12 +495,25 @@ def _family_of_tower(config: Any, tower: Tower) -> Family | None:
 
 
 def _values(config: Any, key: str) -> list[Any]:
-    """The value of a key; the values of all kinds of layers, where each kind has its own RoPE."""
+    """The value of a key; the values of all kinds of layers, where each kind has its own RoPE.
+
+    Which part of a head turns is nobody's question under ``proportional``: planes beyond that part turn by 0.
+    """
+    ropes = _ropes(config)
+    if key.endswith("partial_rotary_factor"):
+        ropes = [rope for rope in ropes if rope.get("rope_type") != _PROPORTIONAL]
+        if not ropes and _ropes(config):
+            return []
+    if ropes and key.startswith("rope_parameters."):
+        return [lookup(rope, key.removeprefix("rope_parameters.")) for rope in ropes]
+    return [lookup(config, key)]
+
+
+def _ropes(config: Any) -> list[Mapping[str, Any]]:
+    """What the config says of RoPE: once, or for each kind of layers."""
     rope = lookup(config, "rope_parameters")
     kinds = [x for x in rope.values() if isinstance(x, Mapping)] if isinstance(rope, Mapping) else []
-    if kinds and key.startswith("rope_parameters."):
-        return [lookup(kind, key.removeprefix("rope_parameters.")) for kind in kinds]
-    return [lookup(config, key)]
+    return kinds or ([rope] if isinstance(rope, Mapping) else [])
 
 
 def _present(config: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -463,6 +531,15 @@ def _activation(config: Any, family: Family) -> str | None:
     return lookup(config, family.activation) if plain and family.activation is not None else None
 
 
+def _has_neurons(geometry: Geometry, block: BlockKind | None) -> bool:
+    """Whether a model has a block: one without experts, or shared ones, has no tensors of them."""
+    return block is None or not block.is_mlp or min(geometry.mlp(block)) > 0
+
+
+def _is_locked(config: Any, bias: bool | str) -> bool:
+    return bias if isinstance(bias, bool) else bool(lookup(config, bias))
+
+
 def _neuron_scale(config: Any, family: Family) -> NeuronScale:
     if family.mlp is MlpKind.gated:
         return NeuronScale.signed
@@ -471,14 +548,15 @@ def _neuron_scale(config: Any, family: Family) -> NeuronScale:
 
 def _geometry(config: Any, family: Family, model: str) -> Geometry:
     """Sizes from the config, with transformers' own rules for those it may leave out."""
-    keys = family.sizes.model_dump(exclude={"layers", "shared", "two_thirds"})
-    sizes: dict[str, Any] = {key: lookup(config, where) if where is not None else None for key, where in keys.items()}
-    sizes["kv_heads"] = sizes["kv_heads"] or sizes["query_heads"]
-    sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["query_heads"]
-    sizes["neurons"] = sizes["neurons"] or 4 * sizes["hidden"]
-    if family.sizes.two_thirds and family.mlp is MlpKind.gated:
-        sizes["neurons"] = (int(sizes["neurons"] * 2 / 3) + 7) // 8 * 8
-    sizes["experts"] = sizes["experts"] or 1
+    keys = family.sizes.named()
+    sizes: dict[str, Any] = {key: lookup(config, where) for key, where in keys.items() if key != "layers"}
+    sizes = dict.fromkeys(f.name for f in fields(Geometry)) | sizes
+    sizes["kv_heads"] = 1 if sizes.pop("one_kv_head", None) else sizes["kv_heads"] or sizes["query_heads"]
+    sizes |= {key: sizes[key] or 0 for key in ("nope", "rope", "value", "kv_latent", "q_latent")}
+    sizes["head_dim"] = sizes["head_dim"] or sizes["nope"] + sizes["rope"] or sizes["hidden"] // sizes["query_heads"]
+    sizes["neurons"] = _adjusted(config, family.sizes.adjusted, sizes["neurons"] or 4 * sizes["hidden"])
+    sizes["groups"] = sizes["groups"] or 1
+    sizes["experts"] = 1 if sizes["experts"] is None else sizes["experts"]
     sizes["dense"] = sizes["dense"] or 0
     sizes["shared"] = prod(lookup(config, key) or 0 for key in family.sizes.shared) if family.sizes.shared else 0
     geometry = Geometry(**sizes)
@@ -488,20 +566,56 @@ def _geometry(config: Any, family: Family, model: str) -> Geometry:
             f"{geometry.query_heads} query heads cannot share {geometry.kv_heads} KV heads evenly",
             "Check the model's config.json",
         )
+    if geometry.latent is not None and geometry.query_heads != geometry.kv_heads:
+        raise ArchitectureError(
+            f"model {model}",
+            f"it has {geometry.query_heads} query heads and {geometry.kv_heads} KV heads, but heads that share a "
+            "latent have keys of their own",
+            "Check the model's config.json",
+        )
     return geometry
+
+
+def _interleaved(config: Any, attention: AttentionSpec) -> bool:
+    when = attention.interleaved_when
+    return attention.positions is Positions.rope_interleaved or (when is not None and bool(lookup(config, when)))
+
+
+def _adjusted(config: Any, rule: Adjusted | None, neurons: int) -> int:
+    if rule is None or not lookup(config, rule.when):
+        return neurons
+    neurons = int(2 * neurons / 3)
+    if (factor := 1 if rule.times is None else lookup(config, rule.times)) is None:
+        return neurons
+    multiple: int = rule.multiple_of if isinstance(rule.multiple_of, int) else lookup(config, rule.multiple_of)
+    return multiple * -(-int(factor * neurons) // multiple)
 
 
 def _rotary(config: Any, family: Family, geometry: Geometry, model: str) -> int:
     """How many coordinates of each head RoPE turns."""
-    factors = [lookup(config, key) for key in family.attention.rotary_factor]
-    factor = next((f for f in factors if f is not None), 1.0)
-    rotary = int(geometry.head_dim * factor)
+    factors = {_factor(config, family, rope) for rope in _ropes(config) or [{}]}
+    if len(factors) > 1:
+        raise ArchitectureError(
+            f"model {model}", f"its kinds of layers turn different parts of each head ({sorted(factors)})", OTHERWISE
+        )
+    counted = lookup(config, family.attention.rotary_dim) if family.attention.rotary_dim is not None else None
+    rotary = int((geometry.rope or geometry.head_dim) * factors.pop()) if counted is None else int(counted)
     if rotary % 2 and family.attention.positions is not Positions.none:
-        what = f"head dimension {rotary}" if factor == 1 else f"rotary part {rotary} of the head dimension"
+        whole = rotary == geometry.head_dim
+        what = f"head dimension {rotary}" if whole else f"rotary part {rotary} of the head dimension"
         raise ArchitectureError(
             f"model {model}", f"{what} is odd, so it has no rotary planes", "Check the model's config.json"
         )
     return rotary
+
+
+def _factor(config: Any, family: Family, rope: Mapping[str, Any]) -> float:
+    """Which share of each head turns, in layers with this RoPE."""
+    if rope.get("rope_type") == _PROPORTIONAL:
+        return 1.0
+    inside = ((key, key.removeprefix("rope_parameters.")) for key in family.attention.rotary_factor)
+    factors = (lookup(config if key == own else rope, own) for key, own in inside)
+    return next((factor for factor in factors if factor is not None), 1.0)
 
 
 def text_config(config: Any, family: Family) -> Any:

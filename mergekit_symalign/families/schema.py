@@ -9,6 +9,7 @@ axis                 length                                      moved by
 ``key``              KV heads × head dimension                   its dual
 ``value``            KV heads × head dimension                   value/output element
 ``attended``         query heads × head dimension (read by o)    its dual
+``attended_gate``    query heads × head dimension (multiplies)   order of ``value``
 ``query_gain``       head dimension (× query heads)              gain scale (QK-norm)
 ``key_gain``         head dimension (× KV heads)                 its dual
 ``gate``             neurons (of every expert)                   neuron permutation
@@ -16,6 +17,15 @@ axis                 length                                      moved by
 ``down``             neurons (read by down)                      dual of ``up``
 ``expert``           experts                                     expert permutation
 ``head``             query or KV heads (beside a gain)           with the gain
+``query_head``       query heads (numbers of each: sinks)        order of the heads
+``q_nope``           heads × coordinates without positions       query/key element
+``k_nope``           the same                                    its dual
+``q_pe``             heads × coordinates that turn               query/key planes, one for all heads
+``k_pe``             coordinates that turn                       its dual
+``kv_latent``        latent of keys and values                   latent element
+``kv_latent_gain``   the same, of its norm                       latent element, without signs
+``kv_latent_read``   the same, of what reads it                  latent element
+``q_latent``, …      latent of queries                           the same
 ``residual``         hidden size                                 residual element of the whole model
 ``vocabulary``       vocabulary, whatever its size               nothing
 ``position``         learned positions                           nothing
@@ -31,6 +41,8 @@ experts × neurons, heads × coordinates.
 A decoder's layer may attend to what an encoder writes: ``cross.query``, ``cross.key``, ``cross.value`` and
 ``cross.attended`` are the axes of that attention, which has no positions and as many KV heads as query heads.
 
+The axes from ``q_nope`` on are of multi-head latent attention, beside ``value`` and ``attended``.
+
 A layer may have further MLPs: an expert that every token passes (``shared.gate``, ``shared.up``, ``shared.down``), and
 the MLP of those layers that have no experts (``dense.gate``, …).
 """
@@ -42,15 +54,17 @@ from typing import Any, Literal, Optional, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mergekit_symalign.symmetry.options import GainScope
+from mergekit_symalign.symmetry.options import GainScope, LatentShape
 
 Axis = Literal[
     "query",
     "key",
     "value",
     "attended",
+    "attended_gate",
     "query_gain",
     "key_gain",
+    "query_head",
     "gate",
     "up",
     "down",
@@ -66,13 +80,27 @@ Axis = Literal[
     "cross.value",
     "cross.attended",
     "head",
+    "q_nope",
+    "k_nope",
+    "q_pe",
+    "k_pe",
+    "kv_latent",
+    "kv_latent_gain",
+    "kv_latent_read",
+    "q_latent",
+    "q_latent_gain",
+    "q_latent_read",
     "residual",
     "vocabulary",
     "position",
     "other",
 ]
 
-ATTENTION_AXES: frozenset[str] = frozenset(("query", "key", "value", "attended", "query_gain", "key_gain"))
+LATENT_AXES: frozenset[str] = frozenset(LatentShape(1, 1, 2, 1, 1, 1).lengths())
+HEAD_AXES: frozenset[str] = frozenset(
+    ("query", "key", "value", "attended", "attended_gate", "query_gain", "key_gain", "query_head")
+)
+ATTENTION_AXES: frozenset[str] = HEAD_AXES | LATENT_AXES
 MLP_AXES: frozenset[str] = frozenset(("gate", "up", "down", "expert"))
 
 
@@ -100,7 +128,7 @@ class BlockKind(str, Enum):
         if self is BlockKind.attention:
             return ATTENTION_AXES
         if self is BlockKind.cross:
-            return ATTENTION_AXES - {"query_gain", "key_gain"}
+            return frozenset(("query", "key", "value", "attended"))
         return MLP_AXES if self is BlockKind.mlp else MLP_AXES - {"expert"}
 
     @property
@@ -121,7 +149,13 @@ class MlpKind(str, Enum):
     """What a neuron is."""
 
     gated = "gated"  # act(gate) · up, read by down: permutation and signed scale
+    clamped = "clamped"  # gated, and up is clamped, so that no factor passes: permutation
     plain = "plain"  # act(up), read by down: permutation
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether each neuron has a gate row."""
+        return self is not MlpKind.plain
 
 
 class StreamNorm(str, Enum):
@@ -140,7 +174,10 @@ class TensorSpec(_Data):
 
     Attributes:
         axes: one name for each axis of the stored tensor, in order; several for an axis that is fused of them.
-        fused_per_head: the parts of a fused axis follow one another for each KV head, not once.
+        fused_per_head: the parts of a fused axis follow one another for each KV head, not once (for each query head,
+            where only these have parts).
+        interleaved: a gate row and an up row by turns, neuron by neuron.
+        fused_groups: how often the parts of a fused axis follow one another, each time with the next share of all.
         when: config key; the tensor exists only where that is true.
         unless: config key; the tensor exists only where that is not true.
         optional: the tensor may be absent (tied embeddings).
@@ -157,6 +194,8 @@ class TensorSpec(_Data):
 
     axes: tuple[Union[Axis, tuple[Axis, ...]], ...]
     fused_per_head: bool = False
+    interleaved: bool = False
+    fused_groups: int = 1
     when: Optional[str] = None
     unless: Optional[str] = None
     optional: bool = False
@@ -174,28 +213,53 @@ class TensorSpec(_Data):
         return next((kind for kind in BlockKind if kind.names & names), None)
 
 
+class Adjusted(_Data):
+    """Neurons that are two thirds of what the config says, times a factor, in whole multiples (config keys).
+
+    Attributes:
+        when: whether they are.
+        times: the factor, 1 if not given; neither it nor multiples count where the config has none.
+        multiple_of: the multiples; a number stands for itself.
+    """
+
+    when: str
+    times: Optional[str] = None
+    multiple_of: Union[int, str]
+
+
 class SizeKeys(_Data):
     """Where the transformers config keeps each size.
 
     Left out or absent from the config: as many KV heads as query heads, heads that share the hidden size evenly, four
-    times as many neurons.
+    times as many neurons. Where the config key ``one_kv_head`` is true, all query heads share one KV head.
     """
 
     layers: str
     hidden: str
     query_heads: str
     kv_heads: Optional[str] = None
+    one_kv_head: Optional[str] = None
     head_dim: Optional[str] = None
     neurons: Optional[str] = None
-    two_thirds: bool = False  # a gated MLP has two thirds of these neurons, rounded up to a multiple of 8
     experts: Optional[str] = None
+    groups: Optional[str] = None  # of experts; a router that chooses groups first lets none leave its group
     shared: tuple[str, ...] = ()  # neurons of the shared expert: the product of these
     dense: Optional[str] = None  # neurons of the MLP of layers without experts
+    nope: Optional[str] = None  # of multi-head latent attention: coordinates of a head without positions,
+    rope: Optional[str] = None  # that turn,
+    value: Optional[str] = None  # and of its value;
+    kv_latent: Optional[str] = None  # of the latent of keys and values,
+    q_latent: Optional[str] = None  # and of the latent of queries
+    adjusted: Optional[Adjusted] = None
+
+    def named(self) -> dict[str, str]:
+        """The config key of each size that has one alone."""
+        values = self.model_dump(exclude={"shared", "adjusted"})
+        return {size: key for size, key in values.items() if key is not None}
 
     def config_keys(self) -> tuple[str, ...]:
         """All config keys that are named here."""
-        values = self.model_dump(exclude={"shared", "two_thirds"}).values()
-        return tuple(key for key in (*values, *self.shared) if key is not None)
+        return (*self.named().values(), *self.shared)
 
 
 class LayersWhere(_Data):
@@ -210,7 +274,9 @@ class LayersWhere(_Data):
         last: config key of the last of them.
         every: config key of n: each n-th layer, counted from ``first``, or from 1 without one.
         other_than: another entry of ``layer_kinds``: all layers but those.
+        within: another entry of ``layer_kinds``: those layers alone.
         when: config key; no layer belongs to them unless it is set.
+        unless: config keys and a value of each; no layer belongs to them where the config has it.
     """
 
     key: Optional[str] = None
@@ -222,7 +288,9 @@ class LayersWhere(_Data):
     last: Optional[str] = None
     every: Optional[str] = None
     other_than: Optional[str] = None
+    within: Optional[str] = None
     when: Optional[str] = None
+    unless: dict[str, Any] = Field(default_factory=dict)
 
 
 class AttentionSpec(_Data):
@@ -230,19 +298,29 @@ class AttentionSpec(_Data):
 
     Attributes:
         positions: how positions enter.
+        interleaved_when: config key; planes are neighbouring coordinates, as for ``rope_interleaved``, if that is true.
         rotary_factor: config keys of the share of each head that RoPE turns; the first that is there counts.
+        rotary_dim: config key of the number of coordinates of each head that RoPE turns; all, where it is absent.
         without_rope: layers that are an exception.
         norm: normalisation of queries and keys.
         norm_when: config key; the normalisation is there only where that is true.
-        locked_heads: every head has a place of its own (a bias on the scores of each, ALiBi).
+        layers: those that have an attention, an entry of ``layer_kinds``; all if not given.
+        head_bias: each head has a bias of its own for each distance (ALiBi, T5), so that heads stay where they are. A
+            config key: only where that is true, and there in place of RoPE.
+        value_norm: values are normalised over the head (RMS, without a gain), so that they have no scale. Under a
+            QK-norm, without a tensor that has the axis ``value``, they are what the key projection writes.
     """
 
     positions: Positions
+    interleaved_when: Optional[str] = None
     rotary_factor: tuple[str, ...] = ()
+    rotary_dim: Optional[str] = None
     without_rope: Optional[LayersWhere] = None
     norm: GainScope = GainScope.none
     norm_when: Optional[str] = None
-    locked_heads: bool = False
+    layers: Optional[str] = None
+    head_bias: Union[bool, str] = False
+    value_norm: bool = False
 
 
 class StreamSpec(_Data):
@@ -252,11 +330,13 @@ class StreamSpec(_Data):
         norm: of all norms on it.
         returned: the model returns the stream itself, behind its last norm.
         shared: with another stack of layers, which has the same embeddings or reads what this one writes.
+        computed_positions: positions are added to it that are calculated, not stored, so its coordinates are fixed.
     """
 
     norm: StreamNorm = StreamNorm.rms
     returned: bool = False
     shared: bool = False
+    computed_positions: bool = False
 
 
 class Tower(_Data):
@@ -380,6 +460,8 @@ class Family(_Data):
                 raise ValueError(f"{name} is read by {sorted(missing)}, which it does not list")
             if spec.layers is not None and spec.layers not in self.layer_kinds:
                 raise ValueError(f"{name} is in layers {spec.layers}, which layer_kinds does not list")
+        if self.attention.layers is not None and self.attention.layers not in self.layer_kinds:
+            raise ValueError(f"attention.layers is {self.attention.layers}, which layer_kinds does not list")
         if "{layer}" not in self.layer_prefix:
             raise ValueError("layer_prefix has no {layer}")
         return self

@@ -12,7 +12,7 @@ from mergekit_symalign.errors import ParameterError
 from mergekit_symalign.families.resolve import ModelLayout, lookup
 from mergekit_symalign.families.schema import BlockKind, StreamNorm, TensorSpec
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import HeadShape, Symmetries
+from mergekit_symalign.symmetry.options import AttentionShape, Symmetries
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, Residual, ResidualKind
 from mergekit_symalign.symmetry.residual.scope import Block, Norm, Scope
 
@@ -58,6 +58,8 @@ def residual_group(layout: ModelLayout, tied: bool) -> ResidualGroup:
         return ResidualGroup(None, None, *_RETURNED)
     if layout.family.stream.shared:
         return ResidualGroup(None, None, *_SHARED)
+    if layout.family.stream.computed_positions:
+        return ResidualGroup(None, None, *_COMPUTED)
     plain = layout.family.stream.norm is StreamNorm.rms
     permutation = ResidualKind.signed_permutation if plain else ResidualKind.permutation
     if (refused := _why_no_rotation(layout, tied=tied)) is not None:
@@ -129,7 +131,7 @@ def layer_scope(
     layer: int,
     names: Collection[str],
     use: Mapping[str, Symmetries] | None = None,
-    heads: HeadShape | None = None,
+    heads: AttentionShape | None = None,
 ) -> Scope:
     """A layer of a model, by the names inside it.
 
@@ -203,6 +205,10 @@ _RETURNED = (
 )
 _SHARED = (
     "encoder and decoder share the coordinates of their residual streams",
+    "Use residual: none",
+)
+_COMPUTED = (
+    "positions are added to the residual stream that are calculated in fixed coordinates and stored nowhere",
     "Use residual: none",
 )
 

@@ -15,6 +15,11 @@ def text_class(config: Any) -> str:
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, model_type))
 
 
+def without_pictures(wrapper: Wrapper) -> Wrapper:
+    """The same around nothing but a text model, whose config is the whole config."""
+    return wrapper.model_copy(update={"config": "", "passes_through": (), "tensors": {}})
+
+
 def wrapped(wrapper: Wrapper, text: Family) -> Family:
     """The family of a model around a text model of this family."""
     changes = {

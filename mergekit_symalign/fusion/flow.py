@@ -258,7 +258,7 @@ def _exact_attention(
         align = partial(align_attention_by, seen, shape=heads, use=Symmetries())
     solved = solve_block(sides, heads, Symmetries(), align and (lambda rows: align(weights=rows)), values=Values.finite)
     actions: dict[str, Any] = dict(solved.element.actions)
-    return {**dict.fromkeys((*HEAD_AXES, "query_gain", "key_gain"), _stays), **actions}, dict(solved.facts)
+    return {**dict.fromkeys(ATTENTION_AXES, _stays), **actions}, dict(solved.facts)
 
 
 def _stays(x: Tensor, dim: int) -> Tensor:

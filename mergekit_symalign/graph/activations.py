@@ -13,14 +13,15 @@ from mergekit.graph import Task
 from mergekit_symalign.activations.runner import EXPERTS, LayerRunner, Recorded
 from mergekit_symalign.activations.statistics import Statistics, Stream, run_layer
 from mergekit_symalign.errors import ModelError
-from mergekit_symalign.families.resolve import ModelLayout, resolve
+from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.graph.plain_merge import resolve_stored
 from mergekit_symalign.graph.solve import SolveBlock, packed
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by, align_mlp_by
 from mergekit_symalign.symmetry.by_activations.experts import Routing, align_experts_by
 from mergekit_symalign.symmetry.fitting import Values
 from mergekit_symalign.symmetry.heads.solve import HEAD_AXES
-from mergekit_symalign.symmetry.options import Sides
+from mergekit_symalign.symmetry.options import HeadShape, Sides
 from mergekit_symalign.symmetry.rows import compute_dtype
 from mergekit_symalign.symmetry.solve import solve_block
 from mergekit_symalign.symmetry.solved import Solved
@@ -39,7 +40,7 @@ def runner_of(model: ModelReference, digest: str, trust_remote_code: bool) -> La
     config = model.config(trust_remote_code=trust_remote_code)
     if config_digest(config) != digest:
         raise ModelError(f"model {model}", "its config was replaced while it was in use", "Start again")
-    return LayerRunner(config, resolve(config, model=str(model)))
+    return LayerRunner(config, resolve_stored(config, model))
 
 
 def config_digest(config: Any) -> str:
@@ -244,9 +245,11 @@ class SolveActivations(SolveBlock):
     def _align(self, statistics: Any, sides: Sides, stored: Sides | None = None) -> Solved:
         if EXPERTS in statistics:
             anchor, model = (Routing(*tensors) for tensors in statistics[EXPERTS])
-            act = runner_of(self.anchor[0].model, self.digest, self.trust_remote_code).gate_activation()
-            return align_experts_by((anchor, model), sides, self.mlp, self.use, act, stored)
+            runner = runner_of(self.anchor[0].model, self.digest, self.trust_remote_code)
+            of_experts = runner.gate_activation(), stored, runner.gated()
+            return align_experts_by((anchor, model), sides, self.mlp, self.use, *of_experts)
         seen = {axis: Covariance(*numbers) for axis, numbers in statistics.items()}
         if self.kind.is_mlp:
             return align_mlp_by(seen["down"], sides, self.mlp, self.use)
+        assert isinstance(self.heads, HeadShape)  # others are refused (`Block.require_possible_latents`)
         return align_attention_by(seen, sides, self.heads, self.use)

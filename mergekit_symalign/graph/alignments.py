@@ -29,6 +29,7 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.families.towers import Layer, layer_name
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint_of
+from mergekit_symalign.graph.latent_gains import require_gains
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.whole_file import require_writable
@@ -127,6 +128,8 @@ class Alignments:
         name = require_block(file, *block)
         checkpoint = self.checkpoints[model]
         self.exact &= require_fitting_block(file, checkpoint.layout, *block, halves=has_halves(checkpoint))
+        if block[1] is BlockKind.attention and isinstance(block[0], int):
+            require_gains(file, checkpoint, block[0])
         return file.sha256, name
 
     def has_stream(self, path: str, anchor: ModelReference, model: ModelReference) -> bool:
@@ -193,13 +196,12 @@ class Alignments:
     ) -> Origin:
         """What a file belongs to, from the settings of each of its blocks."""
         agreed, differing = agreed_settings(settings)
-        layout = self.checkpoints[model].layout
         return Origin(
             anchor=str(anchor),
             model=str(model),
             anchor_fingerprint=self._fingerprint(anchor),
             model_fingerprint=self._fingerprint(model),
-            family=layout.family.name,
+            family=self.checkpoints[model].family_name,
             sizes=sizes_of(self.checkpoints[model]),
             settings=agreed,
             versions=package_versions(),
@@ -215,7 +217,7 @@ class Alignments:
     def _checked(self, path: Path, anchor: ModelReference, model: ModelReference) -> AlignmentFile:
         file = AlignmentFile.open(path)
         checkpoint = self.checkpoints[model]
-        file.require_family(checkpoint.layout.family.name, sizes_of(checkpoint), str(model))
+        file.require_family(checkpoint.family_name, sizes_of(checkpoint), str(model))
         file.require_anchor(str(anchor), self._fingerprint(anchor))
         file.require_model(str(model), self._fingerprint(model))
         require_known_blocks(file, checkpoint.layout)

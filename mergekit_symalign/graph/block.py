@@ -19,7 +19,14 @@ from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Rotation, Symmetries, ValueOutput
+from mergekit_symalign.symmetry.options import (
+    AttentionShape,
+    MlpShape,
+    NeuronScale,
+    Rotation,
+    Symmetries,
+    ValueOutput,
+)
 
 SYMMETRY_NAMES = tuple(f.name for f in fields(Symmetries))
 
@@ -56,9 +63,8 @@ class Block:
 
     @cached_property
     def axes(self) -> tuple[TensorAxes, ...]:
-        whole = self.checkpoints[self.anchor].layout
-        specs = [whole.placed(weight.name).claim.spec for weight, _ in self.members]  # type: ignore[union-attr]
-        return tuple(self.layout.axes(spec) for spec in specs)
+        placed = (self.checkpoints[self.anchor].layout.placed(weight.name) for weight, _ in self.members)
+        return tuple(one.layout.axes(one.claim.spec) for one in placed if one is not None)
 
     @property
     def mlp(self) -> MlpShape:
@@ -96,7 +102,7 @@ class Block:
         assert placed.layer is not None
         return placed.layer
 
-    def heads(self, model: ModelReference) -> HeadShape:
+    def heads(self, model: ModelReference) -> AttentionShape:
         """Heads and positions of the layers that are matched, which anchor and model must share."""
         anchor_shape, shape = (self._head_shape(m) for m in (self.anchor, model))
         if shape != anchor_shape:
@@ -108,7 +114,7 @@ class Block:
             )
         return shape
 
-    def _head_shape(self, model: ModelReference) -> HeadShape:
+    def _head_shape(self, model: ModelReference) -> AttentionShape:
         layout, index = self.checkpoints[model].layout.stack(self.layer_of(model))
         return layout.attention_shape(index, self.kind)
 
@@ -126,6 +132,25 @@ class Block:
                     "parameter value_output",
                     f"general matrices are found from weights, towards one anchor, but {name} is {self.agreed(name)}",
                     f"Use {name}: {wanted}, or value_output: orthogonal",
+                )
+
+    def require_possible_latents(self) -> None:
+        """Heads that share a latent are matched by their weights, towards one anchor.
+
+        Raises:
+            ConfigError: if something else is asked for.
+        """
+        if self.kind.is_mlp or self.layout.geometry.latent is None:
+            return
+        if all(self.agreed("alignment", model) is not None for model in self.moved()):
+            return
+        for name, wanted in (("objective", "weights"), ("anchor", "base")):
+            if self.agreed(name) != wanted:
+                raise ConfigError(
+                    f"parameter {name}",
+                    f"it is {self.agreed(name)} for {self.members[0][0].name}, but attention heads that share a latent "
+                    f"({self.layout.family.title}) are matched by their weights, towards one anchor",
+                    f"Use {name}: {wanted} for self_attn (a filter), or for the whole merge",
                 )
 
     def require_possible_consensus(self, moved: list[ModelReference]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.common import ModelReference
 
 from mergekit_symalign.errors import CheckpointError
@@ -17,11 +16,12 @@ from mergekit_symalign.families.resolve import ModelLayout, Placed
 from mergekit_symalign.families.towers import Layer
 from mergekit_symalign.graph.fresh import forget_loader
 from mergekit_symalign.graph.headers import Header
+from mergekit_symalign.graph.joined import joined
 from mergekit_symalign.graph.leftovers import unread
-from mergekit_symalign.graph.names import Names
+from mergekit_symalign.graph.names import Names, StoredNames, names_of
 from mergekit_symalign.graph.opening import open_headers
-
-MERGE_PLAINLY = "Use MergeKit's own method for this merge, or a checkpoint of the expected layout"
+from mergekit_symalign.graph.plain_merge import plain_merge
+from mergekit_symalign.graph.text_parts import TextNames
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Checkpoint:
         layout: its architecture.
         headers: of all stored tensors that MergeKit finds, by name.
         unlisted: of those that are in the files and not in their index.
+        own_layout: of a text model whose `layout` has the names of the model that it is merged into.
     """
 
     model: ModelReference
@@ -41,22 +42,40 @@ class Checkpoint:
     layout: ModelLayout
     headers: Mapping[str, Header]
     unlisted: Mapping[str, Header]
+    own_layout: ModelLayout | None = None
     _converted: dict[str, Header | None] = field(default_factory=dict)
 
     @staticmethod
-    def open(model: ModelReference, config: Any, layout: ModelLayout) -> Checkpoint:
+    def open(
+        model: ModelReference, config: Any, layout: ModelLayout, own_layout: ModelLayout | None = None
+    ) -> Checkpoint:
         """
         Raises:
             ModelError, CheckpointError, ConfigError: if the model cannot be opened.
         """
         forget_loader(model)
         headers = open_headers(model)
-        return Checkpoint(model, config, layout, headers.listed, headers.unlisted)
+        return Checkpoint(model, config, layout, headers.listed, headers.unlisted, own_layout)
 
     @cached_property
-    def names(self) -> Names:
+    def names(self) -> Names | StoredNames:
         """What transformers calls the stored tensors; built only where names alone do not tell."""
-        return Names(self.config, str(self.model))
+        if self.own_layout is not None:
+            return TextNames(self.config, str(self.model), self.layout, self.own_layout)
+        return names_of(self.config, self.layout, str(self.model))
+
+    @property
+    def family_name(self) -> str:
+        """Of the model by itself."""
+        return (self.own_layout or self.layout).family.name
+
+    def own_name(self, name: str) -> str:
+        """What transformers' model calls a tensor of the layout."""
+        return self.names.own(name) if isinstance(self.names, TextNames) else name
+
+    def has_place(self, name: str) -> bool:
+        """Whether the model has such a tensor; a text model has none of a vision tower."""
+        return self.own_layout is None or self.layout.claim(name) is not None
 
     def stored(self, info: WeightInfo) -> Header | None:
         """Header of a planned tensor, as a load finds it or as MergeKit will join its pieces; None if absent."""
@@ -73,7 +92,10 @@ class Checkpoint:
     def other_names(self, info: WeightInfo) -> tuple[str, ...]:
         """What a load has to be told to find this tensor: nothing where it knows a name that is there."""
         known = (info.name, *(info.aliases or ()))
-        return () if any(name in self.headers for name in known) else tuple(self._others(info)[:1])
+        if any(name in self.headers for name in known):
+            return ()
+        to_join = (self.own_name(info.name),) if self.own_layout is not None and self.pieces(info.name) else ()
+        return to_join or tuple(self._others(info)[:1])
 
     def tied_names(self, info: WeightInfo) -> tuple[str, ...]:
         """Where an optional tensor is not stored because it is tied to another: the stored names of that one."""
@@ -108,7 +130,8 @@ class Checkpoint:
     def _stored_by_place(self) -> dict[tuple[str, bool], list[str]]:
         table: dict[tuple[str, bool], list[str]] = {}
         for stored, place in self.names.places(self.headers).items():
-            table.setdefault((place.name, place.piece), []).append(stored)
+            for name in (place.name, *place.others):
+                table.setdefault((name, place.piece), []).append(stored)
         return table
 
     def _joined(self, name: str) -> Header | None:
@@ -121,7 +144,7 @@ class Checkpoint:
                 if header.dtype is not None
             }
             complete = len(plain) == len(pieces) > 0
-            whole = convert_checkpoint_tensors(self.config.model_type, plain, name) if complete else None
+            whole = joined(self.config, plain, (self.own_name(name),)) if complete else None
             quantised = next((header for header in pieces.values() if header.dtype is None), None)
             self._converted[name] = quantised if whole is None else Header(whole.dtype, "", tuple(whole.shape))
         return self._converted[name]
@@ -155,11 +178,17 @@ class Checkpoint:
 
     def _placed(self, name: str) -> Placed:
         placed = self.layout.placed(name)
+        if placed is None and self.layout.is_absent(name):
+            raise CheckpointError(
+                f"tensor {name} of model {self.model}",
+                "the checkpoint has it, but by the model's config this layer does not",
+                "Check that config.json belongs to these weights",
+            )
         if placed is None:
             raise CheckpointError(
                 f"tensor {name} of model {self.model}",
                 f"MergeKit merges it, but family {self.layout.family.name} does not know it",
-                MERGE_PLAINLY,
+                plain_merge(self.config, self.model, self.headers),
             )
         return placed
 

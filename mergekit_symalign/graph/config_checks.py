@@ -12,8 +12,8 @@ from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope
 from pydantic import ValidationError
 
 from mergekit_symalign.errors import ConfigError, ParameterError
-from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.config_groups import Group, Settings, all_settings, groups_of, model_settings, scalars
+from mergekit_symalign.graph.plain_merge import resolve_stored
 from mergekit_symalign.methods import ALIGNMENT_NAMES, DataMethod, PlannedMethod
 
 
@@ -24,7 +24,7 @@ def check_models(config: MergeConfiguration, trust_remote_code: bool) -> None:
         ArchitectureError: if one does not.
     """
     for model in sorted(config.referenced_models(), key=str):
-        resolve(model.config(trust_remote_code=trust_remote_code), model=str(model))
+        resolve_stored(model.config(trust_remote_code=trust_remote_code), model)
 
 
 def require_extra(method: PlannedMethod) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergekit.common import ModelReference
 
 from mergekit_symalign.families.function import Differences, config_differences
-from mergekit_symalign.families.resolve import ModelLayout
+from mergekit_symalign.families.resolve import ModelLayout, text_config
+from mergekit_symalign.families.stream import ties_embeddings
 
 LOG = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def compare_functions(
     layout: ModelLayout,
     *,
     only: ModelReference | None,
+    texts: Collection[ModelReference] = (),
     trust_remote_code: bool,
 ) -> Functions:
     """
@@ -90,13 +92,24 @@ def compare_functions(
         models: all that the merge reads.
         layout: the anchor's.
         only: the model that the output consists of, if it is a whole one.
+        texts: models that are compared with the text model inside the anchor.
         trust_remote_code: MergeKit's option.
     """
     config = anchor.config(trust_remote_code=trust_remote_code)
     configs = {m: m.config(trust_remote_code=trust_remote_code) for m in models if m != anchor}
-    found = {model: config_differences(config, other, layout) for model, other in configs.items()}
+    found = {
+        model: config_differences(_text_part(config, layout) if model in texts else config, other, layout)
+        for model, other in configs.items()
+    }
     own = only if only in configs and type(configs[only]) is type(config) else None
     return Functions(anchor, {model: differences for model, differences in found.items() if differences}, own)
+
+
+def _text_part(config: Any, layout: ModelLayout) -> Any:
+    """What a config says of the text model inside; whether that one's head is its embedding, the outer config says."""
+    part = copy.deepcopy(text_config(config, layout.family))
+    part.tie_word_embeddings = ties_embeddings(config, layout)
+    return part
 
 
 def take_over(out: Any, own: Any, differences: Differences) -> None:

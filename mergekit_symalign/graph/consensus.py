@@ -12,7 +12,7 @@ from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import block_rows, packed
 from mergekit_symalign.symmetry.consensus import Rows
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Symmetries
+from mergekit_symalign.symmetry.options import AttentionShape, MlpShape, Symmetries
 from mergekit_symalign.symmetry.solve import solve_consensus
 
 
@@ -31,7 +31,7 @@ class SolveConsensus(Task[Dict[str, Any]]):
     kind: BlockKind
     axes: Tuple[TensorAxes, ...]
     models: Tuple[Tuple[LoadFinite, ...], ...]
-    heads: HeadShape
+    heads: AttentionShape
     mlp: MlpShape
     use: Symmetries
 

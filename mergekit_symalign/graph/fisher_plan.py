@@ -32,11 +32,18 @@ class _FisherPlanner(Planner):
         shares = shares_of(one)
         if any(self.context.checkpoints[m].stored(one.source(m)) is None for m in shares) or one.out_dtype is None:
             return {}
+        if not self._is_learned(one):
+            return {}
         if not self._have_factors(one, list(shares)):
             return self._diagonal_mean(one)
         if (layer := self._linear(one)) is not None:
             return {} if _has_vocabulary(one) else self._of_linear(one, layer)
         return {} if self._is_bias(one) else self._diagonal_mean(one)
+
+    def _is_learned(self, one: Ready) -> bool:
+        names = self.context.checkpoints[one.order[0]].names
+        place = names.place(one.source(one.order[0]).name)
+        return place is None or names.is_learned(place.name)
 
     def _is_bias(self, one: Ready) -> bool:
         """Whether it is merged together with a weight."""

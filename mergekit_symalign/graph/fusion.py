@@ -152,6 +152,8 @@ class Planner:
         shares = shares_of(one)
         if _from_task_vectors(one, list(shares)):
             return tuple(Part(m, share, None) for m, share in shares.items())
+        if any(self.context.checkpoints[m].layout.is_around_text(one.source(m).name) for m in shares):
+            return None  # no text of the statistics reached it
         lookups = {m: self.files.lookup(one, m, kinds) for m in shares}
         if any(lookup is None for lookup in lookups.values()):
             return None

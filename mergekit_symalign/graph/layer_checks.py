@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from mergekit_symalign.errors import ConfigError, GeometryError
+from mergekit_symalign.families.resolve import ModelLayout, text_config
+from mergekit_symalign.graph.complete import LayoutOf
 from mergekit_symalign.graph.config_groups import Group, groups_of
+from mergekit_symalign.graph.text_parts import NO_TEXTS, TextParts
 
 
-def check_layers(config: MergeConfiguration, arch: ModelArchitecture, trust_remote_code: bool) -> None:
+def check_layers(
+    config: MergeConfiguration, arch: ModelArchitecture, trust_remote_code: bool, texts: TextParts = NO_TEXTS
+) -> None:
     """Whole models must have as many layers as the anchor, and slices must name layers that there are.
 
     Raises:
@@ -21,7 +29,8 @@ def check_layers(config: MergeConfiguration, arch: ModelArchitecture, trust_remo
     """
 
     def depth(module: str, model: ModelReference) -> int:
-        layers: int = arch.modules[module].architecture.num_layers(model.config(trust_remote_code=trust_remote_code))
+        planned = texts.config_for(model).config(trust_remote_code=trust_remote_code)
+        layers: int = arch.modules[module].architecture.num_layers(planned)
         return layers
 
     _check_modules(config, arch)
@@ -70,3 +79,52 @@ def _check_ranges(group: Group, depths: Mapping[ModelReference, int]) -> None:
         raise ConfigError(
             group.where, f"its sources differ in their number of layers: {shown}", "Give them equal ranges"
         )
+
+
+def check_kinds(config: MergeConfiguration, layout_of: LayoutOf, trust_remote_code: bool) -> None:
+    """Layers that a slice merges with each other, and the output's layer there, must have the same tensors.
+
+    Raises:
+        GeometryError: naming two layers of which one has tensors that the other has not.
+    """
+
+    def config_of(model: ModelReference) -> Any:
+        return model.config(trust_remote_code=trust_remote_code)
+
+    named: dict[str | None, list[Group]] = defaultdict(list)
+    for group in groups_of(config):
+        if group.from_slices and layout_of(config_of(group.sources[0].model)).layer_kinds:
+            named[group.module].append(group)
+    for groups in named.values():
+        base = config.base_model or groups[0].sources[0].model
+        out = _of_depth(config_of(base), layout_of, sum(len(list(_layers(group))) for group in groups))
+        rows = [(group, row) for group in groups for row in _layers(group)]
+        for i, (group, row) in enumerate(rows):
+            found = [(f"layer {layer} of {m}", layout_of(config_of(m)), layer) for m, layer in row]
+            _check_row(group, [(f"layer {i} of the output, by the config of {base},", out, i), *found])
+
+
+def _layers(group: Group) -> Iterator[list[tuple[ModelReference, int]]]:
+    """The layers that are merged with each other, by the depth in the slice."""
+    ranges = (range(*source.layer_range) for source in group.sources)
+    for row in zip(*ranges, strict=True):
+        yield [(source.model, layer) for source, layer in zip(group.sources, row, strict=True)]
+
+
+def _of_depth(config: Any, layout_of: LayoutOf, layers: int) -> ModelLayout:
+    """The layout of a model with another number of layers."""
+    family = layout_of(config).family
+    config = copy.deepcopy(config)
+    setattr(text_config(config, family), family.sizes.layers, layers)
+    return layout_of(config)
+
+
+def _check_row(group: Group, row: list[tuple[str, ModelLayout, int]]) -> None:
+    first, parts = row[0][0], row[0][1].parts(row[0][2]).keys()
+    for name, layout, layer in row[1:]:
+        if other := layout.parts(layer).keys() ^ parts:
+            raise GeometryError(
+                group.where,
+                f"{name} and {first} are layers of different kinds: only one of them has {min(other)}",
+                "Choose ranges that pair layers of one kind, where the output's config has that kind",
+            )

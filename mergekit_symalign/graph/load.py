@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Dict, Optional, Tuple
+from functools import partial
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors, LoadTensor
+from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
 
 from mergekit_symalign.errors import CheckpointError, ValueInTensorError
 from mergekit_symalign.graph.damaged import describe
+from mergekit_symalign.graph.joined import joined
 from mergekit_symalign.symmetry.rows import is_finite
 
 
 class LoadStored(LoadTensor):
     """MergeKit's `LoadTensor`, without the bookkeeping for gradients that a pickled parameter brings along."""
+
+    def _load_converted_tensor(self, loader: Any) -> Optional[torch.Tensor]:
+        """Joined from pieces as transformers joins them, also those of a text model inside another model."""
+        device = self.device or "cpu"
+        pieces = {key: partial(loader.get_tensor, key, device=device) for key in loader.index.tensor_paths}
+        config = self.model.config(trust_remote_code=LoaderCache().trust_remote_code)
+        x = joined(config, pieces, (self.tensor, *(self.aliases or ())))
+        return None if x is None else x.to(device)
 
     def execute(self) -> Optional[torch.Tensor]:
         """

@@ -13,13 +13,15 @@ from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_symalign.errors import CheckpointError, ConfigError, GeometryError, ParameterError
-from mergekit_symalign.families.resolve import ModelLayout, resolve
-from mergekit_symalign.families.schema import BlockKind
+from mergekit_symalign.families.resolve import ModelLayout
+from mergekit_symalign.families.schema import BlockKind, MlpKind
 from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
+from mergekit_symalign.graph.plain_merge import resolve_stored
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
+from mergekit_symalign.graph.text_parts import NO_TEXTS, TextParts
 from mergekit_symalign.symmetry.membership import CONDITION
-from mergekit_symalign.symmetry.options import NeuronScale, Rotation, Symmetries
+from mergekit_symalign.symmetry.options import HeadShape, HeadValues, NeuronScale, Rotation, Symmetries, ValueOutput
 
 
 @dataclass
@@ -28,10 +30,12 @@ class Models:
 
     Attributes:
         trust_remote_code: MergeKit's option.
+        texts: the text models among them that are merged into another one.
         checkpoints: of the models that were opened.
     """
 
     trust_remote_code: bool
+    texts: TextParts = NO_TEXTS
     checkpoints: dict[ModelReference, Checkpoint] = field(default_factory=dict)
 
     def open(self, models: Iterable[ModelReference]) -> None:
@@ -41,7 +45,9 @@ class Models:
     def _opened(self, model: ModelReference) -> Checkpoint:
         if model not in self.checkpoints:
             config = model.config(trust_remote_code=self.trust_remote_code)
-            self.checkpoints[model] = Checkpoint.open(model, config, _resolved(config, model))
+            own, inside = _resolved(config, model), self.texts.layouts.get(model)
+            layouts = (own,) if inside is None else (inside, own)
+            self.checkpoints[model] = Checkpoint.open(model, config, *layouts)
         return self.checkpoints[model]
 
     def layout(self, model: ModelReference) -> ModelLayout:
@@ -51,6 +57,10 @@ class Models:
             ArchitectureError, CheckpointError: as `other_names`.
         """
         return self._opened(model).layout
+
+    def has_place(self, info: WeightInfo, model: ModelReference) -> bool:
+        """Whether a model has a tensor of the output (`Checkpoint.has_place`)."""
+        return self._opened(model).has_place(info.name)
 
     def other_names(self, info: WeightInfo, model: ModelReference) -> tuple[str, ...]:
         """The name under which this model's checkpoint has a tensor, if it is not the tensor's own.
@@ -124,6 +134,22 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
             "a rotation before the norm's gains breaks the model",
             "Use rotation: exact",
         )
+    if kind is BlockKind.attention and use.rotation is Rotation.full and layout.geometry.latent is not None:
+        raise ConfigError(
+            "parameter rotation",
+            f"full is not possible for {layout.family.title}: the keys that turn with the position are one for all "
+            "heads, and no matrix of a head can turn them",
+            "Use rotation: exact",
+        )
+    if kind is BlockKind.attention and use.value_output is ValueOutput.general:
+        shape = layout.head_shape(0)
+        values = shape.values if isinstance(shape, HeadShape) else HeadValues.free
+        if values is not HeadValues.free:
+            raise ConfigError(
+                "parameter value_output",
+                f"general is not exact for {layout.family.title}: {_STANDS_BETWEEN[values]}",
+                "Use value_output: orthogonal, which takes the largest group that is exact",
+            )
     if not 1 < use.condition <= CONDITION:
         raise ParameterError(
             "parameter condition",
@@ -133,10 +159,20 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
     if kind.is_mlp and use.neuron_scaling and layout.neuron_scale is NeuronScale.none:
         raise ConfigError(
             "parameter neuron_scaling",
-            f"{layout.family.title} has a plain MLP: its activation stands between the two projections, and a scale "
-            "would change the function",
+            f"{layout.family.title} has {_KEEPS_SCALE[layout.family.mlp]}, and a scale would change the function",
             "Leave neuron_scaling out",
         )
+
+
+_STANDS_BETWEEN = {
+    HeadValues.normed: "its values are normalised",
+    HeadValues.keys: "its values are what the key projection writes",
+    HeadValues.gated: "a gate multiplies each coordinate of its attended values",
+}
+_KEEPS_SCALE = {
+    MlpKind.plain: "a plain MLP: its activation stands between the two projections",
+    MlpKind.clamped: "a gated MLP that clamps its up projection",
+}
 
 
 def check_same_neurons(block: Block, checkpoints: Mapping[ModelReference, Checkpoint]) -> None:
@@ -168,6 +204,13 @@ def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
             f"it is of family {ours.family.name}, but the anchor {anchor.model} is of family {theirs.family.name}",
             "Merge models of one architecture",
         )
+    if other.own_layout is None:  # a text model has none of the towers around it
+        _check_same_towers(anchor, other)
+    _check_same_layers(other.model, anchor.model, "", ours, theirs)
+
+
+def _check_same_towers(anchor: Checkpoint, other: Checkpoint) -> None:
+    ours, theirs = other.layout, anchor.layout
     towers = [{name: of.family.name for name, of in one.towers.items()} for one in (ours, theirs)]
     if towers[0] != towers[1]:
         mine, its = (", ".join(f"{name} {of}" for name, of in one.items()) or "none" for one in towers)
@@ -178,7 +221,6 @@ def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
         )
     for name, tower in ours.towers.items():
         _check_same_layers(other.model, anchor.model, f" of {name}", tower, theirs.towers[name])
-    _check_same_layers(other.model, anchor.model, "", ours, theirs)
 
 
 def _check_same_layers(
@@ -212,7 +254,7 @@ def _resolved(config: Any, model: ModelReference) -> ModelLayout:
             "its config has a quantization_config: the checkpoint is quantised",
             "Use the model's unquantised checkpoint",
         )
-    return resolve(config, model=str(model))
+    return resolve_stored(config, model)
 
 
 def _may_lack(layout: ModelLayout, name: str) -> bool:

@@ -16,7 +16,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
-from mergekit_symalign.errors import CheckpointError
+from mergekit_symalign.errors import ArchitectureError, CheckpointError
+from mergekit_symalign.families.resolve import ModelLayout
+from mergekit_symalign.families.stream import embedding_name, head_name, ties_embeddings
 from mergekit_symalign.graph.linear import Linear, linear_layers
 
 _MOVED = ("rotary_emb.inv_freq", "position_ids")  # buffers that were stored once
@@ -28,11 +30,13 @@ class Place:
 
     Attributes:
         name: of the parameter or buffer in the model.
-        piece: whether it is only a part of it, to be joined with others.
+        piece: whether it is converted: it is only a part of it, to be joined with others, or is to be taken apart.
+        others: further parameters that it is taken apart into.
     """
 
     name: str
     piece: bool
+    others: tuple[str, ...] = ()
 
 
 class Names:
@@ -49,6 +53,7 @@ class Names:
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._state = self._model.state_dict()
+        self._parameters = frozenset(name for name, _ in self._model.named_parameters(remove_duplicate=False))
 
     def place(self, stored: str) -> Place | None:
         """Where transformers puts a tensor of this name; None if it has no place for it."""
@@ -56,7 +61,7 @@ class Names:
         name, pattern = rename_source_key(stored, self._renamings, self._converters, prefix, self._state)
         if name not in self._state and stored in self._state:
             name, pattern = stored, None
-        return Place(name, pattern is not None) if name in self._state else None
+        return Place(name, pattern is not None, self._others(name, pattern)) if name in self._state else None
 
     def places(self, stored: Iterable[str]) -> dict[str, Place]:
         """Of all these tensors that have one."""
@@ -75,9 +80,20 @@ class Names:
         """The names of all parameters that have more than one."""
         return frozenset(self._ties)
 
+    def is_learned(self, name: str) -> bool:
+        """Whether a tensor of the model is a parameter: a buffer (the bias of a router) has no gradients."""
+        return name in self._parameters
+
     def is_left_behind(self, stored: str) -> bool:
         """Whether old checkpoints of this model carry such a tensor, and transformers passes over it in silence."""
         return self._silent is not None and self._silent.search(stored) is not None
+
+    def _others(self, name: str, pattern: str | None) -> tuple[str, ...]:
+        """What else is made of a tensor that a converter took for the first of its targets."""
+        targets = (t.target_patterns for t in self._converters if pattern in t.source_patterns)
+        first, *rest = next((found for found in targets if found[0] in name), [""])
+        possible = (name.replace(first, other, 1) for other in rest)
+        return tuple(other for other in possible if other in self._state)
 
     @cached_property
     def linear(self) -> Mapping[str, Linear]:
@@ -98,6 +114,61 @@ class Names:
         patterns = set(self._model._keys_to_ignore_on_load_unexpected or ())
         patterns |= {rf"(^|\.){re.escape(last)}$" for last in _MOVED if any(name.endswith(last) for name in buffers)}
         return re.compile("|".join(f"({pattern})" for pattern in sorted(patterns))) if patterns else None
+
+
+class StoredNames:
+    """The same for a model whose code transformers does not have: stored tensors are called as in the model.
+
+    Args:
+        layout: of the model.
+        config: its transformers config.
+    """
+
+    def __init__(self, layout: ModelLayout, config: Any) -> None:
+        self._layout = layout
+        tied = (embedding_name(layout), head_name(layout)) if ties_embeddings(config, layout) else ()
+        self._tied = frozenset(name for name in tied if name is not None)
+
+    def place(self, stored: str) -> Place | None:
+        return None if self._layout.claim(stored) is None else Place(self._layout.canonical(stored), False)
+
+    def places(self, stored: Iterable[str]) -> dict[str, Place]:
+        found = ((name, self.place(name)) for name in stored)
+        return {name: place for name, place in found if place is not None}
+
+    def prefixed(self, name: str) -> str:
+        return self._layout.family.prefix + name
+
+    def tied(self, name: str) -> frozenset[str]:
+        return self._tied if name in self._tied else frozenset((name,))
+
+    def all_tied(self) -> frozenset[str]:
+        return self._tied
+
+    def is_learned(self, name: str) -> bool:
+        return True
+
+    def is_left_behind(self, stored: str) -> bool:
+        return stored.endswith(_MOVED)
+
+    @property
+    def linear(self) -> Mapping[str, Linear]:
+        """
+        Raises:
+            ArchitectureError: always, as nothing tells which tensors are linear layers.
+        """
+        title = self._layout.family.title
+        raise ArchitectureError(
+            f"architecture {title}",
+            "its code is not in transformers, and methods that use data have to run it",
+            "Use a method without data",
+        )
+
+
+def names_of(config: Any, layout: ModelLayout, model: str) -> Names | StoredNames:
+    """What the stored tensors of a model are called, whether or not transformers has its code."""
+    known = hasattr(transformers, config.architectures[0])
+    return Names(config, model) if known else StoredNames(layout, config)
 
 
 def _without_weights(config: Any, model: str) -> PreTrainedModel:

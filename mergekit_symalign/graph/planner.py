@@ -14,13 +14,15 @@ from mergekit.options import MergeOptions
 from mergekit.parameter_resolver import resolve_parameter
 from mergekit.plan import MergePlanner
 
+from mergekit_symalign.graph.complete import completed, layouts
 from mergekit_symalign.graph.config_checks import check_config, check_models, require_extra
 from mergekit_symalign.graph.config_groups import listed_models
 from mergekit_symalign.graph.fresh import forget_architectures
-from mergekit_symalign.graph.layer_checks import check_layers
+from mergekit_symalign.graph.layer_checks import check_kinds, check_layers
 from mergekit_symalign.graph.opening import require_openable
 from mergekit_symalign.graph.planning import AlignedPlan
 from mergekit_symalign.graph.prefixes import with_dots
+from mergekit_symalign.graph.text_parts import in_slices, outer_alone, require_mergeable, text_parts
 from mergekit_symalign.graph.untie import UNTIE
 
 _PLAN = "_mergekit_symalign_plan"  # where a planner keeps our plan, for the tasks at the end of the merge
@@ -36,6 +38,13 @@ def before_merge(config: MergeConfiguration, options: MergeOptions) -> None:
     require_openable(config.referenced_models(), options)
     forget_architectures()
     check_models(config, options.trust_remote_code)
+    require_mergeable(text_parts(config, options.trust_remote_code), merge_methods.get(config.merge_method))
+
+
+def architecture_of(config: MergeConfiguration, options: MergeOptions, original: Any) -> Any:
+    """What MergeKit plans from: of a merge of text models into a model around one, the architecture of the latter."""
+    texts = text_parts(config, options.trust_remote_code)
+    return original(config if texts.outer is None else outer_alone(config), options)
 
 
 def plan_aligned(planner: Any, original: Any) -> None:
@@ -47,10 +56,18 @@ def plan_aligned(planner: Any, original: Any) -> None:
     """
     method, listed = planner._method, listed_models(planner.config)
     check_config(planner.config, method)
-    check_layers(planner.config, planner.arch_info, planner.options.trust_remote_code)
-    planner.arch_info = with_dots(planner.arch_info)
-    plan = AlignedPlan(planner.config, planner.options, method, listed)
+    trust = planner.options.trust_remote_code
+    texts = text_parts(planner.config, trust)
+    require_mergeable(texts, method)
+    check_layers(planner.config, planner.arch_info, trust, texts)
+    layout_of = layouts()
+    check_kinds(planner.config, layout_of, trust)
+    planner.arch_info = completed(with_dots(planner.arch_info), layout_of)
+    plan = AlignedPlan(planner.config, planner.options, method, listed, texts)
+    planner.arch_info = plan.with_heads(planner.arch_info)
     planner.config = planner.config.model_copy(deep=True)
+    if texts.outer is not None:
+        planner.config = in_slices(planner.config, planner.arch_info, texts.outer.config(trust_remote_code=trust))
     _know_other_names(planner, plan)
     if planner.config.base_model not in listed:
         planner._method = method.with_unlisted_anchor()
@@ -89,7 +106,10 @@ def plan_in_memory(planner: Any, original: Any) -> Any:
 
 
 def _know_other_names(planner: Any, plan: Any) -> None:
-    """Let MergeKit find tensors under the older names that checkpoints may have, and plan a head that is untied."""
+    """Let MergeKit find tensors under the older names that checkpoints may have, and plan a head that is untied.
+
+    It takes a tensor that not all layers have for optional in all of them, and never looks for the pieces of those.
+    """
     original = planner.plan_tensor
     broken = "[w_in.name] + (w_in.aliases or [])" in inspect.getsource(MergePlanner.plan_tensor)
     sequence: Any = _AddableTuple if broken else tuple
@@ -97,15 +117,19 @@ def _know_other_names(planner: Any, plan: Any) -> None:
     def known(info: Any, model: Any) -> Any:
         names = (*(info.aliases or ()), *plan.other_names(info, model))
         tied = (*(info.tied_names or ()), *plan.tied_names(info, model))
-        return info.model_copy(update={"aliases": sequence(names) if names else None, "tied_names": tied or None})
+        found = {"aliases": sequence(names) if names else None, "tied_names": tied or None}
+        return plan.as_promised(info.model_copy(update=found), model)
 
     @functools.wraps(original)
     def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
         infos = [known(info, model) for info, model in zip(weights_in, models, strict=True)]
-        wanted = plan.planned_head(weight, models[0], lambda: _asks_to_untie(planner, weight.name, cfg_reader))
+        promised = plan.as_promised(weight, models[0])
+        wanted = plan.planned_head(promised, models[0], lambda: _asks_to_untie(planner, weight.name, cfg_reader))
         original(weight=wanted, weights_in=infos, models=models, cfg_reader=cfg_reader)
 
+    architecture = planner._model_arch
     planner.plan_tensor = plan_tensor
+    planner._model_arch = lambda model: architecture(plan.texts.config_for(model))
 
 
 def _asks_to_untie(planner: Any, name: str, cfg_reader: Any) -> bool:

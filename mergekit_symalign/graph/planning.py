@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit.architecture import WeightInfo
-from mergekit.common import ModelReference
+from mergekit import merge_methods
+from mergekit.architecture import ModelArchitecture, WeightInfo
+from mergekit.common import ImmutableMap, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel
@@ -37,6 +38,8 @@ from mergekit_symalign.graph.ready import Context, DataPlan, Ready, ready
 from mergekit_symalign.graph.solutions import Applied, Solutions
 from mergekit_symalign.graph.stream_tasks import ApplyStream
 from mergekit_symalign.graph.streaming import in_order
+from mergekit_symalign.graph.text_parts import NO_TEXTS, TextParts
+from mergekit_symalign.graph.unlisted_heads import with_heads
 from mergekit_symalign.graph.untie import TIED, models_to_untie, planned_head, require_files, untie_config
 from mergekit_symalign.methods import ALIGNMENT_NAMES, DataMethod, PlannedMethod
 from mergekit_symalign.whole_file import require_writable_folder
@@ -55,15 +58,18 @@ class AlignedPlan:
         options: MergeKit's options.
         method: ours.
         listed: models that the user listed (the anchor takes part in a method without base only if it is one).
+        texts: the text models that are merged into the anchor's text part.
     """
 
     config: MergeConfiguration
     options: MergeOptions
     method: PlannedMethod
     listed: frozenset[ModelReference]
+    texts: TextParts = NO_TEXTS
 
     def __post_init__(self) -> None:
-        self._models = Models(self.options.trust_remote_code)
+        self._models = Models(self.options.trust_remote_code, self.texts)
+        self._alone: set[str] = set()
         self._alignments = Alignments(self._models.checkpoints)
         self.reports = Reports()
         self._functions = Functions()
@@ -102,9 +108,23 @@ class AlignedPlan:
         """The stored names of the tensor that an absent one is tied to in this model."""
         return self._models.tied_names(info, model)
 
+    def as_promised(self, info: WeightInfo, model: ModelReference) -> WeightInfo:
+        """A tensor as MergeKit is to plan it: not optional where the model's config promises it for this very layer."""
+        claim = self._models.layout(model).claim(info.name) if info.optional else None
+        promised = claim is not None and claim.layer is not None and not claim.spec.optional
+        return info.model_copy(update={"optional": False}) if promised else info
+
     def planned_head(self, weight: WeightInfo, model: ModelReference, asked: Callable[[], bool]) -> WeightInfo:
         """A tensor as MergeKit is to plan it (`graph.untie.planned_head`)."""
         return planned_head(weight, self._models.layout(model), asked)
+
+    def with_heads(self, arch: ModelArchitecture) -> ModelArchitecture:
+        """MergeKit's architecture with the tensors of heads that it leaves out (`graph.unlisted_heads`)."""
+        if self.texts.outer is not None:
+            return arch
+        models = self.config.referenced_models()
+        self._models.open(models)
+        return with_heads(arch, [self._models.checkpoints[model] for model in models])
 
     def rewrite(self, planned: list[Planned]) -> list[tuple[WeightInfo, Task]]:
         """Check everything that headers can tell, then give every block's tensors to their aligned tasks."""
@@ -112,6 +132,7 @@ class AlignedPlan:
         if isinstance(self.method.inner, DataMethod) or _by_activations(planned, aligns=self.method.aligns):
             for model, checkpoint in self._models.checkpoints.items():
                 require_runs(checkpoint.layout, str(model))
+        planned = [self._of_those_that_have_it(one) for one in planned]
         planned = [(weight, task) for weight, task in planned if not self._models.is_superfluous(task)]
         self._unread = self._models.check(planned)
         self._untied = models_to_untie(planned, self._models.checkpoints) if self.method.aligns else ()
@@ -126,6 +147,19 @@ class AlignedPlan:
         self.reports.find(merged.findings)
         self._head = self._report_head(planned, merged)
         return merged.tensors
+
+    def _of_those_that_have_it(self, planned: Planned) -> Planned:
+        """The task without text models that lack the tensor; what one model alone has goes into the output as it is."""
+        weight, task = planned
+        infos = gather_of(task).weight_info.items()
+        there = {m: info for m, info in infos if self._models.has_place(info, m)}
+        if len(there) == len(task.model_order):
+            return planned
+        if len(there) == 1:
+            self._alone.add(weight.name)
+        gather = gather_of(task).model_copy(update={"weight_info": ImmutableMap(data=there)})
+        order = tuple(m for m in task.model_order if m in there)
+        return weight, task.model_copy(update={"gather_tensors": gather, "model_order": order})
 
     def _depth(self, planned: Planned) -> float:
         """Where a tensor stands in the model: MergeKit lists those of an inferred architecture in any order."""
@@ -142,6 +176,7 @@ class AlignedPlan:
         blocks = self._blocks(planned)
         for block in blocks:
             block.require_possible_values()
+            block.require_possible_latents()
         aligned = self._solutions.move_streams(planned, blocks)
         self._require_no_data(aligned)
         if streamed:
@@ -164,7 +199,8 @@ class AlignedPlan:
 
     def _ready(self, planned: Planned, aligned: Mapping[ModelReference, ApplyBlock | ApplyStream]) -> Ready:
         _, task = planned
-        order = tuple(m for m in task.model_order if self._takes_part(m, task))
+        alone = planned[0].name in self._alone
+        order = tuple(m for m in task.model_order if alone or self._takes_part(m, task))
         listed = task.base_model in order and not isinstance(self.method.inner, DataMethod)
         base = task.base_model if self.method.anchor_is_base or listed else None
         return ready(planned, order, base, aligned, self._models.checkpoints, self.config)
@@ -202,6 +238,7 @@ class AlignedPlan:
             self._models.checkpoints,
             self._models.checkpoints[anchor].layout,
             only=self._only_model(planned),
+            texts=self.texts.layouts,
             trust_remote_code=self.options.trust_remote_code,
         )
         return found.without(TIED) if self._untied else found
@@ -271,6 +308,8 @@ class AlignedPlan:
     def _merge_task(self, one: Ready) -> ExecuteMergeMethodTask:
         """The inner method on the aligned inputs of one tensor."""
         task, inner = one.planned, self.method.inner
+        if one.name in self._alone:
+            return one.merged_by(merge_methods.get("passthrough"), {}, {one.order[0]: {"scale": None}})
         shared = {name: value for name, value in task.parameters.items() if name not in ALIGNMENT_NAMES}
         own = {
             m: {

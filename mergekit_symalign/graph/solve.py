@@ -14,8 +14,8 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.symmetry.element import TensorAxes, rows_by_axis
 from mergekit_symalign.symmetry.fitting import Values
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Sides, Symmetries
-from mergekit_symalign.symmetry.solve import Shape, solve_block
+from mergekit_symalign.symmetry.options import AttentionShape, BlockShape, MlpShape, Sides, Symmetries
+from mergekit_symalign.symmetry.solve import solve_block
 from mergekit_symalign.symmetry.solved import Solved
 from mergekit_symalign.symmetry.threads import one_thread, two_at_a_time
 
@@ -43,7 +43,7 @@ class SolveBlock(Task[Dict[str, Any]]):
     axes: Tuple[TensorAxes, ...]
     anchor: Tuple[LoadFinite, ...]
     model: Tuple[LoadFinite, ...]
-    heads: HeadShape
+    heads: AttentionShape
     mlp: MlpShape
     use: Symmetries
 
@@ -64,7 +64,7 @@ class SolveBlock(Task[Dict[str, Any]]):
         return True
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> BlockShape:
         return self.mlp if self.kind.is_mlp else self.heads
 
     def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:

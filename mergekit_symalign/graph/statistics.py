@@ -23,6 +23,7 @@ from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.readers import image_processor_of, tokenizer_of
 from mergekit_symalign.graph.ready import Ready
 from mergekit_symalign.statistics.file import StatisticsFile
+from mergekit_symalign.symmetry.residual.kinds import STREAM
 
 _SHOWN = 12  # digits of a digest, in reports
 
@@ -100,7 +101,7 @@ class StatisticsFiles:
         return self._files[path, model]
 
     def lookup(self, one: Ready, model: ModelReference, kinds: Iterable[str]) -> Lookup | None:
-        """Where the statistics of a tensor are; None if the file's own ``--only`` left it out.
+        """Where the statistics of a tensor are; None if the file's own ``--only`` left it out, or nobody measures it.
 
         Raises:
             ParameterError, StatisticsFileError: as `of`; if the file lacks the tensor, or one of the kinds.
@@ -112,10 +113,20 @@ class StatisticsFiles:
             only = file.measured.only
             if only is not None and not any(re.search(only, name) for name in names):
                 return None
+            if self._is_inside_mixer(model, names[0]):
+                return None
             name = names[0]
         for kind in kinds:
             file.stored(name, kind)
         return Lookup(str(file.path), file.sha256, name)
+
+    def _is_inside_mixer(self, model: ModelReference, name: str) -> bool:
+        """Whether a tensor lies in a layer, but neither in a block nor at the stream: mixers use such weights in ways
+        of their own, which no statistics tell."""
+        claim = self.checkpoints[model].layout.claim(name)
+        if claim is None or claim.layer is None:
+            return False
+        return claim.spec.block is None and STREAM not in claim.spec.axes
 
     def facts(self) -> dict[str, Any]:
         """What a report says of the files; no folder of this machine."""

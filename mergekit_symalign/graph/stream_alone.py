@@ -69,8 +69,10 @@ class StreamAlone:
             names = [name for place, scope in self._scopes.items() for name in self._gains(place, scope)]
             self.norms.check_tensors([self._info(name) for name in names])
         infos = [self._info(name) for name in self._claims]
-        unread = self.checkpoint.check(infos)
-        read = {stored for info in infos for stored in self.checkpoint.read_for(info)}
+        layout = self.checkpoint.layout
+        around = [WeightInfo(name=name) for name in self.checkpoint.headers if layout.is_around_text(name)]
+        unread = self.checkpoint.check([*infos, *(info for info in around if info.name not in self._claims)])
+        read = {stored for info in (*infos, *around) for stored in self.checkpoint.read_for(info)}
         others = self.checkpoint.headers.keys() - read - {*unread}
         return Left(unread, tuple(name for name in others if self.checkpoint.names.place(name) is not None))
 

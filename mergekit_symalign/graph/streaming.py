@@ -185,7 +185,8 @@ class _Loads:
                 if claim is None or (claim.layer is None and not (in_front or claim.spec.in_front)):
                     continue
                 layer = _OUTSIDE if claim.layer is None else claim.layer
-                self._found[model, layer].setdefault(claim.part, load)
+                part = checkpoints[model].own_name(claim.part) if claim.layer is None else claim.part
+                self._found[model, layer].setdefault(part, load)
                 if at is not None and at.layer is not None:
                     self._depth[model, layer].add(at.layer)
 

@@ -29,7 +29,7 @@ from mergekit_symalign.graph.stream_tasks import ApplyStream, Loads, OwnShare, S
 from mergekit_symalign.graph.stream_tokens import Compared, Vocabularies
 from mergekit_symalign.graph.streaming import SHARED
 from mergekit_symalign.graph.untie import UNTIE, is_tied
-from mergekit_symalign.symmetry.options import HeadShape, Symmetries
+from mergekit_symalign.symmetry.options import AttentionShape, Symmetries
 from mergekit_symalign.symmetry.residual.alternate import ROUNDS
 from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.symmetry.residual.scope import Scope, around
@@ -54,7 +54,7 @@ class MovedStream(Comparison):
     blocks: Mapping[BlockKey, Task] = field(default_factory=dict)
     seen: Compared | None = None
 
-    def solver(self, block: Block, heads: HeadShape) -> Task:
+    def solver(self, block: Block, heads: AttentionShape) -> Task:
         """The task that aligns a block once the stream is moved."""
         if (known := self.blocks.get((index_of(block.layer), block.kind.value))) is not None:
             return known
@@ -247,8 +247,10 @@ def _loads(
     found: dict[Place, dict[str, LoadFinite]] = {None: {}}
     for weight, task in planned:
         claim = _claim(weight.name, model, models)
+        if claim is not None and claim.spec.any_shape:
+            continue  # of a tower, which has a stream of its own
         infos = gather_of(task).weight_info
-        if claim is not None and all(models.checkpoints[m].stored(infos[m]) is not None for m in both):
+        if claim is not None and all(m in infos and models.checkpoints[m].stored(infos[m]) for m in both):
             loads = GatherAligned(**dict(gather_of(task))).loads()
             found.setdefault(claim.layer, {})[claim.part] = loads[model]
     return found

@@ -141,8 +141,10 @@ class _Plan:
     def _members(self) -> dict[int, list[Ready]]:
         """The tensors of each step, by layer: -1 in front of the layers, their number behind them."""
         found: dict[int, list[Ready]] = defaultdict(list)
-        for one in self.context.tensors:
-            if (claim := self.layout.claim(one.name)) is not None:
+        once = {one.name: one for one in self.context.tensors}  # MergeKit plans some tensors twice
+        for name, one in once.items():
+            claim = self.layout.claim(name)
+            if claim is not None and not claim.spec.any_shape:
                 found[self._step_of(claim)].append(one)
         return dict(sorted(found.items()))
 
@@ -214,6 +216,12 @@ def _agreed(name: str, members: list[Ready]) -> Any:
 
 
 def _require_dense(layout: ModelLayout, model: ModelReference) -> None:
+    if layout.geometry.latent is not None:
+        raise ArchitectureError(
+            f"model {model}",
+            f"heads of {layout.family.title} share latents, which optimal transport fusion does not know",
+            "Use regmean, fisher or an aligned method for this architecture",
+        )
     if layout.geometry.experts > 1:
         raise ArchitectureError(
             f"model {model}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,15 +31,25 @@ from mergekit_symalign.symmetry.groups import (
     Scaling,
     rotary_action,
 )
+from mergekit_symalign.symmetry.heads.gated import GATE
 from mergekit_symalign.symmetry.heads.order import moved_axes
-from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, per_query_head
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Symmetries, ValueOutput
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS, per_query_head
+from mergekit_symalign.symmetry.options import (
+    BlockShape,
+    HeadShape,
+    HeadValues,
+    LatentShape,
+    MlpShape,
+    NeuronScale,
+    Symmetries,
+    ValueOutput,
+)
 from mergekit_symalign.symmetry.options import Rotation as Turns
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind
 from mergekit_symalign.symmetry.solve import without_identities
 
 Numbers = Mapping[str, Tensor]
-_QUERIES = ("query", "attended", "query_gain")  # axes that have every query head
+_QUERIES = ("query", "attended", GATE, "query_gain", NUMBERS)  # axes that have every query head
 
 
 class Learned(ABC):
@@ -76,6 +86,18 @@ class Learned(ABC):
         axes = dict.fromkeys((*self.fixed.actions, *acting))
         steps = {axis: tuple(of[axis] for of in (self.fixed.actions, acting) if axis in of) for axis in axes}
         return without_identities(BlockElement({axis: shortest(Chain(of)) for axis, of in steps.items()}))
+
+
+@dataclass(frozen=True)
+class Still(Learned):
+    """An element of which nothing is learned: heads that share a latent stay as they were solved."""
+
+    fixed: BlockElement
+    numbers: Numbers = field(default_factory=dict)
+    manifolds: Mapping[str, Manifold] = field(default_factory=dict)
+
+    def element(self, numbers: Numbers) -> BlockElement:
+        return BlockElement({})
 
 
 @dataclass(frozen=True)
@@ -132,31 +154,45 @@ class LearnedHeads(Learned):
         lengths = {axis: shape.heads(axis) * shape.head_dim for axis in HEAD_AXES}
         if shape.qk_norm:
             lengths |= {axis: gain_heads(axis, shape) * shape.head_dim for axis in GAIN_AXES}
+        lengths |= {NUMBERS: shape.query_heads} if shape.numbered else {}
+        lengths |= {GATE: lengths["attended"]} if shape.gated else {}
+        if shape.of_keys:
+            del lengths["value"]
         parts = {axis: canonical(element.actions.get(axis), size) for axis, size in lengths.items()}
         fixed: dict[str, AxisAction] = {axis: part.order for axis, part in parts.items()}
-        value = parts["value"].step
-        general = use.value_output is ValueOutput.general or isinstance(value, HeadMatrix)
+        value = parts["value"].step if "value" in parts else None
+        wanted = use.value_output is ValueOutput.general and shape.values is HeadValues.free
+        general = wanted or isinstance(value, HeadMatrix)
         numbers = _values(value, shape, general=general)
         if shape.qk_norm:
-            for axis in ("query", "key"):
+            for axis in ("query", "key", *(("attended",) if shape.of_keys else ())):
                 step = parts[axis].step
                 fixed[axis] = fixed[axis] if step is None else Chain((fixed[axis], step))
             numbers |= _factors(parts["key_gain"].step, lengths["key_gain"], shape)
         else:
             key = parts["key"].step
             numbers |= _queries(None if key is None else key.dual(), shape)
-        if orders and use.heads and not shape.locked_heads:
+        if orders and use.heads and not shape.locked:
             sizes = {"kv_scores": (1, shape.kv_heads), "query_scores": (shape.kv_heads, shape.queries_per_kv)}
             numbers |= {name: first_scores(*size) for name, size in sizes.items() if size[1] > 1}
-        found = {name: _manifold(name, use, general=general) for name in numbers}
+        scales = use if shape.values is not HeadValues.normed else replace(use, scaling=False)
+        found = {name: _manifold(name, scales if name == "value_scale" else use, general=general) for name in numbers}
         manifolds = {name: manifold for name, manifold in found.items() if manifold is not None}
         return LearnedHeads(shape, general, BlockElement(fixed), numbers, manifolds)
 
     def element(self, numbers: Numbers) -> BlockElement:
-        value: PerHead = HeadMatrix(numbers["value_matrix"])
-        if not self.general:
+        value: AxisAction | None = None
+        if self.shape.of_keys:
+            pass
+        elif self.shape.gated:
+            value = Scaling(numbers["value_factor"].exp() * numbers["value_sign"])
+        elif self.general:
+            value = HeadMatrix(numbers["value_matrix"])
+        else:
             value = HeadRotation(numbers["value_matrix"], numbers["value_scale"].exp())
-        actions: dict[str, AxisAction] = {"value": value, "attended": per_query_head(value.dual(), self.shape)}
+        actions: dict[str, AxisAction] = {}
+        if value is not None:
+            actions |= {"value": value, "attended": per_query_head(value.dual(), self.shape)}
         actions |= self._gains(numbers) if self.shape.qk_norm else self._queries(numbers)
         orders = self._orders(numbers)
         axes = dict.fromkeys((*orders, *actions))
@@ -169,10 +205,12 @@ class LearnedHeads(Learned):
         if all(x is None for x in scores):
             return {}
         group, d = self.shape.queries_per_kv, self.shape.head_dim
-        still = [torch.ones_like(numbers["value_matrix"][:n, :1, :1]) for n in (1, self.shape.kv_heads)]
-        kv, inner = (one if x is None else straight_through(x) for x, one in zip(scores, still, strict=True))
+        one = next(x for x in scores if x is not None)
+        still = [one.new_ones(n, 1, 1) for n in (1, self.shape.kv_heads)]
+        kv, inner = (none if x is None else straight_through(x) for x, none in zip(scores, still, strict=True))
         query = (kv.reshape(len(inner), 1, -1, 1) * inner.unsqueeze(2)).reshape(1, len(inner) * group, -1)
-        of_axis = {axis: SoftOrder(query if axis in _QUERIES else kv, d) for axis in moved_axes(self.shape)}
+        sizes = {axis: 1 if axis == NUMBERS else d for axis in moved_axes(self.shape)}
+        of_axis = {axis: SoftOrder(query if axis in _QUERIES else kv, size) for axis, size in sizes.items()}
         return dict(of_axis)
 
     def _queries(self, numbers: Numbers) -> dict[str, AxisAction]:
@@ -186,8 +224,10 @@ class LearnedHeads(Learned):
 
     def _gains(self, numbers: Numbers) -> dict[str, AxisAction]:
         """What the keys' gains are divided by, the queries' are multiplied by; both coordinates of a plane alike."""
-        planes = torch.argsort(torch.tensor(self.shape.planes(), device=numbers["gain"].device))
-        log, sign = (torch.cat((x, x), -1).index_select(-1, planes) for x in (numbers["gain"], numbers["gain_sign"]))
+        every, half = [*self.shape.planes(), *self.shape.rest()], self.shape.rotary // 2
+        place = torch.argsort(torch.tensor(every, device=numbers["gain"].device))
+        both = (torch.cat((numbers[name][:, :half], numbers[name]), -1) for name in ("gain", "gain_sign"))
+        log, sign = (x.index_select(-1, place) for x in both)
         factor = log.exp() * sign
         group = gain_heads("query_gain", self.shape) // len(factor)
         wide = factor.repeat_interleave(group, dim=0)
@@ -230,9 +270,7 @@ class LearnedNeurons(Learned):
         return BlockElement({axis: Chain(of) for axis, of in steps.items() if of})
 
 
-def learned_block(
-    element: BlockElement, shape: HeadShape | MlpShape, use: Symmetries, *, orders: bool = False
-) -> Learned:
+def learned_block(element: BlockElement, shape: BlockShape, use: Symmetries, *, orders: bool = False) -> Learned:
     """What is learned of a block's element.
 
     Args:
@@ -243,11 +281,18 @@ def learned_block(
     """
     if isinstance(shape, MlpShape):
         return LearnedNeurons.of(element, shape, use, orders=orders)
+    if isinstance(shape, LatentShape):
+        return Still(element)
     return LearnedHeads.of(element, shape, use, orders=orders)
 
 
 def _values(step: AxisAction | None, shape: HeadShape, *, general: bool) -> dict[str, Tensor]:
     heads, d = shape.kv_heads, shape.head_dim
+    if shape.of_keys:
+        return {}
+    if shape.gated:
+        factor = step.factor.double() if isinstance(step, Scaling) else torch.ones(heads * d, dtype=torch.float64)
+        return {"value_factor": factor.abs().log(), "value_sign": factor.sign()}
     found = step if step is not None else _unturned(heads, d)
     if general:
         eye = torch.eye(d, dtype=torch.float64).repeat(heads, 1)
@@ -272,10 +317,11 @@ def _queries(step: AxisAction | None, shape: HeadShape) -> dict[str, Tensor]:
 
 
 def _factors(step: AxisAction | None, size: int, shape: HeadShape) -> dict[str, Tensor]:
-    """The logarithms and signs of what the keys' gains are divided by, one for each plane."""
+    """The logarithms and signs of what the keys' gains are divided by: of each plane, then of each other coordinate."""
     factor = 1 / step.factor.double() if isinstance(step, Scaling) else torch.ones(size, dtype=torch.float64)
-    planes = factor.unflatten(0, (-1, shape.head_dim))[:, shape.planes()[: shape.head_dim // 2]]
-    return {"gain": planes.abs().log(), "gain_sign": planes.sign()}
+    free = [*shape.planes()[: shape.rotary // 2], *shape.rest()]
+    own = factor.unflatten(0, (-1, shape.head_dim))[:, free]
+    return {"gain": own.abs().log(), "gain_sign": own.sign()}
 
 
 def _unturned(heads: int, d: int) -> HeadRotation:

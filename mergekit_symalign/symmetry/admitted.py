@@ -12,16 +12,26 @@ from mergekit_symalign.symmetry.groups import (
     PartialRotation,
     Permutation,
     PlaneRotation,
+    Rotation,
     Scaling,
 )
-from mergekit_symalign.symmetry.heads.solve import GAIN_AXES
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale
+from mergekit_symalign.symmetry.heads.gated import GATE
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, NUMBERS
+from mergekit_symalign.symmetry.options import (
+    VALUES,
+    BlockShape,
+    HeadShape,
+    HeadValues,
+    LatentShape,
+    MlpShape,
+    NeuronScale,
+)
 
 Shape = tuple[int, ...]
 Admitted = Mapping[str, tuple[Shape, ...]]  # kind of step -> shapes of its numbers
 
 
-def admitted(axis: str, shape: HeadShape | MlpShape, *, full: bool = False) -> Admitted:
+def admitted(axis: str, shape: BlockShape, *, full: bool = False) -> Admitted:
     """The kinds of steps that an axis of a block may have, with the shapes of their numbers; none for other axes.
 
     Args:
@@ -31,16 +41,45 @@ def admitted(axis: str, shape: HeadShape | MlpShape, *, full: bool = False) -> A
     """
     if isinstance(shape, MlpShape):
         return _admitted_in_mlp(axis, shape)
+    if isinstance(shape, LatentShape):
+        return _admitted_in_latent(axis, shape)
     size = (shape.heads(axis) * shape.head_dim,)
-    order: Admitted = {} if shape.locked_heads else {Permutation.kind: (size,)}
+    if axis == NUMBERS:
+        return {Permutation.kind: ((shape.query_heads,),)} if shape.numbered else {}
     if axis in GAIN_AXES:
         return _admitted_gains(axis, shape)
+    if axis == GATE:
+        return {Permutation.kind: (size,)} if shape.gated else {}
+    if axis == "value" and shape.of_keys:
+        return {}
     if axis in ("value", "attended"):
-        d, heads = shape.head_dim, shape.heads(axis)
-        return {**order, HeadRotation.kind: _rotation(heads, d), HeadMatrix.kind: ((heads, d, d),)}
+        return {Permutation.kind: (size,), **_admitted_values(shape.heads(axis), shape)}
     if axis in ("query", "key"):
-        return {**order, **_admitted_turns(shape.heads(axis), shape, full=full)}
+        return {Permutation.kind: (size,), **_admitted_turns(shape.heads(axis), shape, full=full)}
     return {}
+
+
+def _admitted_in_latent(axis: str, shape: LatentShape) -> Admitted:
+    latent = axis.removesuffix("_gain").removesuffix("_read")
+    if (size := shape.latents().get(latent)) is not None:
+        turns: Admitted = {} if axis.endswith("_gain") else {Rotation.kind: ((size, size),)}
+        return {Permutation.kind: ((size,),), Scaling.kind: ((size,),), **turns}
+    heads, d = shape.parts().get(axis, (0, 0))
+    order = {Permutation.kind: ((heads * d,),)}
+    if axis in ("q_pe", "k_pe"):
+        planes = InterleavedPlaneRotation if shape.interleaved else PlaneRotation
+        turned = {planes.kind: ((heads, d // 2), (heads, d // 2))}
+        return turned if axis == "k_pe" else {**order, **turned}
+    general: Admitted = {HeadMatrix.kind: ((heads, d, d),)} if axis in VALUES else {}
+    return {**order, HeadRotation.kind: _rotation(heads, d), **general} if heads else {}
+
+
+def _admitted_values(heads: int, shape: HeadShape) -> Admitted:
+    d = shape.head_dim
+    if shape.gated or shape.of_keys:
+        return {Scaling.kind: ((heads * d,),)}
+    general: Admitted = {HeadMatrix.kind: ((heads, d, d),)} if shape.values is HeadValues.free else {}
+    return {HeadRotation.kind: _rotation(heads, d), **general}
 
 
 def _admitted_in_mlp(axis: str, shape: MlpShape) -> Admitted:
@@ -59,7 +98,7 @@ def _admitted_gains(axis: str, shape: HeadShape) -> Admitted:
     if not shape.qk_norm:
         return {}
     size = (gain_heads(axis, shape) * shape.head_dim,)
-    permutation: Admitted = {Permutation.kind: (size,)} if shape.norm.per_head else {}
+    permutation: Admitted = {Permutation.kind: (size,)} if shape.norm.per_head or shape.reorders else {}
     return {Scaling.kind: (size,), **permutation}
 
 

@@ -7,19 +7,25 @@ that axis first: a weight and its bias are two of them, and the bias counts as o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from mergekit_symalign.symmetry.distance import total_distance
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction
 from mergekit_symalign.symmetry.heads.from_rows import HeadRows
+from mergekit_symalign.symmetry.heads.gated import GATE, gate_action
 from mergekit_symalign.symmetry.heads.general import GeneralOptimum, align_general, value_grams
 from mergekit_symalign.symmetry.heads.match import HeadProblem, MatchedHeads, match_heads
+from mergekit_symalign.symmetry.heads.of_keys import joined_rows, with_attended, with_own_values
 from mergekit_symalign.symmetry.heads.order import HeadOrder, after, reordered_gains
+from mergekit_symalign.symmetry.heads.shared import reordered, shared_order
 from mergekit_symalign.symmetry.heads.solve import (
     GAIN_AXES,
     HEAD_AXES,
+    NUMBERS,
     AttentionMoments,
     HeadActions,
     HeadNorms,
@@ -36,9 +42,11 @@ from mergekit_symalign.symmetry.neurons.match import align_neurons
 from mergekit_symalign.symmetry.options import (
     Facts,
     HeadShape,
+    HeadValues,
     MlpShape,
     NeuronScale,
     Pair,
+    Rotation,
     Sides,
     Symmetries,
     ValueOutput,
@@ -67,27 +75,60 @@ def align_attention(sides: Sides, shape: HeadShape, use: Symmetries) -> Solved:
     >>> torch.equal(found.element.actions["value"](swapped, 0), rows)
     True
     """
+    if shape.of_keys:
+        solved = align_attention(
+            joined_rows(sides, shape), with_own_values(shape), replace(use, value_output=ValueOutput.orthogonal)
+        )
+        return Solved(BlockElement(with_attended(solved.element.actions)), solved.facts)
+    if not shape.one_order or use.rotation is Rotation.none:
+        return _aligned_heads(sides, shape, use)
+    own, norms = head_moments(sides, shape, use.rotation)
+    standing = own.per_kv_head(shape.kv_heads)
+
+    def moments(order: HeadOrder | None) -> AttentionMoments:
+        if order is None:
+            return standing
+        beside = {axis: order.of_axis(axis) for axis in (*HEAD_AXES, GATE)}
+        return head_moments(sides, shape, use.rotation, beside)[0].per_kv_head(shape.kv_heads)
+
+    def source(order: Tensor) -> HeadRows:
+        moved = reordered(sides, order, shape)
+        return HeadRows(moved, *head_moments(moved, shape, use.rotation), shape, use)
+
+    found = shared_order(source, moments, sides)
+    if found.stays:
+        return _aligned_heads(sides, shape, use, found.heads)
+    solved = _aligned_heads(reordered(sides, found.order, shape), shape, use, found.heads)
+    before = heads_distance(standing, norms, HeadActions(None, None), sides, {})
+    element = BlockElement(found.before(solved.element.actions, shape))
+    return Solved(element, {**solved.facts, "distance_before": before})
+
+
+def _aligned_heads(sides: Sides, shape: HeadShape, use: Symmetries, matched: MatchedHeads | None = None) -> Solved:
+    """The same without an order of the coordinates that is one for all heads, and for heads that may be matched."""
     own, norms = head_moments(sides, shape, use.rotation)
     problem = HeadProblem(HeadRows(sides, own, norms, shape, use))
     m = problem.standing
     before = heads_distance(m, norms, HeadActions(None, None), sides, {})
-    matched = match_heads(problem) if use.heads and not shape.locked_heads else MatchedHeads(None, None)
+    if matched is None:
+        matched = match_heads(problem)
     order = matched.order
-    if order is None:
-        found = problem.standing_actions
-    else:
-        own, _ = head_moments(sides, shape, use.rotation, {axis: order.of_axis(axis) for axis in HEAD_AXES})
+    if order is not None:
+        own, _ = head_moments(sides, shape, use.rotation, {axis: order.of_axis(axis) for axis in (*HEAD_AXES, GATE)})
         m = own.per_kv_head(shape.kv_heads)
-        found = solve_heads(m, shape, use)
         sides = {**sides, **reordered_gains(sides, order, shape)}
+    settled = order is None and not shape.own_orders
+    found = problem.standing_actions if settled else solve_heads(m, shape, use, sides)
     actions: dict[str, AxisAction] = {}
     general = _general_values(sides, shape, use, found, order)
     value = found.value if general is None else general.action
     if value is not None:
         actions |= {"value": value, "attended": per_query_head(value.dual(), shape)}
+        gate = gate_action(value) if shape.gated else None
+        actions |= {} if gate is None else {GATE: per_query_head(gate, shape)}
     if found.query is not None:
         actions |= {"query": per_query_head(found.query, shape), "key": found.query.dual()}
-    actions |= solve_gains(sides, shape, use)
+    actions |= solve_gains(sides, shape, use, found.query)
     tolerance = _tolerance(sides["query"])
     actions = {axis: action.snapped(tolerance) for axis, action in actions.items()}
     left = heads_distance(m, norms, found, sides, actions)
@@ -121,7 +162,7 @@ def align_mlp(sides: Sides, shape: MlpShape, use: Symmetries) -> Solved:
     if not use.permutation and scale is NeuronScale.none:
         return Solved(BlockElement({}))
     if shape.experts > 1:
-        experts, gate, up = align_experts(sides, shape.experts, permute=use.permutation, scale=scale)
+        experts, gate, up = align_experts(sides, shape, permute=use.permutation, scale=scale)
         return Solved(_neurons({"expert": experts}, gate, up, sides))
     pairs = NeuronPairs(sides.get("gate", ()), sides["up"], sides["down"])
     found = align_neurons(pairs, permute=use.permutation, scale=scale)
@@ -145,15 +186,17 @@ def heads_distance(
 
 
 def gains_distance(sides: Sides, actions: Mapping[str, AxisAction]) -> float:
-    """Squared distance of the gains of a QK-norm alone."""
-    return sum(total_distance(pair, actions.get(axis)) for axis in GAIN_AXES for pair in sides.get(axis, ()))
+    """Squared distance of the gains of a QK-norm, and of the numbers of heads, alone."""
+    axes = (*GAIN_AXES, NUMBERS)
+    return sum(total_distance(pair, actions.get(axis)) for axis in axes for pair in sides.get(axis, ()))
 
 
 def _general_values(
     sides: Sides, shape: HeadShape, use: Symmetries, found: HeadActions, order: HeadOrder | None
 ) -> GeneralOptimum | None:
-    """Any invertible matrix for each KV head, from the optimum of rotation and scale; None if not asked for."""
-    if use.value_output is not ValueOutput.general:
+    """Any invertible matrix for each KV head, from the optimum of rotation and scale; None if not asked for, or not
+    exact."""
+    if use.value_output is not ValueOutput.general or shape.values is not HeadValues.free:
         return None
     beside = None if order is None else {axis: order.of_axis(axis) for axis in ("value", "attended")}
     value, attended = value_grams(sides, shape, beside)

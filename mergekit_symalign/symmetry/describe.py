@@ -20,7 +20,15 @@ from mergekit_symalign.symmetry.groups import (
     PlaneRotation,
     Scaling,
 )
-from mergekit_symalign.symmetry.options import Facts, HeadShape, MlpShape, Sides
+from mergekit_symalign.symmetry.options import (
+    AttentionShape,
+    BlockShape,
+    Facts,
+    HeadShape,
+    LatentShape,
+    MlpShape,
+    Sides,
+)
 
 
 def describe_distances(element: BlockElement, sides: Sides) -> Facts:
@@ -36,7 +44,12 @@ def describe_distances(element: BlockElement, sides: Sides) -> Facts:
     return {"distance_before": sum(before.values()), "distance_after": sum(after.values())}
 
 
-def describe_heads(element: BlockElement, shape: HeadShape) -> Facts:
+def describe_block(element: BlockElement, shape: BlockShape) -> Facts:
+    """What the element of a block does: `describe_neurons` of an MLP, `describe_heads` of an attention block."""
+    return describe_neurons(element, shape) if isinstance(shape, MlpShape) else describe_heads(element, shape)
+
+
+def describe_heads(element: BlockElement, shape: AttentionShape) -> Facts:
     """What the element of an attention block does to its heads.
 
     Returns:
@@ -44,20 +57,31 @@ def describe_heads(element: BlockElement, shape: HeadShape) -> Facts:
         (``query_angle_…``) and of the rotations of value and output (``value_angle_…``; a matrix counts with the root
         mean square of its angles, a general one with its rotation's); smallest and largest factor, of a general matrix
         its singular values, and the largest condition number of those (``value_condition_max``); coordinates whose sign
-        was flipped by a QK-norm's sign.
+        was flipped by a QK-norm's sign; where coordinates may change places, how many did within their head
+        (``query_coordinates_moved``, ``value_coordinates_moved``). Where heads share latents, also how many of those
+        there are and how many moved.
     """
     facts: Facts = {}
-    for name, axis, heads in (("kv", "value", shape.kv_heads), ("query", "query", shape.query_heads)):
-        order = _order(element.actions.get(axis), heads * shape.head_dim)
-        moved = 0 if order is None else _count_moved(order.unflatten(0, (heads, -1)).select(1, 0) // shape.head_dim)
+    for name, axis, heads, d in _counted(shape):
+        order = _order(element.actions.get(axis), heads * d)
+        moved = 0 if order is None else _count_moved(order.unflatten(0, (heads, -1)).select(1, 0) // d)
         facts |= {f"{name}_heads": heads, f"{name}_heads_moved": moved}
+    if isinstance(shape, LatentShape):
+        latents = shape.latents()
+        facts |= {"latents": len(latents), "latents_moved": len(element.actions.keys() & latents)}
     factors = []
-    for name in ("query", "value"):
-        steps = list(_steps(element.actions.get(name)))
+    queries = ("q_nope", "q_pe") if isinstance(shape, LatentShape) else ("query",)
+    for name, axes in (("query", queries), ("value", ("value",))):
+        steps = [step for axis in axes for step in _steps(element.actions.get(axis))]
         angles = [angle for step in steps for angle in _angles(step)]
         turned = torch.cat(angles) if angles else torch.zeros(1)
         facts |= {f"{name}_angle_median": float(turned.median()), f"{name}_angle_max": float(turned.max())}
         factors += [factor for step in steps for factor in _factors(step)]
+    if isinstance(shape, HeadShape):
+        for name, counted in (("query", shape.reorders), ("value", shape.gated)):
+            if counted:
+                of_axis = _order(element.actions.get(name), shape.heads(name) * shape.head_dim)
+                facts[f"{name}_coordinates_moved"] = 0 if of_axis is None else _count_within(of_axis, shape.head_dim)
     return facts | _conditions(element.actions.get("value")) | _range(factors)
 
 
@@ -73,6 +97,15 @@ def describe_neurons(element: BlockElement, shape: MlpShape) -> Facts:
         moved = _count_moved(_order(element.actions.get("expert"), shape.experts))
         facts |= {"experts": shape.experts, "experts_moved": moved}
     return facts | _range([f for step in _steps(element.actions.get("up")) for f in _factors(step)])
+
+
+def _counted(shape: AttentionShape) -> tuple[tuple[str, str, int, int], ...]:
+    """Name, axis, number of heads and coordinates of a head, of what is counted."""
+    if isinstance(shape, LatentShape):
+        return (("kv", "value", shape.heads, shape.value), ("query", "q_nope", shape.heads, shape.nope))
+    d = shape.head_dim
+    kv = "key" if shape.of_keys else "value"
+    return (("kv", kv, shape.kv_heads, d), ("query", "query", shape.query_heads, d))
 
 
 def _steps(g: AxisAction | None) -> Iterator[AxisAction]:
@@ -94,6 +127,12 @@ def _order(g: AxisAction | None, size: int) -> Tensor | None:
 
 def _count_moved(order: Tensor | None) -> int:
     return 0 if order is None else int((order != torch.arange(len(order), device=order.device)).sum())
+
+
+def _count_within(order: Tensor, d: int) -> int:
+    """How many coordinates stand elsewhere in their head of size ``d``."""
+    place = torch.arange(len(order), device=order.device)
+    return int((order % d != place % d).sum())
 
 
 def _angles(step: AxisAction) -> list[Tensor]:

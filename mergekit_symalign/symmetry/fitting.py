@@ -8,7 +8,7 @@ from enum import Enum
 from torch import Tensor
 
 from mergekit_symalign.errors import ShapeError, ValueInTensorError
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Pair, Sides
+from mergekit_symalign.symmetry.options import BlockShape, HeadShape, LatentShape, MlpShape, Pair, Sides
 from mergekit_symalign.symmetry.rows import is_finite
 
 ROWS = "Pass anchor's and model's rows [axis, columns] of one block of two models of one architecture"
@@ -50,12 +50,12 @@ def require_pair(where: str, pair: Pair) -> None:
         raise ShapeError(where, reason, ROWS)
 
 
-def require_fitting(sides: Sides, shape: HeadShape | MlpShape) -> None:
+def require_fitting(sides: Sides, shape: BlockShape) -> None:
     """
     Raises:
         ShapeError: if the shape contradicts itself, or an axis is missing, unknown or of another length.
     """
-    lengths = _mlp_lengths(shape) if isinstance(shape, MlpShape) else _head_lengths(shape)
+    lengths = _lengths(shape)
     for axis in lengths:
         if not sides.get(axis):
             raise ShapeError(f"axis {axis}", f"it has no rows, but {shape} needs them", ROWS)
@@ -85,9 +85,27 @@ def _require_axis(axis: str, pair: Pair, length: int) -> None:
         raise ShapeError(f"axis {axis}", f"it has {len(pair[0])} rows, but the shape says {length}", ROWS)
 
 
+def _lengths(shape: BlockShape) -> Mapping[str, int]:
+    """How many rows each axis of a block has."""
+    if isinstance(shape, LatentShape):
+        return _latent_lengths(shape)
+    return _mlp_lengths(shape) if isinstance(shape, MlpShape) else _head_lengths(shape)
+
+
+def _latent_lengths(shape: LatentShape) -> Mapping[str, int]:
+    counts = {"heads": shape.heads, "nope": shape.nope, "value": shape.value, "kv_latent": shape.kv_latent}
+    _require_counts("LatentShape", **counts)
+    if shape.rope % 2:
+        raise ShapeError("LatentShape", f"{shape.rope} coordinates cannot turn in pairs", "rope is even")
+    return shape.lengths()
+
+
 def _mlp_lengths(shape: MlpShape) -> Mapping[str, int]:
     """How many rows each axis of an MLP has."""
-    _require_counts("MlpShape", neurons=shape.neurons, experts=shape.experts)
+    _require_counts("MlpShape", neurons=shape.neurons, experts=shape.experts, groups=shape.groups)
+    if shape.experts % shape.groups:
+        reason = f"{shape.experts} experts cannot be in {shape.groups} groups of one size"
+        raise ShapeError("MlpShape", reason, "Take the counts from the model's config")
     axes = ("gate", "up", "down") if shape.gated else ("up", "down")
     router = {"expert": shape.experts} if shape.experts > 1 else {}
     return dict.fromkeys(axes, shape.neurons * shape.experts) | router
@@ -103,6 +121,10 @@ def _head_lengths(shape: HeadShape) -> Mapping[str, int]:
         reason = f"{shape.rotary} of {shape.head_dim} coordinates cannot turn in pairs"
         raise ShapeError("HeadShape", reason, "rotary is even and at most head_dim")
     lengths = {axis: shape.heads(axis) * shape.head_dim for axis in ("query", "key", "value", "attended")}
+    if shape.of_keys:
+        del lengths["value"]
+    lengths |= {"attended_gate": shape.query_heads * shape.head_dim} if shape.gated else {}
+    lengths |= {"query_head": shape.query_heads} if shape.numbered else {}
     return lengths | (_gain_lengths(shape) if shape.qk_norm else {})
 
 

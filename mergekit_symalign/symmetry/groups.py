@@ -449,6 +449,16 @@ class Chain(AxisAction):
         return tuple(packed for step in self.steps for packed in step.pack())
 
 
+def behind(first: Permutation, action: AxisAction | None) -> AxisAction:
+    """An action behind an order; orders that follow one another are one."""
+    if action is None:
+        return first
+    steps = action.steps if isinstance(action, Chain) else (action,)
+    if isinstance(steps[0], Permutation):
+        first, steps = Permutation(first.index[steps[0].index]), steps[1:]
+    return Chain((first, *steps)) if steps else first
+
+
 def _snap(x: Tensor, target: float, tolerance: float) -> Tensor:
     return torch.where((x - target).abs() <= tolerance, target, x)
 

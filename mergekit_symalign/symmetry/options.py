@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+VALUES = ("value", "attended")  # axes
+
 GREATEST_CONDITION = 100.0  # of a general matrix of values, unless the user says otherwise
 
 Pair = tuple[Tensor, Tensor]
@@ -68,6 +70,15 @@ class GainScope(str, Enum):
         return self in (GainScope.all, GainScope.centred)
 
 
+class HeadValues(str, Enum):
+    """What stands between values and the output projection, which decides what values may carry."""
+
+    free = "free"  # nothing: a rotation and a scale, or any invertible matrix
+    normed = "normed"  # values are normalised over the head (RMS, no gain): a rotation
+    keys = "keys"  # values are what the key rows write, normalised like that: they carry what keys carry
+    gated = "gated"  # a gate multiplies each attended coordinate: an order, and a signed factor for each coordinate
+
+
 class NeuronScale(str, Enum):
     """Which factors a neuron's up row may carry while its down column carries the inverse."""
 
@@ -85,12 +96,60 @@ class MlpShape:
         experts: 1 for a dense MLP.
         scale: which factors its neurons have.
         gated: whether each neuron has a gate row.
+        groups: of experts, as many in each; experts change places inside their group, and groups as wholes.
     """
 
     neurons: int
     experts: int = 1
     scale: NeuronScale = NeuronScale.signed
     gated: bool = True
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """The shape of an attention whose keys and values come from a latent that all heads share (MLA).
+
+    Attributes:
+        heads: count.
+        nope: coordinates of a head's query and key without positions.
+        rope: those that turn with the position; the key's are one for all heads.
+        value: of a head's value.
+        kv_latent: of the latent that keys and values are read from.
+        q_latent: of the latent that queries are read from; 0 without one.
+        interleaved: rotary planes are ``(2i, 2i + 1)`` instead of ``(i, i + rope/2)``.
+    """
+
+    heads: int
+    nope: int
+    rope: int
+    value: int
+    kv_latent: int
+    q_latent: int = 0
+    interleaved: bool = False
+
+    @property
+    def rotary(self) -> int:
+        return self.rope
+
+    def latents(self) -> dict[str, int]:
+        """The axes of the latents, and how many coordinates they have."""
+        return {"kv_latent": self.kv_latent} | ({"q_latent": self.q_latent} if self.q_latent else {})
+
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """How many heads each axis of heads has, and how many coordinates a head."""
+        h = self.heads
+        still = dict.fromkeys(("q_nope", "k_nope"), (h, self.nope))
+        return still | {"q_pe": (h, self.rope), "k_pe": (1, self.rope)} | dict.fromkeys(VALUES, (h, self.value))
+
+    def lengths(self) -> dict[str, int]:
+        """The length of every axis."""
+        heads = {axis: n * d for axis, (n, d) in self.parts().items()}
+        return heads | {axis + part: n for axis, n in self.latents().items() for part in ("", "_gain", "_read")}
+
+    def planes(self) -> list[int]:
+        """The coordinates that turn: first those of all planes, then their partners."""
+        return HeadShape(1, 1, self.rope, self.rope, self.interleaved).planes()
 
 
 @dataclass(frozen=True)
@@ -104,7 +163,9 @@ class HeadShape:
         rotary: how many of them turn with the position (RoPE); 0 without positions in query and key.
         interleaved: planes are ``(2i, 2i + 1)`` instead of ``(i, i + rotary/2)``.
         norm: normalisation of queries and keys.
-        locked_heads: no head may move to another's place, because each has a bias of its own on its scores.
+        numbered: query heads have numbers of their own (attention sinks), which move with them.
+        locked: heads stay where they are: each has a bias of positions of its own (ALiBi, T5).
+        values: what stands between values and the output projection.
     """
 
     query_heads: int
@@ -113,7 +174,19 @@ class HeadShape:
     rotary: int
     interleaved: bool = False
     norm: GainScope = GainScope.none
-    locked_heads: bool = False
+    numbered: bool = False
+    locked: bool = False
+    values: HeadValues = HeadValues.free
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate multiplies each attended coordinate; its rows are the axis ``attended_gate``."""
+        return self.values is HeadValues.gated
+
+    @property
+    def of_keys(self) -> bool:
+        """Whether values have no rows of their own: those of the keys, whose QK-norm leaves them no more than signs."""
+        return self.values is HeadValues.keys
 
     @property
     def qk_norm(self) -> bool:
@@ -121,18 +194,13 @@ class HeadShape:
 
     def heads(self, axis: str) -> int:
         """How many heads an axis has."""
-        return self.query_heads if axis in ("query", "attended") else self.kv_heads
+        return self.query_heads if axis in ("query", "attended", "attended_gate") else self.kv_heads
 
     def planes(self) -> list[int]:
-        """The coordinates that turn: first those of all planes, then their partners.
-
-        Under a QK-norm the coordinates that do not turn are paired as well: what both of a pair share is exact.
-        """
+        """The coordinates that turn: first those of all planes, then their partners."""
         r = self.rotary
         first, second = (range(0, r, 2), range(1, r, 2)) if self.interleaved else (range(r // 2), range(r // 2, r))
-        rest = self.rest() if self.qk_norm else []
-        half = len(rest) // 2
-        return [*first, *rest[:half], *second, *rest[half:]]
+        return [*first, *second]
 
     def turning(self, rotation: Rotation) -> list[int]:
         """The coordinates of query and key that only turn with their plane; ``full`` may mix planes."""
@@ -147,5 +215,24 @@ class HeadShape:
         return list(range(self.rotary, self.head_dim))
 
     @property
+    def reorders(self) -> bool:
+        """Whether queries and keys may carry an order of a head's coordinates: of those that do not turn."""
+        return self.qk_norm and len(self.rest()) > 1
+
+    @property
+    def one_order(self) -> bool:
+        """Whether that order is one for all heads, because they share their gains."""
+        return self.reorders and not self.norm.per_head
+
+    @property
+    def own_orders(self) -> bool:
+        """Whether each KV head has such an order of its own."""
+        return self.reorders and self.norm.per_head
+
+    @property
     def queries_per_kv(self) -> int:
         return self.query_heads // self.kv_heads
+
+
+AttentionShape = HeadShape | LatentShape
+BlockShape = AttentionShape | MlpShape

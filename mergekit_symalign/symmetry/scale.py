@@ -161,6 +161,59 @@ def quartic_scale(b: Tensor, o: Tensor, p: Tensor, q: Tensor) -> Tensor:
     return torch.where(usable, torch.exp(best), 1.0)
 
 
+def neuron_factors(scaled: tuple[Tensor, Tensor], divided: tuple[Tensor, Tensor], *, signed: bool) -> Tensor:
+    """The best factor of each pair: minimises ``c² b + o / c² − 2 (c p + q / c)`` over ``c ≠ 0``, or ``c > 0``.
+
+    Args:
+        scaled: ``p`` (inner products of anchor and model) and ``b`` (squared norms of the model) of what is multiplied.
+        divided: the same, ``q`` and ``o``, of what is divided.
+        signed: whether ``c`` may be negative.
+    """
+    (p, b), (q, o) = scaled, divided
+    p, b, q, o = torch.broadcast_tensors(p.double(), b.double(), q.double(), o.double())
+    if not signed:
+        return quartic_scale(b, o, p, q)
+
+    def g(t: Tensor) -> Tensor:
+        return (torch.exp(t) * p.unsqueeze(-1) + torch.exp(-t) * q.unsqueeze(-1)).abs()
+
+    s = torch.exp(joint_log_scale(b, o, (p.abs(), q.abs()), g).log_scale)
+    sign = torch.where(s * p + q / s < 0, -1.0, 1.0)
+    s = quartic_scale(b, o, sign * p, sign * q)
+    factor: Tensor = sign * s
+    return factor
+
+
+def best_saving(p: Tensor, b: Tensor, q: Tensor, o: Tensor, *, signed: bool) -> Tensor:
+    """``max_c c p + q/c − (c² b + o/c²) / 2`` for every pair, plus ``(b + o) / 2``, which no permutation changes.
+
+    Every stationary point lies between ``c = p/b`` and ``c = o/q``: Newton from both ends, from the point where the
+    norms balance and from 1, with the sign that the mixture has there; the best of the four.
+
+    Args:
+        p, q: [*, rows, columns] inner products of the anchor's rows and the model's.
+        b, o: squared norms of the model's rows, broadcast with them.
+        signed: whether ``c`` may be negative.
+    """
+    b, o = (x.to(p.dtype).clamp_min(torch.finfo(p.dtype).tiny) for x in (b, o))
+    balance = (torch.log(o / b) / 4).expand_as(p)
+    starts = (
+        torch.log((p.abs() / b).clamp(1e-4, 1e4)),
+        -torch.log((q.abs() / o).clamp(1e-4, 1e4)),
+        balance,
+        torch.zeros_like(p),
+    )
+    best = torch.full_like(p, -torch.inf)
+    for t in starts:
+        sign = torch.where(torch.exp(t) * p + torch.exp(-t) * q < 0, -1.0 if signed else 1.0, 1.0)
+        for _ in range(5):
+            t = newton_step(t, b, o, sign * p, sign * q, longest=0.5)
+        c = torch.exp(t)
+        gain = (c * p + q / c).abs() if signed else c * p + q / c
+        best = torch.maximum(best, gain - (c.square() * b + o / c.square()) / 2)
+    return best + (b + o) / 2
+
+
 def newton_step(t: Tensor, b: Tensor, o: Tensor, p: Tensor, q: Tensor, *, longest: float = 0.1) -> Tensor:
     """One step towards a minimum of ``e^{2t}b + e^{-2t}o − 2(e^t p + e^{-t} q)``, no longer than ``longest``."""
     up, down = torch.exp(t), torch.exp(-t)

@@ -7,18 +7,18 @@ from functools import partial
 
 from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
 from mergekit_symalign.symmetry.consensus import Rows, find_consensus, require_alike, rows_of_both
-from mergekit_symalign.symmetry.describe import describe_distances, describe_heads, describe_neurons
+from mergekit_symalign.symmetry.describe import describe_block, describe_distances
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import Values, require_finite, require_fitting
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Sides, Symmetries
+from mergekit_symalign.symmetry.latent.solve import align_latent
+from mergekit_symalign.symmetry.options import BlockShape, LatentShape, MlpShape, Sides, Symmetries
 from mergekit_symalign.symmetry.solved import Solved
 
-Shape = HeadShape | MlpShape
 Align = Callable[[Sides], Solved]
 
 
 def solve_block(
-    sides: Sides, shape: Shape, use: Symmetries, align: Align | None = None, *, values: Values = Values.unknown
+    sides: Sides, shape: BlockShape, use: Symmetries, align: Align | None = None, *, values: Values = Values.unknown
 ) -> Solved:
     """The symmetry that brings one attention block or MLP of a model closest to the anchor's.
 
@@ -52,7 +52,7 @@ def solve_block(
     return finished((align or partial(align_block, shape=shape, use=use))(sides), sides, shape)
 
 
-def solve_consensus(models: Sequence[Rows], shape: Shape, use: Symmetries) -> list[Solved]:
+def solve_consensus(models: Sequence[Rows], shape: BlockShape, use: Symmetries) -> list[Solved]:
     """The same for several models at once, towards the mean that they agree on (`find_consensus`).
 
     Args:
@@ -70,15 +70,17 @@ def solve_consensus(models: Sequence[Rows], shape: Shape, use: Symmetries) -> li
     return [finished(Solved(element, facts), rows_of_both(models[0], rows), shape) for element, rows in both]
 
 
-def align_block(sides: Sides, shape: Shape, use: Symmetries) -> Solved:
+def align_block(sides: Sides, shape: BlockShape, use: Symmetries) -> Solved:
     """From the weights."""
+    if isinstance(shape, LatentShape):
+        return align_latent(sides, shape, use)
     return align_mlp(sides, shape, use) if isinstance(shape, MlpShape) else align_attention(sides, shape, use)
 
 
-def finished(solved: Solved, sides: Sides, shape: Shape) -> Solved:
+def finished(solved: Solved, sides: Sides, shape: BlockShape) -> Solved:
     """The same without identities, and with all that is known of it."""
     element = without_identities(solved.element)
-    own = describe_neurons(element, shape) if isinstance(shape, MlpShape) else describe_heads(element, shape)
+    own = describe_block(element, shape)
     known = {"distance_before", "distance_after"} <= solved.facts.keys()
     distances = {} if known else describe_distances(element, sides)
     return Solved(element, {**solved.facts, **distances, **own})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -18,17 +20,30 @@ from mergekit_symalign.families.known import families
 from mergekit_symalign.families.schema import Family
 
 _SIZES = {"layers": 2, "hidden": 48, "query_heads": 6, "kv_heads": 2, "head_dim": 8, "neurons": 80, "experts": 4}
-_SIZES |= {"dense": 64}
+_SIZES |= {"dense": 64, "groups": 2}
+_SIZES |= {"nope": 8, "rope": 4, "value": 12, "kv_latent": 16, "q_latent": 20}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 _TEXT = {"vocab_size": 97, "max_position_embeddings": 128, "num_experts_per_tok": 2, "num_labels": 2} | _TOKENS
+_TEXT |= {"topk_group": 1}
 _VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 _PICTURES = {"image_size": 28, "patch_size": 14, "num_patches": 4}
-_VISION |= _PICTURES
+_VISION |= _PICTURES | {"depth": 4, "num_heads": 4, "num_position_embeddings": 16}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}  # of the 4 planes of a head
+_INTO_TEXT = ("out_hidden_size", "projection_dim")  # widths of what a tower writes to the residual stream
 _DECODE_THEIR_INPUT = ("ForSequenceClassification", "ForQuestionAnswering")
 
 
 class EverythingInFloat64(TorchFunctionMode):
     """transformers computes norms and rotary tables in float32 whatever the model's dtype: here in float64."""
+
+    def __enter__(self) -> TorchFunctionMode:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(self._default)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
@@ -47,7 +62,7 @@ def small_model(name: str, family: Family, settings: Mapping[str, Any] | None = 
         ConfigError: if transformers has no such class, or cannot build it so small.
     """
     model_type = class_of(name)
-    own = _small_config(model_type.config_class, family)
+    own = _small_config(model_type, family)
     for key, value in (settings or {}).items():
         own[key] = own.get(key, {}) | value if isinstance(value, Mapping) else value
     try:
@@ -78,7 +93,8 @@ def class_of(name: str) -> Any:
 def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """Sharp weights, norms away from 1, and biases away from 0, in place."""
     generator = torch.Generator().manual_seed(seed)
-    biases = ((name, x) for name, x in model.named_buffers() if name.endswith("bias") and x.is_floating_point())
+    kept, buffers = model.state_dict().keys(), model.named_buffers()
+    biases = ((name, x) for name, x in buffers if name in kept and name.endswith("bias") and x.is_floating_point())
     fixed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # sinusoids that checkpoints do not have
     for name, x in (*model.named_parameters(), *biases):
         if name in fixed:
@@ -158,24 +174,24 @@ def relative_deviation(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max() / a.double().std())
 
 
-def _small_config(config_class: Any, family: Family) -> dict[str, Any]:
-    sizes = {
-        key: where
-        for key, where in family.sizes.model_dump(exclude={"shared", "two_thirds"}).items()
-        if where is not None
-    }
-    text = {where: _SIZES[key] for key, where in sizes.items()} | _TEXT
+def _small_config(model_type: Any, family: Family) -> dict[str, Any]:
+    sizes = {key: where for key, where in family.sizes.named().items() if key in _SIZES}
+    alike = {"kv_heads": _SIZES["query_heads"]} if family.sizes.kv_latent else {}
+    text: dict[str, Any] = {where: (_SIZES | alike)[key] for key, where in sizes.items()} | _TEXT
     if not family.config:
-        return text | _small_pictures(config_class) | _sizes_of_towers(family)
-    whole = config_class()
+        return text | _small_pictures(model_type.config_class) | _sizes_of_towers(family)
+    whole = model_type.config_class()
+    if "mrope_section" in inspect.getsource(sys.modules[model_type.__module__]):
+        text["rope_parameters"] = _MROPE
     vision = getattr(whole, "vision_config", None)
     known = getattr(vision, "__dataclass_fields__", None) or vars(vision or object)
     own: dict[str, Any] = {family.config: {"model_type": getattr(whole, family.config).model_type} | text}
-    small = {key: value for key, value in _VISION.items() if key in known}
-    pictures = _PICTURES if family.config == "vision_config" else small
+    written = dict.fromkeys(_INTO_TEXT, _SIZES["hidden"])
+    chosen = _PICTURES if family.config == "vision_config" else _VISION | written
+    small = {key: value for key, value in chosen.items() if key in known}
+    around = {key: value for key, value in written.items() if hasattr(whole, key)}
     kind = {"model_type": getattr(vision, "model_type", None)}
-    own["vision_config"] = kind | own.get("vision_config", {}) | {k: x for k, x in pictures.items() if k in known}
-    return own
+    return own | around | {"vision_config": kind | own.get("vision_config", {}) | small}
 
 
 def _small_pictures(config_class: Any) -> dict[str, Any]:
@@ -187,7 +203,4 @@ def _small_pictures(config_class: Any) -> dict[str, Any]:
 def _sizes_of_towers(family: Family) -> dict[str, Any]:
     """Of the other stacks of layers that the same config describes."""
     others = [families()[tower.family].sizes for tower in family.towers.values() if tower.family and not tower.config]
-    keys = [
-        (key, where) for sizes in others for key, where in sizes.model_dump(exclude={"shared", "two_thirds"}).items()
-    ]
-    return {where: _SIZES[key] for key, where in keys if where is not None}
+    return {where: _SIZES[key] for sizes in others for key, where in sizes.named().items()}

@@ -7,7 +7,7 @@ the columns may be the tokens of a calibration set that streams by.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import add
 
@@ -20,11 +20,13 @@ from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.bounds import whole_bounds
-from mergekit_symalign.symmetry.heads.match import HeadProblem, match_heads
+from mergekit_symalign.symmetry.heads.gated import GATE, gate_action
+from mergekit_symalign.symmetry.heads.match import HeadProblem, MatchedHeads, match_heads
 from mergekit_symalign.symmetry.heads.moments import Moments
-from mergekit_symalign.symmetry.heads.order import after, reordered_gains
+from mergekit_symalign.symmetry.heads.of_keys import joined_rows, with_attended, with_own_values
+from mergekit_symalign.symmetry.heads.order import HeadOrder, after, reordered_gains
 from mergekit_symalign.symmetry.heads.pairs import GroupMoments
-from mergekit_symalign.symmetry.heads.procrustes import align_heads
+from mergekit_symalign.symmetry.heads.shared import orders, reordered, shared_order
 from mergekit_symalign.symmetry.heads.solve import (
     GAIN_AXES,
     HEAD_AXES,
@@ -33,9 +35,19 @@ from mergekit_symalign.symmetry.heads.solve import (
     per_query_head,
     solve_gains,
     solve_query,
+    solve_values,
 )
 from mergekit_symalign.symmetry.neurons.costs import NeuronCosts, NeuronPairs
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, NeuronScale, Pair, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.options import (
+    HeadShape,
+    HeadValues,
+    MlpShape,
+    NeuronScale,
+    Pair,
+    Rotation,
+    Sides,
+    Symmetries,
+)
 from mergekit_symalign.symmetry.rows import compute_dtype
 from mergekit_symalign.symmetry.solved import Solved
 
@@ -129,27 +141,78 @@ def align_attention_by(seen: Covariances, weights: Sides, shape: HeadShape, use:
     True
     """
     for axis in HEAD_AXES:
-        _require_axis(axis, seen, shape.heads(axis) * shape.head_dim)
+        if axis != "value" or not shape.of_keys:
+            _require_axis(axis, seen, shape.heads(axis) * shape.head_dim)
+    if shape.of_keys:
+        joined = {**seen, "query": _per_layer(seen["query"]) + _per_layer(seen["attended"])}
+        joined |= {axis: _nothing(shape.heads(axis) * shape.head_dim, seen["key"]) for axis in ("value", "attended")}
+        found = align_attention_by(joined, joined_rows(weights, shape), with_own_values(shape), use)
+        return replace(found, element=BlockElement(with_attended(found.element.actions)))
     blended = _blended(seen, weights, shape)
-    problem = HeadProblem(HeadCovariances(blended, shape, use))
-    order = match_heads(problem).order if use.heads else None
     gains: Sides = {axis: weights[axis] for axis in GAIN_AXES if axis in weights}
+    if not shape.one_order or use.rotation is Rotation.none:
+        return _aligned_heads(blended, seen, gains, shape, use)
+
+    def moments(order: HeadOrder | None) -> AttentionMoments:
+        moved = blended if order is None else _reordered(blended, _of_heads(order, shape))
+        return HeadProblem(HeadCovariances(moved, shape, use)).standing
+
+    def source(order: Tensor) -> HeadCovariances:
+        return HeadCovariances(_reordered(blended, orders(order, shape)), shape, use)
+
+    shared = shared_order(source, moments, _grain_of(gains))
+    of_axes = orders(shared.order, shape)
+    gains = reordered(gains, shared.order, shape)
+    solved = _aligned_heads(_reordered(blended, of_axes), _reordered(seen, of_axes), gains, shape, use, shared.heads)
+    return Solved(BlockElement(shared.before(solved.element.actions, shape)), solved.facts)
+
+
+def _aligned_heads(
+    blended: Covariances,
+    seen: Covariances,
+    gains: Sides,
+    shape: HeadShape,
+    use: Symmetries,
+    matched: MatchedHeads | None = None,
+) -> Solved:
+    """The same without an order of the coordinates that is one for all heads, and for heads that may be matched."""
+    problem = HeadProblem(HeadCovariances(blended, shape, use))
+    if matched is None:
+        matched = match_heads(problem)
+    order = matched.order
     if order is not None:
-        moved = {axis: order.permutation(axis, shape.head_dim) for axis in (*HEAD_AXES, *gains)}
-        reordered = {axis: c.reordered(moved[axis]) for axis, c in blended.items()}
-        problem = HeadProblem(HeadCovariances(reordered, shape, use))
-        seen = {axis: c.reordered(moved[axis]) for axis, c in seen.items()}
+        moved = _of_heads(order, shape)
+        problem = HeadProblem(HeadCovariances(_reordered(blended, moved), shape, use))
+        seen = _reordered(seen, moved)
         gains = reordered_gains(gains, order, shape)
     found = problem.standing_actions
+    if shape.own_orders:
+        found = replace(found, query=solve_query(problem.standing, shape, use, _grain_of(gains)))
     actions: dict[str, AxisAction] = {}
-    if found.value is not None:
-        value = _with_scale(found.value, seen, shape) if use.scaling else found.value
+    scaled = use.scaling and shape.values is not HeadValues.normed
+    value = _with_scale(found.value, seen, shape) if scaled else found.value
+    if value is not None:
         actions |= {"value": value, "attended": per_query_head(value.dual(), shape)}
+        gate = gate_action(value) if shape.gated else None
+        actions |= {} if gate is None else {GATE: per_query_head(gate, shape)}
     if found.query is not None:
         actions |= {"query": per_query_head(found.query, shape), "key": found.query.dual()}
-    actions |= solve_gains(gains, shape, use)
+    actions |= solve_gains(gains, shape, use, found.query)
     actions = {axis: action.snapped(_TOLERANCE) for axis, action in actions.items()}
     return Solved(BlockElement(actions if order is None else after(order, actions, shape)), BY_ACTIVATIONS)
+
+
+def _nothing(size: int, like: Covariance) -> Covariance:
+    """Of coordinates that no token shows."""
+    return Covariance(like.cross.new_zeros(size, size), like.anchor.new_zeros(size), like.model.new_zeros(size))
+
+
+def _of_heads(order: HeadOrder, shape: HeadShape) -> dict[str, Permutation]:
+    return {axis: order.permutation(axis, shape.head_dim) for axis in HEAD_AXES}
+
+
+def _reordered(of_axes: Covariances, orders: Mapping[str, Permutation]) -> dict[str, Covariance]:
+    return {axis: c.reordered(orders[axis]) if axis in orders else c for axis, c in of_axes.items()}
 
 
 def align_mlp_by(seen: Covariance, weights: Sides, shape: MlpShape, use: Symmetries) -> Solved:
@@ -223,8 +286,7 @@ class HeadCovariances:
         return AttentionMoments(**{axis: self.covariances[axis].moments(n, n) for axis, n in heads.items()})
 
     def solve(self, m: AttentionMoments) -> HeadActions:
-        rotate = self.use.rotation is not Rotation.none
-        value = align_heads(m.value, m.attended, rotate=rotate, scale=False) if rotate or self.use.scaling else None
+        value = solve_values(m, self.shape, replace(self.use, scaling=False))
         return HeadActions(value, solve_query(m, self.shape, self.use))
 
     def identity_route(self, costs: Tensor) -> str | None:
@@ -239,14 +301,15 @@ class HeadCovariances:
     @cached_property
     def lower_bounds(self) -> Tensor:
         """Lower bounds of the pairs' costs [KV heads, KV heads]."""
-        k, scale = self.shape.kv_heads, self.use.scaling and not self.shape.qk_norm
+        scale = self.use.scaling and not self.shape.qk_norm
         norms = {axis: (self._of_groups(c.anchor), self._of_groups(c.model)) for axis, c in self.covariances.items()}
-        value, key = (
-            Moments(c.by_head(k), c.model.unflatten(0, (k, -1)).expand(k, k, -1))
-            for c in (self.covariances["value"], self.covariances["key"])
-        )
+        value, key = (self.all_pairs(axis) for axis in ("value", "key"))
         turning = self.shape.turning(self.use.rotation)
         return whole_bounds(norms, value, key, turning, scale_values=False, scale_queries=scale)
+
+    def all_pairs(self, axis: str) -> Moments:
+        k, c = self.shape.kv_heads, self.covariances[axis]
+        return Moments(c.by_head(k), c.model.unflatten(0, (k, -1)).expand(k, k, -1))
 
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments:
         k, c = self.shape.kv_heads, self.covariances[axis]
@@ -266,15 +329,16 @@ def _blended(seen: Covariances, weights: Sides, shape: HeadShape) -> dict[str, C
     """Activations and a grain of weights, each in units of its own norm.
 
     Values and outputs are taken relative to the norm of each KV head of either model, which takes their scale out of
-    the problem; queries and keys relative to the anchor's in the layer, as their scale trades one against the other.
+    the problem; relative to the norm of each coordinate where coordinates have factors of their own. Queries and keys
+    are taken relative to the anchor's in the layer, as their scale trades one against the other.
     """
     rows = {axis: Covariance.of_rows(weights[axis]) for axis in HEAD_AXES}
-    sizes = [sum(_head_sizes(seen[axis], side, shape) for axis in ("value", "attended")) for side in (0, 1)]
+    sizes = [_value_sizes(seen, side, shape) for side in (0, 1)]
+    own = [_value_sizes(rows, side, shape) for side in (0, 1)]
     result = {}
     for axis in HEAD_AXES:
         if axis in ("value", "attended"):
-            own = [_head_sizes(rows[axis], side, shape) for side in (0, 1)]
-            one, other = _per_head(seen[axis], sizes, shape), _per_head(rows[axis], own, shape)
+            one, other = _in_units(seen[axis], sizes, shape), _in_units(rows[axis], own, shape)
         else:
             one, other = (_per_layer(c) for c in (seen[axis], rows[axis]))
         result[axis] = _blend(one, other)
@@ -291,17 +355,28 @@ def _blend(one: Covariance, other: Covariance) -> Covariance:
     return one + other.scaled(grain, grain)
 
 
-def _head_sizes(c: Covariance, side: int, shape: HeadShape) -> Tensor:
-    """Squared norm of each KV head, its query heads together [KV heads]."""
-    return (c.anchor, c.model)[side].unflatten(0, (shape.kv_heads, -1)).sum(1)
+def _grain_of(gains: Sides) -> Sides:
+    """The gains of a QK-norm, so small that they count as much as weights beside activations."""
+    size = torch.stack([a.double().square().sum() for pairs in gains.values() for a, _ in pairs]).sum()
+    unit = PRIOR**0.5 * _inverse_root(size)
+    return {axis: [(a * unit, b * unit) for a, b in pairs] for axis, pairs in gains.items()}
 
 
-def _per_head(c: Covariance, sizes: Sequence[Tensor | int], shape: HeadShape) -> Covariance:
-    anchor, model = (
-        (_inverse_root(torch.as_tensor(size)) * shape.kv_heads**-0.5).repeat_interleave(len(c.anchor) // len(size))  # type: ignore[arg-type]
-        for size in sizes
-    )
-    return c.scaled(anchor, model)
+def _value_sizes(of_axes: Covariances, side: int, shape: HeadShape) -> Tensor:
+    """Squared norm of values and attended values of each KV head, its query heads together [KV heads, 1].
+
+    Where each coordinate has a factor of its own, the squared norm of each of them [KV heads, d].
+    """
+    sides = ((c.anchor, c.model)[side] for c in (of_axes["value"], of_axes["attended"]))
+    sizes = torch.stack([x.unflatten(0, (shape.kv_heads, -1, shape.head_dim)).sum(1) for x in sides]).sum(0)
+    return sizes if shape.gated else sizes.sum(-1, keepdim=True)
+
+
+def _in_units(c: Covariance, sizes: Sequence[Tensor], shape: HeadShape) -> Covariance:
+    anchor, model = (_inverse_root(size) * size.numel() ** -0.5 for size in sizes)
+    heads = len(c.anchor) // shape.head_dim // shape.kv_heads
+    wide = (x.repeat_interleave(heads, dim=0).expand(-1, shape.head_dim).flatten() for x in (anchor, model))
+    return c.scaled(*wide)
 
 
 def _per_layer(c: Covariance) -> Covariance:
@@ -313,16 +388,20 @@ def _inverse_root(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 1.0).rsqrt()
 
 
-def _with_scale(g: AxisAction, seen: Covariances, shape: HeadShape) -> HeadRotation:
-    """The same rotation with the scale that makes the model's values as large as the anchor's, head by head.
+def _with_scale(g: AxisAction | None, seen: Covariances, shape: HeadShape) -> AxisAction:
+    """The same action with the scale that makes the model's values as large as the anchor's: of each head, or of each
+    coordinate where each has a factor of its own.
 
     Minimises ``‖s V_B − V_A‖² / s``, which treats both alike; least squares would shrink whatever is noisy.
     """
-    assert isinstance(g, HeadRotation)
-    anchor, model = (
-        torch.stack([_head_sizes(seen[axis], side, shape) for axis in ("value", "attended")]).sum(0) for side in (0, 1)
-    )
-    return HeadRotation(g.matrix, _size_ratio(anchor, model))
+    anchor, model = (_value_sizes(seen, side, shape) for side in (0, 1))
+    if not shape.gated:
+        ratio, d = _size_ratio(anchor, model).flatten(), shape.head_dim
+        matrix = torch.eye(d, dtype=ratio.dtype, device=ratio.device).expand(len(ratio), d, d)
+        return HeadRotation(g.matrix if isinstance(g, HeadRotation) else matrix, ratio)
+    moved = model.reshape(-1, 1) if g is None else g.transform(model.reshape(-1, 1)).abs()
+    factors = Scaling(_size_ratio(anchor.flatten(), moved.flatten()))
+    return factors if g is None else Chain((*(g.steps if isinstance(g, Chain) else (g,)), factors))
 
 
 def _size_ratio(anchor: Tensor, model: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from mergekit_symalign.symmetry.by_activations.covariance import (
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.groups import Permutation
-from mergekit_symalign.symmetry.neurons.experts import joined_experts
+from mergekit_symalign.symmetry.neurons.experts import grouped_assignment, joined_experts
 from mergekit_symalign.symmetry.options import MlpShape, NeuronScale, Sides, Symmetries
 from mergekit_symalign.symmetry.rows import compute_dtype
 from mergekit_symalign.symmetry.solved import Solved
@@ -70,8 +70,9 @@ def align_experts_by(
     weights: Sides,
     shape: MlpShape,
     use: Symmetries,
-    act: Callable[[Tensor], Tensor],
+    act: Callable[[Tensor], Tensor] | None,
     stored: Sides | None = None,
+    gated: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Solved:
     """Match the experts of a layer, and the neurons in each pair of them.
 
@@ -86,6 +87,7 @@ def align_experts_by(
         use: what is admitted.
         act: the nonlinearity of the gates.
         stored: gate and up as the experts run, if ``weights`` are in another form (symmetry/residual/move.py).
+        gated: what an expert makes of its gate and up, if that is not ``act(gate) · up``.
 
     Raises:
         ShapeError: if the models saw different tokens, or have another number of experts than the shape says.
@@ -107,26 +109,36 @@ def align_experts_by(
     scale = shape.scale if use.neuron_scaling else NeuronScale.none
     if not use.permutation and scale is NeuronScale.none:
         return Solved(BlockElement({}), BY_ACTIVATIONS)
-    order = _match_experts(routing, weights) if use.permutation else list(range(shape.experts))
+    order = _match_experts(routing, weights, shape.groups) if use.permutation else list(range(shape.experts))
     pairs = []
     for i, j in enumerate(order):
         at = _tokens_of(routing, i, j)
         own, running = (
-            {axis: [(_of(a, i, shape), _of(b, j, shape)) for a, b in sides[axis]] for axis in _NEURON_AXES}
+            {axis: [(_of(a, i, shape), _of(b, j, shape)) for a, b in sides[axis]] for axis in _axes_of(shape)}
             for sides in (weights, stored or weights)
         )
-        seen = _neurons_seen(running, (routing[0].entered, routing[1].entered), at, act)
+        seen = _neurons_seen(running, (routing[0].entered, routing[1].entered), at, gated or _made_of(act, shape))
         pairs.append(match_neurons_by(seen, own, scale, permute=use.permutation))
     gate, up = (joined_experts([pair[k] for pair in pairs], order) for k in range(2))
     index = torch.tensor(order, device=routing[0].logits.device)
-    element = BlockElement({"expert": Permutation(index), "gate": gate, "up": up, "down": up.dual()})
-    return Solved(element, BY_ACTIVATIONS)
+    actions = {"expert": Permutation(index), "gate": gate, "up": up, "down": up.dual()}
+    if not shape.gated:
+        del actions["gate"]
+    return Solved(BlockElement(actions), BY_ACTIVATIONS)
 
 
-def _match_experts(routing: tuple[Routing, Routing], weights: Sides) -> list[int]:
+def _axes_of(shape: MlpShape) -> tuple[str, ...]:
+    return _NEURON_AXES if shape.gated else tuple(axis for axis in _NEURON_AXES if axis != "gate")
+
+
+def _match_experts(routing: tuple[Routing, Routing], weights: Sides, groups: int) -> list[int]:
     """The model's expert for each of the anchor's."""
     logits = Covariance.of_rows([(routing[0].logits.mT, routing[1].logits.mT)])
-    order: list[int] = best_assignment(with_grain(logits, Covariance.of_rows(weights["expert"])).cross).tolist()
+    costs = -with_grain(logits, Covariance.of_rows(weights["expert"])).cross
+    if groups == 1:
+        order: list[int] = best_assignment(-costs).tolist()
+    else:
+        order = grouped_assignment(costs, lambda i, j: costs[i, j], groups).tolist()
     return order
 
 
@@ -136,25 +148,32 @@ def _tokens_of(routing: tuple[Routing, Routing], i: int, j: int) -> Tensor:
 
 
 def _neurons_seen(
-    own: Sides, entered: tuple[Tensor, Tensor], at: Tensor, act: Callable[[Tensor], Tensor]
+    own: Sides, entered: tuple[Tensor, Tensor], at: Tensor, gated: Callable[[Tensor, Tensor], Tensor]
 ) -> Covariance:
-    """Covariance of a pair's neurons ``act(gate x) · up x`` over some tokens."""
+    """Covariance of a pair's neurons, ``act(gate x) · up x`` or what the experts make of it, over some tokens."""
     total = None
     for tokens in at.split(_TOKENS):
         hidden = []
         for side, x in enumerate(entered):
             x = x.index_select(0, tokens)
-            gate, up = (_through(x, own[axis][0][side]) for axis in ("gate", "up"))
-            hidden.append((act(gate) * up).mT)
+            gate, up = (_through(x, [pair[side] for pair in own.get(axis, own["up"])]) for axis in ("gate", "up"))
+            hidden.append(gated(gate, up).mT)
         more = Covariance.of_rows([(hidden[0], hidden[1])])
         total = more if total is None else total + more
     assert total is not None  # `split` gives one part of nothing
     return total
 
 
-def _through(x: Tensor, rows: Tensor) -> Tensor:
-    rows = rows.to(compute_dtype(rows.dtype))
-    return x.to(rows.dtype) @ rows.mT
+def _made_of(act: Callable[[Tensor], Tensor] | None, shape: MlpShape) -> Callable[[Tensor, Tensor], Tensor]:
+    """Of gate and up, which are the same where an expert has no gate."""
+    assert act is not None
+    return (lambda gate, up: act(gate) * up) if shape.gated else (lambda _, up: act(up))
+
+
+def _through(x: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """Through weights [neurons, hidden size], and a bias [neurons, 1] if there is one."""
+    weight, *biases = (part.to(compute_dtype(part.dtype)) for part in sorted(rows, key=lambda part: -part.shape[1]))
+    return torch.stack([x.to(weight.dtype) @ weight.mT, *(bias.mT.expand(len(x), -1) for bias in biases)]).sum(0)
 
 
 def _of(x: Tensor, expert: int, shape: MlpShape) -> Tensor:

@@ -73,20 +73,32 @@ def coordinate_norms(rows: Tensor, head_dim: int) -> Tensor:
 
 
 def whole_bounds(
-    norms: Norms, value: Moments, key: Moments, turning: Sequence[int], *, scale_values: bool, scale_queries: bool
+    norms: Norms,
+    value: Moments | None,
+    key: Moments,
+    turning: Sequence[int],
+    *,
+    scale_values: bool,
+    scale_queries: bool,
 ) -> Tensor:
     """From the products of all KV heads, and Cauchy–Schwarz for the query heads [KV heads, KV heads].
 
     Args:
-        norms: of the four axes.
-        value, key: moments of every pair, cross [KV heads, KV heads, d, d].
+        norms: of the four axes, and of what multiplies the attended values.
+        value, key: moments of every pair, cross [KV heads, KV heads, d, d]; no value where values carry a factor for
+            each coordinate, so that they could come as near as nothing.
         turning: the coordinates of queries and keys that only turn with their plane.
         scale_values, scale_queries: what is admitted beside rotations.
     """
-    (o_a, o_b), (q_a, q_b) = norms["attended"], norms["query"]
-    outputs = (o_a.sum(-1).unsqueeze(1) * o_b.sum(-1)).sqrt()
-    values = (value.model.sum(-1), o_b.sum(-1).expand_as(outputs), _nuclear_bound(value.cross), outputs)
-    bound = _least(*values, scale=scale_values)
+    q_a, q_b = norms["query"]
+    if value is None:
+        bound = -torch.stack([a.sum(-1) for axis, (a, _) in norms.items() if axis not in ("query", "key")]).sum(0)
+        bound = bound.unsqueeze(1).expand(len(bound), -1)
+    else:
+        o_a, o_b = norms["attended"]
+        outputs = (o_a.sum(-1).unsqueeze(1) * o_b.sum(-1)).sqrt()
+        values = (value.model.sum(-1), o_b.sum(-1).expand_as(outputs), _nuclear_bound(value.cross), outputs)
+        bound = _least(*values, scale=scale_values)
     rest = [i for i in range(q_a.shape[-1]) if i not in set(turning)]
     if turning:
         at = torch.tensor(turning, device=q_a.device)

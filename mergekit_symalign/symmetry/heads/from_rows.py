@@ -20,10 +20,10 @@ from mergekit_symalign.symmetry.heads.bounds import (
     plane_correlations,
     whole_bounds,
 )
+from mergekit_symalign.symmetry.heads.gated import GATE, gate_action
 from mergekit_symalign.symmetry.heads.moments import Moments, of_planes
 from mergekit_symalign.symmetry.heads.pairs import GroupMoments, PlaneMoments
 from mergekit_symalign.symmetry.heads.solve import (
-    HEAD_AXES,
     AttentionMoments,
     HeadActions,
     HeadNorms,
@@ -85,7 +85,10 @@ class HeadRows:
             return True
         dual = found.value.dual() if found.value is not None else None
         left = self._left(found.query, "query") + self._left(dual, "attended")
-        size = torch.stack([x.sum(-1) for axis in ("query", "attended") for x in self._head_norms(axis)]).sum(0)
+        axes = ["query", "attended", *((GATE,) if self.shape.gated else ())]
+        if self.shape.gated:
+            left = left + self._left(gate_action(found.value), GATE)
+        size = torch.stack([x.sum(-1) for axis in axes for x in self._head_norms(axis)]).sum(0)
         near = (left + SLACK * size).clamp_min(0).sqrt().unflatten(0, (k, group))
         apart = self._query_distances().clamp_min(0).sqrt()
         apart = apart.masked_fill(torch.eye(group, dtype=torch.bool, device=apart.device), torch.inf)
@@ -115,13 +118,14 @@ class HeadRows:
     @cached_property
     def lower_bounds(self) -> Tensor:
         """Lower bounds of the pairs' costs, from the products of all KV heads [KV heads, KV heads]."""
-        value, key = (self.all_pairs(axis) for axis in ("value", "key"))
+        value = None if self.shape.gated else self.all_pairs("value")
         scale = self.use.scaling and not self.shape.qk_norm
-        return whole_bounds(self.norms, value, key, self.turning, scale_values=self.use.scaling, scale_queries=scale)
+        scales = {"scale_values": self.use.scaling, "scale_queries": scale}
+        return whole_bounds(self.norms, value, self.all_pairs("key"), self.turning, **scales)
 
     def _left(self, g: AxisAction | None, axis: str) -> Tensor:
         """Squared distance of each query head to the anchor's under an action of its KV head [query heads]."""
-        side: Moments = getattr(self.own, axis)
+        side = self._own(axis)
         standing = side.per_kv_head(self.shape.kv_heads)
         matrix = dense(g, standing).repeat_interleave(self.shape.queries_per_kv, dim=0)
         return self.anchor[axis].sum(-1) + remaining_of_side(matrix, side)
@@ -164,7 +168,7 @@ class HeadRows:
     @cached_property
     def norms(self) -> Norms:
         """Squared norms of each coordinate, anchor and model [KV heads, d], over the query heads of each group."""
-        return {axis: self._of_groups(*self._head_norms(axis)) for axis in HEAD_AXES}
+        return {axis: self._of_groups(*self._head_norms(axis)) for axis in self.anchor}
 
     def _of_groups(self, anchor: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the query heads of each group [KV heads, d]."""
@@ -173,7 +177,11 @@ class HeadRows:
 
     def _head_norms(self, axis: str) -> tuple[Tensor, Tensor]:
         """The same for the axis' own heads."""
-        return self.anchor[axis], getattr(self.own, axis).model
+        return self.anchor[axis], self._own(axis).model
+
+    def _own(self, axis: str) -> Moments:
+        side: Moments = getattr(self.own, "gate" if axis == GATE else axis)
+        return side
 
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments | PlaneMoments:
         """Of anchor's KV heads ``i`` and model's ``j``; where planes only turn, no more than their turns can see."""

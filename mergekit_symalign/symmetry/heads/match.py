@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment.linear import lazy_assignment
+from mergekit_symalign.symmetry.heads.gated import GATE
 from mergekit_symalign.symmetry.heads.moments import Moments
 from mergekit_symalign.symmetry.heads.order import HeadOrder
 from mergekit_symalign.symmetry.heads.pairs import GroupMoments, HeadPairs, PlaneMoments
 from mergekit_symalign.symmetry.heads.solve import (
     AttentionMoments,
     HeadActions,
-    remaining,
+    apart,
     solve_heads,
 )
 from mergekit_symalign.symmetry.options import Facts, HeadShape, Symmetries
@@ -53,6 +54,9 @@ class HeadSource(Protocol):
 
     def group_moments(self, axis: str, i: Tensor, j: Tensor) -> GroupMoments | PlaneMoments:
         """Of anchor's KV heads ``i`` and model's ``j``."""
+
+    def all_pairs(self, axis: str) -> Moments:
+        """Moments of every pair of KV heads: cross [k, k, d, d], model [k, k, d]. Of value or key."""
 
     def identity_route(self, costs: Tensor) -> str | None:
         """By which bounds KV heads that cost so much [KV heads] are proven to stand best where they are, if by any."""
@@ -87,9 +91,10 @@ def match_heads(problem: HeadProblem) -> MatchedHeads:
 
     KV heads are assigned to the optimum of the pair costs. Query heads inside a pair are assigned for the pair's
     rotation, which is solved again for that order: two rounds, as rotation and order depend on each other.
+    Heads that may not move stay, and so do all without ``heads``.
     """
     source, shape = problem.source, problem.source.shape
-    if shape.query_heads == 1:
+    if shape.query_heads == 1 or shape.locked or not source.use.heads:
         return MatchedHeads(None, None)
     kv = torch.arange(shape.kv_heads, device=source.own.value.model.device)
     route = source.identity_route(problem.standing_costs())
@@ -130,8 +135,7 @@ class HeadProblem:
 
     def standing_costs(self) -> Tensor:
         """What every KV head costs there without any action, less the anchor's norms [KV heads]."""
-        m = self.standing
-        return remaining(None, m.value, m.attended) + remaining(None, m.query, m.key)
+        return apart(self.standing, HeadActions(None, None))
 
     def cost(self, i: Tensor, j: Tensor) -> Tensor:
         """Distance that remains between anchor's KV head ``i[n]`` and model's ``j[n]``, less the anchor's norms."""
@@ -153,13 +157,14 @@ class HeadProblem:
             previous, order = order, pairs.order(found)
             if bool((order == previous).all()):
                 break
-        return remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key), previous
+        return apart(m, found), previous
 
     def pairs(self, i: Tensor, j: Tensor) -> HeadPairs:
         """Moments of some pairs."""
         value, key = (self.source.group_moments(axis, i, j).summed() for axis in ("value", "key"))
         attended, query = (self.source.group_moments(axis, i, j) for axis in ("attended", "query"))
-        return HeadPairs(value, key, attended, query)
+        gate = self.source.group_moments(GATE, i, j) if self.source.own.gate is not None else None
+        return HeadPairs(value, key, attended, query, gate)
 
     def start(self, pairs: HeadPairs) -> Tensor:
         """A first order of the query heads of each pair [pairs, heads], by the rotation of the KV heads alone."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation
-from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES
+from mergekit_symalign.symmetry.groups import AxisAction, Permutation, behind
+from mergekit_symalign.symmetry.heads.gated import GATE
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS
 from mergekit_symalign.symmetry.options import HeadShape, Pair, Sides
 
 
@@ -26,33 +27,36 @@ class HeadOrder:
 
     def of_axis(self, axis: str) -> Tensor:
         """Of the heads that an axis has."""
-        return self.query if axis in ("query", "attended", "query_gain") else self.kv
+        return self.kv if axis in ("key", "value", "key_gain") else self.query
 
     def permutation(self, axis: str, head_dim: int) -> Permutation:
         """The same as a permutation of the coordinates of an axis."""
         order = self.of_axis(axis)
+        if axis == NUMBERS:
+            return Permutation(order)
         within = torch.arange(head_dim, device=order.device)
         return Permutation((order.unsqueeze(1) * head_dim + within).flatten())
 
 
 def moved_axes(shape: HeadShape) -> tuple[str, ...]:
     """The axes that a permutation of heads moves."""
-    return HEAD_AXES + (GAIN_AXES if shape.norm.per_head else ())
+    heads = tuple(axis for axis in HEAD_AXES if axis != "value" or not shape.of_keys)
+    gate = (GATE,) if shape.gated else ()
+    return heads + gate + (GAIN_AXES if shape.norm.per_head else ()) + ((NUMBERS,) if shape.numbered else ())
 
 
 def reordered_gains(sides: Sides, order: HeadOrder, shape: HeadShape) -> dict[str, list[Pair]]:
-    """The gains of a QK-norm; those that every head has for itself move with the heads."""
+    """The gains of a QK-norm and the numbers of heads; those that every head has for itself move with the heads."""
 
     def moved(axis: str, x: Tensor) -> Tensor:
         return order.permutation(axis, shape.head_dim).transform(x) if axis in moved_axes(shape) else x
 
-    return {axis: [(a, moved(axis, b)) for a, b in sides[axis]] for axis in GAIN_AXES if axis in sides}
+    return {axis: [(a, moved(axis, b)) for a, b in sides[axis]] for axis in (*GAIN_AXES, NUMBERS) if axis in sides}
 
 
 def after(order: HeadOrder, actions: dict[str, AxisAction], shape: HeadShape) -> dict[str, AxisAction]:
     """The actions behind the permutation of heads."""
     result = dict(actions)
     for axis in moved_axes(shape):
-        permutation = order.permutation(axis, shape.head_dim)
-        result[axis] = Chain((permutation, actions[axis])) if axis in actions else permutation
+        result[axis] = behind(order.permutation(axis, shape.head_dim), actions.get(axis))
     return result

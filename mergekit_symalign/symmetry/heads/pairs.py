@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment.linear import best_assignment
 from mergekit_symalign.symmetry.fitting import require_shape
+from mergekit_symalign.symmetry.heads.gated import gate_matrix
 from mergekit_symalign.symmetry.heads.moments import Moments, of_planes, plane_correlation
 from mergekit_symalign.symmetry.heads.solve import AttentionMoments, HeadActions, dense
 
@@ -82,14 +83,18 @@ class HeadPairs:
     key: Moments
     attended: GroupMoments | PlaneMoments
     query: GroupMoments | PlaneMoments
+    gate: GroupMoments | PlaneMoments | None = None
 
     def matched(self, order: Tensor) -> AttentionMoments:
-        return AttentionMoments(self.value, self.attended.matched(order), self.query.matched(order), self.key)
+        gate = None if self.gate is None else self.gate.matched(order)
+        return AttentionMoments(self.value, self.attended.matched(order), self.query.matched(order), self.key, gate)
 
     def order(self, found: HeadActions) -> Tensor:
         """The query heads of each pair matched under the rotation that was found [pairs, heads]."""
         dual = found.value.dual() if found.value is not None else None
         score = self.attended.along(dense(dual, self.value)) + self.query.along(dense(found.query, self.key))
+        if self.gate is not None:
+            score = score + self.gate.along(gate_matrix(found.value, self.value.model))
         return torch.stack([best_assignment(pair) for pair in score])
 
 

@@ -16,38 +16,50 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import (
     AxisAction,
+    Chain,
     PerHead,
+    Permutation,
     Scaling,
     rotary_action,
 )
-from mergekit_symalign.symmetry.heads.moments import Moments, moments
-from mergekit_symalign.symmetry.heads.procrustes import (
-    align_gains,
-    align_heads,
-    align_heads_in_turn,
-    align_planes,
-    align_signs,
+from mergekit_symalign.symmetry.heads.coordinates import (
+    align_coordinates,
+    gain_factors,
+    gain_scores,
+    order_within,
+    within_heads,
 )
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, Rotation, Sides, Symmetries
+from mergekit_symalign.symmetry.heads.gated import GATE, align_gated, gate_matrix
+from mergekit_symalign.symmetry.heads.moments import Moments, moments
+from mergekit_symalign.symmetry.heads.procrustes import align_heads, align_heads_in_turn, align_planes
+from mergekit_symalign.symmetry.options import HeadShape, HeadValues, Pair, Rotation, Sides, Symmetries
 
 HEAD_AXES = ("query", "key", "value", "attended")
 GAIN_AXES = ("query_gain", "key_gain")
+NUMBERS = "query_head"  # of each query head by itself
 
 HeadNorms = Mapping[str, Tensor]  # axis -> squared norm of each of the anchor's coordinates [heads, d]
 
 
 @dataclass(frozen=True)
 class AttentionMoments:
-    """Moments of the four sides, [n, …] each: n KV heads, or n candidate pairs of KV heads (or each side's heads)."""
+    """Moments of the four sides, [n, …] each: n KV heads, or n candidate pairs of KV heads (or each side's heads).
+
+    Attributes:
+        value, attended, query, key: by axis.
+        gate: of what multiplies the attended values, if anything does.
+    """
 
     value: Moments
     attended: Moments
     query: Moments
     key: Moments
+    gate: Moments | None = None
 
     def per_kv_head(self, kv_heads: int) -> AttentionMoments:
         """Sums over the query heads of each group."""
-        return AttentionMoments(*(x.per_kv_head(kv_heads) for x in (self.value, self.attended, self.query, self.key)))
+        sides = (self.value, self.attended, self.query, self.key, self.gate)
+        return AttentionMoments(*(x if x is None else x.per_kv_head(kv_heads) for x in sides))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -80,46 +92,99 @@ def head_moments(
         of_models, of_anchors = zip(*found, strict=True)
         return reduce(add, of_models), reduce(add, of_anchors)
 
-    found = {axis: of_axis(axis) for axis in HEAD_AXES}
-    return AttentionMoments(**{axis: m for axis, (m, _) in found.items()}), {axis: a for axis, (_, a) in found.items()}
+    found = {axis: of_axis(axis) for axis in (*HEAD_AXES, *((GATE,) if shape.gated else ()))}
+    own = {"gate" if axis == GATE else axis: m for axis, (m, _) in found.items()}
+    return AttentionMoments(**own), {axis: a for axis, (_, a) in found.items()}
 
 
-def solve_heads(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> HeadActions:
-    """The best action of each KV head on its own coordinates, jointly over rotation and scale."""
-    rotate = use.rotation is not Rotation.none
-    value = align_heads(m.value, m.attended, rotate=rotate, scale=use.scaling) if rotate or use.scaling else None
-    return HeadActions(value, solve_query(m, shape, use))
+def solve_heads(m: AttentionMoments, shape: HeadShape, use: Symmetries, gains: Sides | None = None) -> HeadActions:
+    """The best action of each KV head on its own coordinates, jointly over rotation and scale.
+
+    Args:
+        m: moments of KV heads.
+        shape, use: as for the block.
+        gains: of a QK-norm, with the heads as ``m`` pairs them, where each head has its own; they count when
+            coordinates change places.
+    """
+    return HeadActions(solve_values(m, shape, use), solve_query(m, shape, use, gains))
 
 
-def solve_gains(sides: Sides, shape: HeadShape, use: Symmetries) -> dict[str, AxisAction]:
-    """The factors that the gains of a QK-norm trade: one set for the layer, or one for each KV head."""
-    if not use.scaling or not shape.qk_norm:
+def solve_values(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisAction | None:
+    """What value rows carry: the largest group that admits what stands between them and the output projection."""
+    rotate, scale = use.rotation is not Rotation.none, use.scaling and shape.values is not HeadValues.normed
+    if shape.gated:
+        return align_gated(m.value, m.attended, m.gate, rotate=rotate, scale=scale)
+    return align_heads(m.value, m.attended, rotate=rotate, scale=scale) if rotate or scale else None
+
+
+def scores_of_gains(sides: Sides, shape: HeadShape, use: Symmetries) -> Tensor:
+    """What the gains of every two coordinates that do not turn contribute (`gain_scores`), by KV head or for all."""
+    query, key = (_gains(sides, axis, shape) for axis in GAIN_AXES)
+    return gain_scores(query, key, shape, scale=use.scaling, signed=use.rotation is not Rotation.none)
+
+
+def solve_gains(
+    sides: Sides, shape: HeadShape, use: Symmetries, query: AxisAction | None = None
+) -> dict[str, AxisAction]:
+    """What the gains of a QK-norm carry: the order of their coordinates, and the factors that they trade.
+
+    Args:
+        sides: axes query_gain and key_gain; one set of gains for the layer, or one for each head.
+        shape, use: as for the block.
+        query: what the query rows of each KV head carry.
+    """
+    if not shape.qk_norm:
         return {}
+    of_axis = {axis: _gains(sides, axis, shape) for axis in GAIN_AXES}
+    order = order_within(query, shape.head_dim)
+    steps: dict[str, list[AxisAction]] = {axis: [] for axis in GAIN_AXES}
+    if order is not None:
+        for axis, (anchor, model) in of_axis.items():
+            at = order.unsqueeze(1).expand_as(model)
+            of_axis[axis] = (anchor, model.gather(2, at))
+            steps[axis].append(within_heads(at.flatten(0, 1)))
+    if use.scaling:
+        signed = use.rotation is not Rotation.none
+        factor = gain_factors(of_axis["query_gain"], of_axis["key_gain"], shape, signed=signed)
+        for axis, found in zip(GAIN_AXES, (factor, 1 / factor), strict=True):
+            heads = of_axis[axis][0].shape[1]
+            steps[axis].append(Scaling(found.repeat_interleave(heads, dim=0).flatten()))
+    return {axis: found[0] if len(found) == 1 else Chain(tuple(found)) for axis, found in steps.items() if found}
+
+
+def _gains(sides: Sides, axis: str, shape: HeadShape) -> Pair:
+    """Of anchor and model [KV heads, their heads, d]; one for all if they share them."""
     n = shape.kv_heads if shape.norm.per_head else 1
-    planes = torch.tensor(shape.planes(), device=sides["query_gain"][0][0].device)
-    query, key = (
-        tuple(x.reshape(n, -1, shape.head_dim).index_select(-1, planes) for x in sides[axis][0]) for axis in GAIN_AXES
-    )
-    factor = align_gains((query[0], query[1]), (key[0], key[1]), signed=use.rotation is not Rotation.none)
-    factor = factor.index_select(-1, torch.argsort(planes))
-    wide = factor.repeat_interleave(query[0].shape[1], dim=0)
-    return {"query_gain": Scaling(wide.flatten()), "key_gain": Scaling(1 / factor.flatten())}
+    anchor, model = (x.reshape(n, -1, shape.head_dim) for x in sides[axis][0])
+    return anchor, model
 
 
 def per_query_head(g: AxisAction, shape: HeadShape) -> AxisAction:
     """The action of each KV head, for each query head of its group."""
     group = shape.queries_per_kv
+    if isinstance(g, Chain):
+        return Chain(tuple(per_query_head(step, shape) for step in g.steps))
+    if isinstance(g, Permutation):
+        order = g.index.unflatten(0, (shape.kv_heads, -1)) % shape.head_dim
+        return within_heads(order.repeat_interleave(group, dim=0))
     if isinstance(g, Scaling):
         return Scaling(g.factor.unflatten(0, (shape.kv_heads, -1)).repeat_interleave(group, dim=0).flatten())
     assert isinstance(g, PerHead)
     return g.per_query_head(group)
 
 
-def solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisAction | None:
-    """What query rows carry: the largest group that positions and norms admit."""
+def solve_query(
+    m: AttentionMoments, shape: HeadShape, use: Symmetries, gains: Sides | None = None
+) -> AxisAction | None:
+    """What query rows carry: the largest group that positions and norms admit. Takes what `solve_heads` does.
+
+    An order of coordinates that is one for all heads (`HeadShape.one_order`) is not solved here.
+    """
     rotate = use.rotation is not Rotation.none
     if shape.qk_norm:
-        return _solve_signs(m, shape) if rotate else None
+        reorder = rotate and shape.own_orders
+        beside = scores_of_gains(gains, shape, use) if gains and reorder else None
+        return align_coordinates(m.query, m.key, shape, reorder=reorder, gains=beside) if rotate else None
     if not (rotate or use.scaling):
         return None
     if use.rotation is Rotation.full:
@@ -135,13 +200,6 @@ def solve_query(m: AttentionMoments, shape: HeadShape, use: Symmetries) -> AxisA
     return rotary_action(planes, rest, interleaved=shape.interleaved)
 
 
-def _solve_signs(m: AttentionMoments, shape: HeadShape) -> Scaling:
-    planes = shape.planes()
-    signs = align_signs(m.query.at(planes), m.key.at(planes), of_heads=shape.norm is GainScope.centred).factor
-    natural = torch.argsort(torch.tensor(planes, device=signs.device))
-    return Scaling(signs.unflatten(0, (-1, len(planes))).index_select(-1, natural).flatten())
-
-
 def dense(g: AxisAction | None, like: Moments) -> Tensor:
     """The matrix of an action on each head [n, d, d]."""
     n, d = like.model.shape
@@ -150,15 +208,15 @@ def dense(g: AxisAction | None, like: Moments) -> Tensor:
 
 
 def moved_distance(m: AttentionMoments, norms: HeadNorms, found: HeadActions) -> float:
-    """Squared distance of query, key, value and attended to the anchor's under ``found``, to the rounding of float64.
+    """Squared distance of all rows of heads to the anchor's under ``found``, to the rounding of float64.
 
     Args:
         m: moments of the KV heads.
         norms: the anchor's.
         found: what the model is moved by.
     """
-    own = float(torch.stack([x.sum() for x in norms.values()]).sum())
-    left = remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key)
+    own = sum(float(x.sum()) for x in norms.values())
+    left = apart(m, found)
     total = own + float(left.sum())
     return total if total > 64 * torch.finfo(left.dtype).eps * own else 0.0
 
@@ -168,6 +226,12 @@ def query_distance(m: AttentionMoments, norms: HeadNorms, query: AxisAction | No
     own = float(norms["query"].sum() + norms["key"].sum())
     total = own + float(remaining(query, m.query, m.key).sum())
     return total if total > 64 * torch.finfo(torch.float64).eps * own else 0.0
+
+
+def apart(m: AttentionMoments, found: HeadActions) -> Tensor:
+    """Squared distance of each head's rows under ``found``, less the anchor's squared norms [n]."""
+    left = remaining(found.value, m.value, m.attended) + remaining(found.query, m.query, m.key)
+    return left if m.gate is None else left + remaining_of_side(gate_matrix(found.value, m.gate.model), m.gate)
 
 
 def remaining(g: AxisAction | None, first: Moments, second: Moments) -> Tensor:

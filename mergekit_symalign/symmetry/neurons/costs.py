@@ -15,7 +15,7 @@ from mergekit_symalign.symmetry.fitting import ROWS
 from mergekit_symalign.symmetry.neurons import quantized
 from mergekit_symalign.symmetry.options import NeuronScale, Pair
 from mergekit_symalign.symmetry.rows import compute_dtype
-from mergekit_symalign.symmetry.scale import joint_log_scale, newton_step, quartic_scale
+from mergekit_symalign.symmetry.scale import best_saving, neuron_factors
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _ROWS = 256  # of a product or a sum of squares that are taken at once
@@ -95,7 +95,7 @@ class NeuronCosts:
         height = max(1, _PAIRS // scaled.shape[1])
         signed = self.scale is NeuronScale.signed
         blocks = zip(scaled.split(height), divided.split(height), strict=True)
-        return fixed + torch.cat([_best_saving(p, b, q, o, signed=signed) for p, q in blocks])
+        return fixed + torch.cat([best_saving(p, b, q, o, signed=signed) for p, q in blocks])
 
     def quantized_scores(self) -> Scores | None:
         """The same for all pairs from 8-bit products, exactly for some; None where that is no faster."""
@@ -128,59 +128,6 @@ def factors(pairs: NeuronPairs, index: Tensor, *, signed: bool) -> Tensor:
     rows = torch.arange(len(index), device=index.device)
     (_, p, b), (_, q, o) = (_paired(side, rows, index) for side in (pairs.scaled, pairs.divided))
     return neuron_factors((p, b), (q, o), signed=signed)
-
-
-def neuron_factors(scaled: tuple[Tensor, Tensor], divided: tuple[Tensor, Tensor], *, signed: bool) -> Tensor:
-    """The best factor of each pair: minimises ``c² b + o / c² − 2 (c p + q / c)`` over ``c ≠ 0``, or ``c > 0``.
-
-    Args:
-        scaled: ``p`` (inner products of anchor and model) and ``b`` (squared norms of the model) of the up rows.
-        divided: the same, ``q`` and ``o``, of the down columns.
-        signed: whether ``c`` may be negative.
-    """
-    (p, b), (q, o) = scaled, divided
-    p, b, q, o = torch.broadcast_tensors(p.double(), b.double(), q.double(), o.double())
-    if not signed:
-        return quartic_scale(b, o, p, q)
-
-    def g(t: Tensor) -> Tensor:
-        return (torch.exp(t) * p.unsqueeze(-1) + torch.exp(-t) * q.unsqueeze(-1)).abs()
-
-    s = torch.exp(joint_log_scale(b, o, (p.abs(), q.abs()), g).log_scale)
-    sign = torch.where(s * p + q / s < 0, -1.0, 1.0)
-    s = quartic_scale(b, o, sign * p, sign * q)
-    factor: Tensor = sign * s
-    return factor
-
-
-def _best_saving(p: Tensor, b: Tensor, q: Tensor, o: Tensor, *, signed: bool) -> Tensor:
-    """``max_c c p + q/c − (c² b + o/c²) / 2`` for every pair, plus ``(b + o) / 2``, which no permutation changes.
-
-    Every stationary point lies between ``c = p/b`` and ``c = o/q``: Newton from both ends, from the point where the
-    norms balance and from 1, with the sign that the mixture has there; the best of the four.
-
-    Args:
-        p, q: [rows, neurons] inner products.
-        b, o: [neurons] squared norms of the model's rows.
-        signed: whether ``c`` may be negative.
-    """
-    b, o = (x.to(p.dtype).clamp_min(torch.finfo(p.dtype).tiny) for x in (b, o))
-    balance = (torch.log(o / b) / 4).expand_as(p)
-    starts = (
-        torch.log((p.abs() / b).clamp(1e-4, 1e4)),
-        -torch.log((q.abs() / o).clamp(1e-4, 1e4)),
-        balance,
-        torch.zeros_like(p),
-    )
-    best = torch.full_like(p, -torch.inf)
-    for t in starts:
-        sign = torch.where(torch.exp(t) * p + torch.exp(-t) * q < 0, -1.0 if signed else 1.0, 1.0)
-        for _ in range(5):
-            t = newton_step(t, b, o, sign * p, sign * q, longest=0.5)
-        c = torch.exp(t)
-        gain = (c * p + q / c).abs() if signed else c * p + q / c
-        best = torch.maximum(best, gain - (c.square() * b + o / c.square()) / 2)
-    return best + (b + o) / 2
 
 
 def _products(side: Sequence[Pair], rows: Tensor | None) -> Tensor:

@@ -8,19 +8,19 @@ is solved only when the assignment of experts wants it (symmetry/assignment/line
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment.linear import identity_is_optimal, lazy_assignment
+from mergekit_symalign.symmetry.assignment.linear import best_assignment, identity_is_optimal, lazy_assignment
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
 from mergekit_symalign.symmetry.neurons.certificate import prefixes
 from mergekit_symalign.symmetry.neurons.costs import NeuronPairs
 from mergekit_symalign.symmetry.neurons.match import align_neurons
-from mergekit_symalign.symmetry.options import NeuronScale, Pair, Sides
+from mergekit_symalign.symmetry.options import MlpShape, NeuronScale, Pair, Sides
 from mergekit_symalign.symmetry.rows import SLACK
 
 _PREFIX = 0.02  # share of the coordinates that the bounds look at
@@ -28,34 +28,68 @@ _ROWS = 256  # neurons whose prefix distances to all of the model's are held at 
 
 
 def align_experts(
-    sides: Sides, experts: int, *, permute: bool, scale: NeuronScale
+    sides: Sides, shape: MlpShape, *, permute: bool, scale: NeuronScale
 ) -> tuple[Permutation, AxisAction, AxisAction]:
     """The best order of experts, and the best order and factors of the neurons in each.
 
     Args:
         sides: expert (router rows), gate, up, down; [experts, …] and [experts × neurons, …].
-        experts: how many.
+        shape: how many experts, and in how many groups.
         permute: whether experts and neurons may change places.
         scale: which factors the neurons may have.
 
     Returns:
         The actions on the expert axis, on gate rows and on up rows; down columns carry the dual of the last.
     """
-    problem = ExpertProblem(sides, experts, permute, scale)
-    order = match_experts(problem) if permute else list(range(experts))
+    problem = ExpertProblem(sides, shape.experts, permute, scale)
+    order = match_experts(problem, shape.groups) if permute else list(range(shape.experts))
     pairs = [problem.solved(i, j) for i, j in enumerate(order)]
     gate = joined_experts([pair.gate for pair in pairs], order)
     up = gate if scale is NeuronScale.none else joined_experts([pair.up for pair in pairs], order)
     return Permutation(torch.tensor(order, device=sides["up"][0][0].device)), gate, up
 
 
-def match_experts(problem: ExpertProblem) -> list[int]:
-    """The model's expert for each of the anchor's: the optimum of the pair costs."""
+def match_experts(problem: ExpertProblem, groups: int = 1) -> list[int]:
+    """The model's expert for each of the anchor's: the optimum of the pair costs.
+
+    Args:
+        problem: the pairs.
+        groups: of experts, which none leaves.
+    """
     bounds = problem.lower_bounds()
     if identity_is_optimal(problem.unmoved(), bounds):
         return list(range(problem.experts))
-    order: list[int] = lazy_assignment(bounds, problem.costs).tolist()
+    order: list[int] = grouped_assignment(bounds, problem.costs, groups).tolist()
     return order
+
+
+def grouped_assignment(bounds: Tensor, cost: Callable[[Tensor, Tensor], Tensor], groups: int) -> Tensor:
+    """`lazy_assignment` where rows of one group take columns of one group, all groups being of one size.
+
+    A pair of groups costs what the best assignment inside it does, so groups are assigned in the same way.
+    """
+    if groups == 1:
+        return lazy_assignment(bounds, cost)
+    size = len(bounds) // groups
+    blocks = bounds.unflatten(1, (groups, size)).unflatten(0, (groups, size)).transpose(1, 2)
+    inside: dict[tuple[int, int], Tensor] = {}
+
+    def of_pair(a: int, b: int) -> Tensor:
+        index = lazy_assignment(blocks[a, b], lambda i, j: cost(i + a * size, j + b * size)) + b * size
+        inside[a, b] = index
+        return cost(torch.arange(size, device=index.device) + a * size, index).sum()
+
+    def of_groups(i: Tensor, j: Tensor) -> Tensor:
+        return torch.stack([of_pair(a, b) for a, b in zip(i.tolist(), j.tolist(), strict=True)])
+
+    least = torch.stack([_least(block) for block in blocks.flatten(0, 1)]).unflatten(0, (groups, groups))
+    chosen = lazy_assignment(least, of_groups)
+    return torch.cat([inside[a, b] for a, b in enumerate(chosen.tolist())])
+
+
+def _least(costs: Tensor) -> Tensor:
+    """What the best assignment costs."""
+    return costs.gather(1, best_assignment(-costs).unsqueeze(1)).sum()
 
 
 def joined_experts(actions: Sequence[AxisAction], order: Sequence[int]) -> AxisAction:

@@ -25,6 +25,7 @@ from mergekit_symalign.symmetry.threads import one_thread
 Read = Callable[[int], tuple[Tensors, Tensors]]  # number of a scope -> its tensors as stored, anchor's and model's
 
 ROUNDS = 10
+_UNMOVED = "other"  # an axis that no symmetry moves
 _STILL = 1e-9  # relative change of the distance after which rounds end
 
 
@@ -109,7 +110,7 @@ def block_sides(scope: Scope, block: Block, anchor: Tensors, model: Tensors) -> 
     sides: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for part in block.parts:
         a, b = (rows_by_axis(x[part], scope.axes[part]) for x in (anchor, model))
-        for axis in a.keys() - {STREAM}:
+        for axis in a.keys() - {STREAM, _UNMOVED}:
             sides.setdefault(axis, []).append((a[axis], b[axis]))
     return sides
 

@@ -12,9 +12,9 @@ from mergekit_symalign.errors import SymmetryError
 from mergekit_symalign.symmetry.admitted import Admitted
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction
-from mergekit_symalign.symmetry.membership import TOLERANCE, steps_of
 from mergekit_symalign.symmetry.options import Facts
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind
+from mergekit_symalign.symmetry.steps import TOLERANCE, steps_of
 
 _STEPS: Mapping[ResidualKind, tuple[str, ...]] = {
     ResidualKind.none: (),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mergekit_symalign.errors import SymmetryError
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import HeadShape, MlpShape, Symmetries
+from mergekit_symalign.symmetry.options import BlockShape, Symmetries
 from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM
 from mergekit_symalign.symmetry.rows import compute_dtype
 
@@ -56,7 +56,7 @@ class Block:
         use: symmetries that it may use.
     """
 
-    shape: HeadShape | MlpShape
+    shape: BlockShape
     parts: tuple[str, ...]
     use: Symmetries = field(default_factory=Symmetries)
 
