@@ -80,10 +80,10 @@ def _of_mlp(family: Family, axes: set[str]) -> Iterator[str]:
         yield f"mlp is {family.mlp.value}, but {'no' if gated else 'a'} tensor of a layer has the axis gate"
     if family.gated_when is not None and not gated:
         yield "gated_when says when the MLP is gated, but mlp is plain"
-    if gated and family.activation is not None and family.gated_when is None:
+    always = gated and family.gated_when is None
+    if always and family.activation is not None:
         yield f"activation is of a plain MLP, but mlp is {family.mlp.value}"
-    restricted = [key for key in _ACTIVATIONS if family.variants.get(key)]
-    if gated and restricted and family.gated_when is None:
+    if always and (restricted := [key for key in _ACTIVATIONS if family.variants.get(key)]):
         yield f"variants.{restricted[0]} is no reason to refuse a model: a gated MLP may have any activation"
     for kind, size in ((BlockKind.shared, family.sizes.shared), (BlockKind.dense, family.sizes.dense)):
         if bool(size) != bool(kind.names & axes):

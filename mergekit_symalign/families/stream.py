@@ -56,10 +56,10 @@ def residual_group(layout: ModelLayout, tied: bool) -> ResidualGroup:
     """
     if layout.family.stream.returned:
         return ResidualGroup(None, None, *_RETURNED)
-    if layout.family.stream.shared:
-        return ResidualGroup(None, None, *_SHARED)
     if layout.family.stream.computed_positions:
         return ResidualGroup(None, None, *_COMPUTED)
+    if layout.family.stream.shared:
+        return ResidualGroup(None, None, *_SHARED)
     plain = layout.family.stream.norm is StreamNorm.rms
     permutation = ResidualKind.signed_permutation if plain else ResidualKind.permutation
     if (refused := _why_no_rotation(layout, tied=tied)) is not None:
@@ -203,12 +203,12 @@ _RETURNED = (
     "it returns the residual stream itself, in whose coordinates others read it",
     "Use residual: none, or the class of this model that has a task head",
 )
-_SHARED = (
-    "encoder and decoder share the coordinates of their residual streams",
-    "Use residual: none",
-)
 _COMPUTED = (
     "positions are added to the residual stream that are calculated in fixed coordinates and stored nowhere",
+    "Use residual: none",
+)
+_SHARED = (
+    "encoder and decoder share the coordinates of their residual streams",
     "Use residual: none",
 )
 

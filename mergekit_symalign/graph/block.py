@@ -19,14 +19,7 @@ from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import (
-    AttentionShape,
-    MlpShape,
-    NeuronScale,
-    Rotation,
-    Symmetries,
-    ValueOutput,
-)
+from mergekit_symalign.symmetry.options import AttentionShape, MlpShape, NeuronScale, Rotation, Symmetries, ValueOutput
 
 SYMMETRY_NAMES = tuple(f.name for f in fields(Symmetries))
 

@@ -178,29 +178,28 @@ def _small_config(model_type: Any, family: Family) -> dict[str, Any]:
     sizes = {key: where for key, where in family.sizes.named().items() if key in _SIZES}
     alike = {"kv_heads": _SIZES["query_heads"]} if family.sizes.kv_latent else {}
     text: dict[str, Any] = {where: (_SIZES | alike)[key] for key, where in sizes.items()} | _TEXT
-    if not family.config:
-        return text | _small_pictures(model_type.config_class) | _sizes_of_towers(family)
     whole = model_type.config_class()
+    if not family.config:
+        return text | _small_pictures(whole) | _sizes_of_towers(family)
     if "mrope_section" in inspect.getsource(sys.modules[model_type.__module__]):
         text["rope_parameters"] = _MROPE
     vision = getattr(whole, "vision_config", None)
     known = getattr(vision, "__dataclass_fields__", None) or vars(vision or object)
     own: dict[str, Any] = {family.config: {"model_type": getattr(whole, family.config).model_type} | text}
     written = dict.fromkeys(_INTO_TEXT, _SIZES["hidden"])
-    chosen = _PICTURES if family.config == "vision_config" else _VISION | written
-    small = {key: value for key, value in chosen.items() if key in known}
+    small = {key: value for key, value in (_VISION | written).items() if key in known}
     around = {key: value for key, value in written.items() if hasattr(whole, key)}
+    pictures = {key: x for key, x in _PICTURES.items() if key in known} if family.config == "vision_config" else small
     kind = {"model_type": getattr(vision, "model_type", None)}
-    return own | around | {"vision_config": kind | own.get("vision_config", {}) | small}
+    return own | around | {"vision_config": kind | own.get("vision_config", {}) | pictures}
 
 
-def _small_pictures(config_class: Any) -> dict[str, Any]:
+def _small_pictures(config: Any) -> dict[str, Any]:
     """Of a model that looks at pictures alone."""
-    known = vars(config_class()).keys()
-    return {key: value for key, value in _PICTURES.items() if key in known}
+    return {key: value for key, value in _PICTURES.items() if key in vars(config)}
 
 
 def _sizes_of_towers(family: Family) -> dict[str, Any]:
     """Of the other stacks of layers that the same config describes."""
     others = [families()[tower.family].sizes for tower in family.towers.values() if tower.family and not tower.config]
-    return {where: _SIZES[key] for sizes in others for key, where in sizes.named().items()}
+    return {where: _SIZES[key] for sizes in others for key, where in sizes.named().items() if key in _SIZES}
