@@ -324,12 +324,8 @@ class ModelLayout:
 
     def attention_shape(self, layer: int, kind: BlockKind) -> AttentionShape:
         """The heads of a block; those of a layer's own attention for a block that has none."""
-        g = self.geometry
-        return (
-            HeadShape(g.query_heads, g.query_heads, g.head_dim, 0)
-            if kind is BlockKind.cross
-            else self.head_shape(layer)
-        )
+        g, cross = self.geometry, kind is BlockKind.cross
+        return HeadShape(g.query_heads, g.query_heads, g.head_dim, 0) if cross else self.head_shape(layer)
 
     def shape(self, spec: TensorSpec) -> tuple[int | None, ...]:
         """The shape a tensor must be stored in; None where any length is right."""
@@ -566,8 +562,6 @@ def _geometry(config: Any, family: Family, model: str) -> Geometry:
     sizes |= {key: sizes[key] or 0 for key in ("nope", "rope", "value", "kv_latent", "q_latent")}
     sizes["head_dim"] = sizes["head_dim"] or sizes["nope"] + sizes["rope"] or sizes["hidden"] // sizes["query_heads"]
     sizes["neurons"] = _adjusted(config, family.sizes.adjusted, sizes["neurons"] or 4 * sizes["hidden"])
-    if family.sizes.two_thirds and family.mlp is MlpKind.gated:
-        sizes["neurons"] = (int(sizes["neurons"] * 2 / 3) + 7) // 8 * 8
     sizes["groups"] = sizes["groups"] or 1
     sizes["experts"] = 1 if sizes["experts"] is None else sizes["experts"]
     sizes["dense"] = sizes["dense"] or 0
@@ -598,9 +592,9 @@ def _adjusted(config: Any, rule: Adjusted | None, neurons: int) -> int:
     if rule is None or not lookup(config, rule.when):
         return neurons
     neurons = int(2 * neurons / 3)
-    if (factor := lookup(config, rule.times)) is None:
+    if (factor := 1 if rule.times is None else lookup(config, rule.times)) is None:
         return neurons
-    multiple: int = lookup(config, rule.multiple_of)
+    multiple: int = rule.multiple_of if isinstance(rule.multiple_of, int) else lookup(config, rule.multiple_of)
     return multiple * -(-int(factor * neurons) // multiple)
 
 

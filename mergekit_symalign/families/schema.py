@@ -38,10 +38,10 @@ the decoder is then the embedding. One that a classifier reads moves along, whic
 ``expert`` beside a neuron axis and ``head`` beside a gain are stored apart and belong together: the symmetry acts on
 experts × neurons, heads × coordinates.
 
-The axes from ``q_nope`` on are of multi-head latent attention, beside ``value`` and ``attended``.
-
 A decoder's layer may attend to what an encoder writes: ``cross.query``, ``cross.key``, ``cross.value`` and
 ``cross.attended`` are the axes of that attention, which has no positions and as many KV heads as query heads.
+
+The axes from ``q_nope`` on are of multi-head latent attention, beside ``value`` and ``attended``.
 
 A layer may have further MLPs: an expert that every token passes (``shared.gate``, ``shared.up``, ``shared.down``), and
 the MLP of those layers that have no experts (``dense.gate``, …).
@@ -128,7 +128,7 @@ class BlockKind(str, Enum):
         if self is BlockKind.attention:
             return ATTENTION_AXES
         if self is BlockKind.cross:
-            return ATTENTION_AXES - {"query_gain", "key_gain"}
+            return frozenset(("query", "key", "value", "attended"))
         return MLP_AXES if self is BlockKind.mlp else MLP_AXES - {"expert"}
 
     @property
@@ -214,17 +214,17 @@ class TensorSpec(_Data):
 
 
 class Adjusted(_Data):
-    """Neurons that are two thirds of what the config says, times a factor, in whole multiples (all config keys).
+    """Neurons that are two thirds of what the config says, times a factor, in whole multiples (config keys).
 
     Attributes:
         when: whether they are.
-        times: the factor; neither it nor multiples count where there is none.
-        multiple_of: the multiples.
+        times: the factor, 1 if not given; neither it nor multiples count where the config has none.
+        multiple_of: the multiples; a number stands for itself.
     """
 
     when: str
-    times: str
-    multiple_of: str
+    times: Optional[str] = None
+    multiple_of: Union[int, str]
 
 
 class SizeKeys(_Data):
@@ -241,7 +241,6 @@ class SizeKeys(_Data):
     one_kv_head: Optional[str] = None
     head_dim: Optional[str] = None
     neurons: Optional[str] = None
-    two_thirds: bool = False  # a gated MLP has two thirds of these neurons, rounded up to a multiple of 8
     experts: Optional[str] = None
     groups: Optional[str] = None  # of experts; a router that chooses groups first lets none leave its group
     shared: tuple[str, ...] = ()  # neurons of the shared expert: the product of these
@@ -255,7 +254,7 @@ class SizeKeys(_Data):
 
     def named(self) -> dict[str, str]:
         """The config key of each size that has one alone."""
-        values = self.model_dump(exclude={"shared", "adjusted", "two_thirds"})
+        values = self.model_dump(exclude={"shared", "adjusted"})
         return {size: key for size, key in values.items() if key is not None}
 
     def config_keys(self) -> tuple[str, ...]:
@@ -335,14 +334,14 @@ class StreamSpec(_Data):
     Attributes:
         norm: of all norms on it.
         returned: the model returns the stream itself, behind its last norm.
-        computed_positions: positions are added to it that are calculated, not stored, so its coordinates are fixed.
         shared: with another stack of layers, which has the same embeddings or reads what this one writes.
+        computed_positions: positions are added to it that are calculated, not stored, so its coordinates are fixed.
     """
 
     norm: StreamNorm = StreamNorm.rms
     returned: bool = False
-    computed_positions: bool = False
     shared: bool = False
+    computed_positions: bool = False
 
 
 class Tower(_Data):
