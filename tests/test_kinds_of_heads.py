@@ -13,6 +13,7 @@ import yaml
 from attention import attention, distance, moved, noisy, planted, random_rows, random_tokens, sides_of, wide
 from conftest import load, merge_config, merged
 from more_models import more_model
+from test_still_coordinates import SHAPES as STILL
 
 from mergekit_symalign.errors import ArchitectureError, ConfigError, SymmetryError
 from mergekit_symalign.families.known import _files, classes_in, families_of
@@ -22,12 +23,13 @@ from mergekit_symalign.graph.models import check_possible
 from mergekit_symalign.learning.elements import learned_block
 from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by
+from mergekit_symalign.symmetry.consensus import find_consensus
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import HeadRotation, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.order import moved_axes
 from mergekit_symalign.symmetry.membership import require_symmetry
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, HeadValues, Rotation, Symmetries, ValueOutput
-from mergekit_symalign.symmetry.solve import solve_block
+from mergekit_symalign.symmetry.solve import align_block, solve_block, without_identities
 from mergekit_symalign.trial.checks import problems
 from mergekit_symalign.trial.models import randomise, small_model, with_weights
 
@@ -66,13 +68,13 @@ def test_what_is_planted_keeps_the_function_and_is_admitted(name: str) -> None:
                 require_symmetry(left, shape)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_planted_twin_comes_back(name: str, noise: float) -> None:
     shape = SHAPES[name]
     anchor = random_rows(shape, 0)
     sibling = noisy(anchor, noise)
-    for seed in range(3):
+    for seed in range(2):
         twin = moved(sibling, planted(shape, seed))
         found = solve_block(sides_of(anchor, twin), shape, Symmetries())
         require_symmetry(found.element, shape)
@@ -329,3 +331,14 @@ def test_transport_that_mixes_heads_is_refused(name: str, tmp_path: Path) -> Non
     out = merged(merge_config("ot_fusion", paths[0], paths, parameters={"heads": "respect"}), tmp_path / "out")
     for stored, x in load(paths[0]).items():
         assert (out[stored] - x).abs().max() < 1e-4 * x.abs().max(), stored
+
+
+@pytest.mark.parametrize("name", ["sinks", "gate and QK-norm", "keys are values", "odd rest", "less the mean"])
+def test_a_consensus_is_a_symmetry(name: str) -> None:
+    shape = {**SHAPES, **STILL}[name]
+    base = random_rows(shape, 0)
+    models = [{axis: [x] for axis, x in moved(noisy(base, 0.1, i), planted(shape, i)).items()} for i in range(2)]
+    found = find_consensus(models, lambda sides: align_block(sides, shape, Symmetries()).element, rounds=1)
+    assert found.spread[-1] <= found.spread[0]
+    for element in found.elements:
+        require_symmetry(without_identities(element), shape)
