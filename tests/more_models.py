@@ -13,6 +13,7 @@ from mergekit_symalign.trial.models import class_of, randomise, small_model
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 LLAMA = {"text_config": {"model_type": "llama"}, "image_token_id": 90, "tie_word_embeddings": False}
+LARGER = {"vision_config": {"image_size": 56}}
 IMAGES = {"image_token_index": 90, "tie_word_embeddings": False}
 QWEN_TOWER = {"depth": 4, "hidden_size": 32, "num_heads": 4, "intermediate_size": 40, "out_hidden_size": 48}
 QWEN_TOWER |= {"patch_size": 14}
@@ -180,9 +181,15 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3ForConditionalGeneration",
         IMAGES | {"mm_tokens_per_image": 1, "vision_config": {"vision_use_head": False}},
     ),
-    "mistral3-vl": ("Mistral3ForConditionalGeneration", IMAGES | {"text_config": {"model_type": "ministral3"}}),
+    "mistral3-vl": (
+        "Mistral3ForConditionalGeneration",
+        IMAGES | {"text_config": {"model_type": "ministral3"}} | LARGER,
+    ),
     "paligemma": ("PaliGemmaForConditionalGeneration", IMAGES | {"projection_dim": 48, "text_config": GEMMA2}),
-    "internvl": ("InternVLForConditionalGeneration", IMAGES | {"text_config": {"model_type": "qwen2"}}),
+    "internvl": (
+        "InternVLForConditionalGeneration",
+        IMAGES | {"image_token_id": 90, "text_config": {"model_type": "qwen2"}},
+    ),
     "llava": ("LlavaForConditionalGeneration", IMAGES),
     "idefics3": ("Idefics3ForConditionalGeneration", LLAMA | {"scale_factor": 2}),
     "smolvlm": ("SmolVLMForConditionalGeneration", LLAMA | {"scale_factor": 2}),
@@ -242,17 +249,12 @@ MORE |= {
     "dinov3": ("DINOv3ViTModel", {"num_register_tokens": 2}),
     "dinov3-gated": ("DINOv3ViTModel", {"use_gated_mlp": True, "hidden_act": "silu"}),
     "bart": ("BartForConditionalGeneration", {}),
-    "bart-classifier": ("BartForSequenceClassification", {"num_labels": 3}),
-    "mbart": ("MBartForConditionalGeneration", {}),
     "pegasus": ("PegasusForConditionalGeneration", {}),
-    "marian": ("MarianMTModel", {"decoder_start_token_id": 0}),
-    "m2m100": ("M2M100ForConditionalGeneration", {}),
     "whisper": ("WhisperForConditionalGeneration", WHISPER),
     "whisper-sounds": ("WhisperForAudioClassification", WHISPER),
     "t5": ("T5ForConditionalGeneration", {"feed_forward_proj": "relu"}),
     "flan-t5": ("T5ForConditionalGeneration", GATED | UNTIED),
     "t5-encoder": ("T5EncoderModel", GATED),
-    "mt5": ("MT5ForConditionalGeneration", GATED),
     "umt5": ("UMT5ForConditionalGeneration", GATED),
     "umt5-encoder": ("UMT5EncoderModel", GATED),
 }

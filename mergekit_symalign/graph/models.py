@@ -206,7 +206,7 @@ def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
         )
     if other.own_layout is None:  # a text model has none of the towers around it
         _check_same_towers(anchor, other)
-    _check_same_layers(other.model, anchor.model, "", ours, theirs)
+    _check_same_layers(f"model {other.model}", anchor.model, ours, theirs)
 
 
 def _check_same_towers(anchor: Checkpoint, other: Checkpoint) -> None:
@@ -220,29 +220,27 @@ def _check_same_towers(anchor: Checkpoint, other: Checkpoint) -> None:
             "Merge models with the same kind of tower",
         )
     for name, tower in ours.towers.items():
-        _check_same_layers(other.model, anchor.model, f" of {name}", tower, theirs.towers[name])
+        _check_same_layers(f"{name} of model {other.model}", anchor.model, tower, theirs.towers[name])
 
 
-def _check_same_layers(
-    model: ModelReference, anchor: ModelReference, stack: str, ours: ModelLayout, theirs: ModelLayout
-) -> None:
+def _check_same_layers(where: str, anchor: ModelReference, ours: ModelLayout, theirs: ModelLayout) -> None:
     """The same of one stack of layers."""
     if surplus := ours.inside.keys() ^ theirs.inside.keys():
         raise GeometryError(
-            f"model {model}",
-            f"its layers{stack} differ from the anchor {anchor} in {', '.join(sorted(surplus))}",
+            where,
+            f"its layers differ from the anchor {anchor} in {', '.join(sorted(surplus))}",
             "Merge models whose configs agree on biases and norms",
         )
     if ours.layers == theirs.layers and ours.layer_kinds != theirs.layer_kinds:
         raise GeometryError(
-            f"model {model}",
-            f"its layers{stack} are of other kinds than those of the anchor {anchor}",
+            where,
+            f"its layers are of other kinds than those of the anchor {anchor}",
             "Merge models whose configs have the same kinds of layers in the same order",
         )
     if differences := ours.geometry.differences(theirs.geometry):
         raise GeometryError(
-            f"model {model}",
-            f"its sizes{stack} differ from the anchor {anchor}: {', '.join(differences)}",
+            where,
+            f"its sizes differ from the anchor {anchor}: {', '.join(differences)}",
             "Merge models of the same shape",
         )
 

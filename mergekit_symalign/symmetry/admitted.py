@@ -46,7 +46,7 @@ def admitted(axis: str, shape: BlockShape, *, full: bool = False) -> Admitted:
     size = (shape.heads(axis) * shape.head_dim,)
     if axis == NUMBERS:
         return {Permutation.kind: ((shape.query_heads,),)} if shape.numbered else {}
-    order: Admitted = {} if shape.locked else {Permutation.kind: (size,)}
+    order: Admitted = {Permutation.kind: (size,)}
     if axis in GAIN_AXES:
         return _admitted_gains(axis, shape)
     if axis == GATE:

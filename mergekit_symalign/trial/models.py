@@ -133,7 +133,7 @@ def _inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Ten
     shape = (3, 2, 24) if type(model).__name__.endswith("MultipleChoice") else (3, 24)
     ids = torch.randint(3, min(config.vocab_size, 80), shape, generator=generator)
     if not config.is_encoder_decoder:
-        both = hasattr(model, "logit_scale")  # it compares texts with pictures
+        both = hasattr(model, "logit_scale") and hasattr(model.config, "vision_config")  # compares texts with pictures
         return {"input_ids": ids} | (_pictures(model.config.vision_config, generator) if both else {})
     ids[:, -1] = config.eos_token_id  # classifiers look for it
     decodes = "Encoder" not in type(model).__name__ and not type(model).__name__.endswith(_DECODE_THEIR_INPUT)
