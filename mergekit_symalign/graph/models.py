@@ -94,7 +94,7 @@ class Models:
             for model, info in gather_of(task).weight_info.items():
                 used[model][info.name] = info
         for anchor, model in dict.fromkeys((anchor_of(task), m) for _, task in planned for m in task.model_order):
-            _check_geometry(self.checkpoints[anchor], self.checkpoints[model])
+            check_geometry(anchor, self.layout(anchor), model, self.layout(model))
         unread = {model: self.checkpoints[model].check(infos.values()) for model, infos in used.items()}
         for weight, task in planned:
             self._check_vocabulary(weight, task)
@@ -181,31 +181,34 @@ def check_same_neurons(
             )
 
 
-def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
-    """A model must be of the anchor's family, and have the same tensors in its layers, of the same sizes."""
-    ours, theirs = other.layout, anchor.layout
+def check_geometry(anchor: ModelReference, theirs: ModelLayout, model: ModelReference, ours: ModelLayout) -> None:
+    """A model must be of the anchor's family, and have the same tensors in its layers, of the same sizes.
+
+    Raises:
+        GeometryError: if it differs.
+    """
     if ours.family.name != theirs.family.name:
         raise GeometryError(
-            f"model {other.model}",
-            f"it is of family {ours.family.name}, but the anchor {anchor.model} is of family {theirs.family.name}",
+            f"model {model}",
+            f"it is of family {ours.family.name}, but the anchor {anchor} is of family {theirs.family.name}",
             "Merge models of one architecture",
         )
     if surplus := ours.inside.keys() ^ theirs.inside.keys():
         raise GeometryError(
-            f"model {other.model}",
-            f"its layers differ from the anchor {anchor.model} in {', '.join(sorted(surplus))}",
+            f"model {model}",
+            f"its layers differ from the anchor {anchor} in {', '.join(sorted(surplus))}",
             "Merge models whose configs agree on biases and norms",
         )
     if ours.layers == theirs.layers and ours.layer_kinds != theirs.layer_kinds:
         raise GeometryError(
-            f"model {other.model}",
-            f"its layers are of other kinds than those of the anchor {anchor.model}",
+            f"model {model}",
+            f"its layers are of other kinds than those of the anchor {anchor}",
             "Merge models whose configs have the same kinds of layers in the same order",
         )
     if differences := ours.geometry.differences(theirs.geometry):
         raise GeometryError(
-            f"model {other.model}",
-            f"its sizes differ from the anchor {anchor.model}: {', '.join(differences)}",
+            f"model {model}",
+            f"its sizes differ from the anchor {anchor}: {', '.join(differences)}",
             "Merge models of the same shape",
         )
 
