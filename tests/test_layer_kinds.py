@@ -194,6 +194,25 @@ def test_slices_of_layers_of_another_kind_are_refused(mixed: Twins, tmp_path: Pa
         merged(config | {"slices": swapped}, tmp_path)
 
 
+def test_models_whose_layers_differ_are_refused(tmp_path: Path) -> None:
+    """In kinds of layers, or in biases that MergeKit's file does not list."""
+    for class_name, one, other, message in (
+        ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0]}, {"mlp_only_layers": [1]}, "of other kinds than those of"),
+        (
+            "LlamaForCausalLM",
+            {"attention_bias": True},
+            {"attention_bias": False},
+            "differ from the anchor .* in self_attn",
+        ),
+    ):
+        paths = [tmp_path / f"{class_name}{i}" for i in range(2)]
+        for path, settings in zip(paths, (one, other), strict=True):
+            save(small_model(class_name, family_for(class_name), settings), path)
+        for anchor, model in (paths, reversed(paths)):
+            with pytest.raises(GeometryError, match=message):
+                merged(merge_config("rotation_match", anchor, [model]), tmp_path / "out")
+
+
 def test_a_file_without_a_block_is_refused(mixed: Twins, tmp_path: Path) -> None:
     """Older versions let shared experts and dense layers pass."""
     elements = {f"layer {i} {k.value}": BlockElement({}) for i, k in mixed.layout.blocks() if k is not BlockKind.shared}

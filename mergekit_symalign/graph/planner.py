@@ -61,7 +61,7 @@ def plan_aligned(planner: Any, original: Any) -> None:
     require_mergeable(texts, method)
     check_layers(planner.config, planner.arch_info, trust, texts)
     layout_of = layouts()
-    check_kinds(planner.config, layout_of, trust)
+    check_kinds(planner.config, layout_of, trust, texts)
     planner.arch_info = completed(with_dots(planner.arch_info), layout_of)
     plan = AlignedPlan(planner.config, planner.options, method, listed, texts)
     planner.arch_info = plan.with_heads(planner.arch_info)
