@@ -150,6 +150,8 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "bigbird": ("BigBirdForMaskedLM", {"block_size": 2, "num_random_blocks": 1}),
     "roformer": ("RoFormerForMaskedLM", {"embedding_size": 48}),
     "electra": ("ElectraForMaskedLM", {"embedding_size": 48}),
+    "tapas": ("TapasForMaskedLM", {}),
+    "rembert": ("RemBertForMaskedLM", {"input_embedding_size": 24, "output_embedding_size": 40}),
     "deberta": ("DebertaForMaskedLM", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
     "megatron-bert": ("MegatronBertForMaskedLM", {}),
     "megatron-labels": ("MegatronBertForSequenceClassification", {}),
@@ -208,6 +210,14 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "voxtral": ("VoxtralForConditionalGeneration", HEARS | {"audio_config": VOXTRAL}),
     "audio-flamingo": ("AudioFlamingo3ForConditionalGeneration", HEARS | {"audio_config": VOXTRAL}),
     "glm-asr": ("GlmAsrForConditionalGeneration", HEARS | {"audio_config": VOXTRAL}),
+    "qwen3-asr": (
+        "Qwen3ASRForConditionalGeneration",
+        HEARS | {"audio_config": AUDIO | {"output_dim": 48, "downsample_hidden_size": 8}},
+    ),
+    "hunyuan-vl": (
+        "HunYuanVLForConditionalGeneration",
+        UNTIED | {"vision_config": {"max_image_size": 28, "text_hidden_size": 48, "out_hidden_size": 48}},
+    ),
     "deepseek-vl": ("DeepseekVLForConditionalGeneration", IMAGES),
     "lighton-ocr": ("LightOnOcrForConditionalGeneration", IMAGES),
     "ovis2": ("Ovis2ForConditionalGeneration", IMAGES | OVIS),

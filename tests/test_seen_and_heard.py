@@ -36,6 +36,7 @@ PERCEIVED: dict[str, dict[str, Any]] = {
     | {"image_grid_thw": torch.tensor([[1, 2, 2]])},
     "hyperclovax-vl": PATCHES,
     "glm4.6v": PATCHES,
+    "hunyuan-vl": {"pixel_values": _random(4, 3 * 14 * 14), "image_grid_thw": torch.tensor([[1, 2, 2]])},
     "audio-flamingo": {"input_features": _random(1, 8, 32), "input_features_mask": torch.ones(1, 32).long()},
 }
 
