@@ -148,7 +148,7 @@ class LayerRunner:
             return self._returned(hidden)
 
         with _replaced(self.layers, recorder), suppress(_LastLayerReachedError):
-            functional_call(self.model, dict(weights), (), batch.inputs(), tie_weights=False)
+            functional_call(self.model, dict(weights), (), self.inputs(batch), tie_weights=False)
         slots = _Slots()
         structure = tuple(slots.emptied((args, kwargs)) for _, args, kwargs in calls)
         return Recorded(calls[0][0], tuple(map(_within_float32, slots.tensors)), structure)
@@ -200,7 +200,14 @@ class LayerRunner:
         """
         self.move_buffers(hidden.device)
         with _replaced(self.layers, lambda *_, **__: self._returned(hidden)):
-            return functional_call(self.model, dict(weights), (), batch.inputs())
+            return functional_call(self.model, dict(weights), (), self.inputs(batch))
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """A batch as this model wants it: where answers are chosen from, each prompt is the only one."""
+        found = batch.inputs()
+        if not type(self.model).__name__.endswith("ForMultipleChoice"):
+            return found
+        return {name: x.unsqueeze(1) if isinstance(x, Tensor) else x for name, x in found.items()}
 
     def gate_activation(self) -> Any:
         """The nonlinearity of the experts; None where they do more than multiply up by it (`gated`)."""
