@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from mergekit_symalign.cli import main
 from mergekit_symalign.errors import ArchitectureError, ConfigError, SymmetryError
 from mergekit_symalign.families.function import config_differences
+from mergekit_symalign.families.known import _files, families_of
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.solve import block_rows
@@ -342,3 +343,29 @@ def test_what_else_reads_a_latent_moves_along(name: str) -> None:
     back = moved(name, twin, found.element)
     assert found.facts["distance_before"] == pytest.approx(distance_of_block(name, twin))
     assert distance_of_block(name, back) < 1e-12 * found.facts["distance_before"]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    (
+        {"extends": "llama", "layer": {"x.weight": {"axes": ["k_nope", "residual"]}}},
+        "sizes.kv_latent is not given, but.*axis k_nope",
+    ),
+    ({"sizes": {"value": None}}, "needs nope, rope and value"),
+    ({"layer": {"self_attn.kv_a_layernorm.weight": {"axes": ["other"]}}}, "no tensor.*axis kv_latent_gain"),
+    ({"layer": {"x.weight": {"axes": ["query", "residual"]}}}, "sizes.kv_latent is given, but.*axis query"),
+    ({"attention": {"rotary_factor": ["partial_rotary_factor"]}}, "sizes.kv_latent is given, and such heads"),
+]
+
+
+@pytest.mark.parametrize(("changes", "match"), WRONG)
+def test_a_file_that_no_solver_knows_is_refused_when_it_is_loaded(changes: dict[str, Any], match: str) -> None:
+    own = {"name": "new", "title": "New", "extends": "minicpm3", "architectures": ["NewForCausalLM"], **changes}
+    with pytest.raises(ArchitectureError, match=f"family new: .*{match}"):
+        families_of({**{name: _files()[name] for name in ("llama", "minicpm3")}, "new": own})
+
+
+def test_heads_that_share_a_latent_have_keys_of_their_own() -> None:
+    config = copy.deepcopy(model_of("minicpm3").config)
+    config.num_key_value_heads = 2
+    with pytest.raises(ArchitectureError, match="6 query heads and 2 KV heads"):
+        resolve(config, model="m")
