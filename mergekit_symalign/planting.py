@@ -155,6 +155,8 @@ class _Draw:
         return BlockElement(actions | ({"expert": Permutation(order)} if experts > 1 else {}))
 
     def _query(self, shape: HeadShape) -> AxisAction:
+        if shape.unit and self.what.scaling:
+            return _Draw(self.generator, replace(self.what, scaling=False))._query(shape)
         if shape.rotary == 0:
             return self._heads(shape.kv_heads, shape.head_dim)
         angle = self._normal(shape.kv_heads, shape.rotary // 2) * torch.pi * self.what.rotation

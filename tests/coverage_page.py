@@ -20,8 +20,9 @@ START = "\n## More classes\n"
 HEAD = f"""{START}
 The same *function* in float64 on smaller models. *Stream*: what may be done to the residual stream, and how far that
 moves the outputs (where a model returns the stream itself, nothing is measured). In vision-language models the text
-model is aligned, and the vision tower passes through unaligned. *Plain merge*: what MergeKit's own merge of a model
-with itself does to its tensors, from the layout that transformers writes. A text model can be
+model is aligned, and so are the blocks of vision towers that a family describes: CLIP, SigLIP, Pixtral, InternViT, and
+those of Qwen2.5-VL, Qwen3-VL and GLM-4V. All others pass through unaligned. *Plain merge*: what MergeKit's own merge of
+a model with itself does to its tensors, from the layout that transformers writes. A text model can be
 merged into the text part of a vision-language model ([how](faq.md#choosing)).
 
 | test model | family | transformers class | function | stream | plain merge |
@@ -49,11 +50,17 @@ OUT = """
 | Nystromformer, YOSO, MRA, Longformer, LUKE, X-MOD | not described yet |
 | ELECTRA, RoFormer with embeddings narrower than the hidden size | refused by their shape |
 | CTRL, XLM, FlauBERT, XLNet, Funnel, FNet, ALBERT, SqueezeBERT, MobileBERT, I-BERT | of another build |
-| T5, BART, Whisper | not described yet |
-| Llama 4, Gemma 3n, Gemma 4 | their layers differ |
-| DeepSeek V3.2 and GLM-5 (an indexer reads the latents), DeepSeek V4, Kimi Linear | not described yet |
+| CLIPModel, CLIPForImageClassification | MergeKit cannot build them to find their tensors (`get_input_embeddings`) |
+| DINOv2 giant (SwiGLU) | MergeKit cannot split the tensor that gate and up projection share in checkpoints |
+| LongT5, Switch Transformers, Speech2Text, BlenderBot 3, NLLB-MoE, BART as a decoder alone | not described yet |
+| vision towers that scale, window or convolve otherwise (Llama 4, Gemma 3n, SAM, Qwen2-VL) | pass through unaligned |
+| Gemma 3n, Gemma 4 | heads of another size in some layers, and layers that share keys and values: no solver |
+| Llama 4 with vision | transformers 5.24 cannot run the class |
+| Laguna, MiMo V2 | heads of another number or size in some layers |
+| Zamba 2 | one attention that many layers share, each with an adapter of its own |
+| DeepSeek V4, Kimi Linear | not described yet |
 | LongCat Flash (two attentions in a layer) | not described yet |
-| NanoChat (QK-norm without gains), DiffLlama (differential attention), BitNet (norms in the attention) | no solver |
+| DiffLlama (differential attention), BitNet (norms in the attention) | no solver |
 """
 
 

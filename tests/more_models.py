@@ -13,6 +13,7 @@ from mergekit_symalign.trial.models import class_of, randomise, small_model
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 LLAMA = {"text_config": {"model_type": "llama"}, "image_token_id": 90, "tie_word_embeddings": False}
+LARGER = {"vision_config": {"image_size": 56}}
 IMAGES = {"image_token_index": 90, "tie_word_embeddings": False}
 QWEN_TOWER = {"depth": 4, "hidden_size": 32, "num_heads": 4, "intermediate_size": 40, "out_hidden_size": 48}
 QWEN_TOWER |= {"patch_size": 14}
@@ -31,6 +32,7 @@ SPARSE = {"first_k_dense_replace": 1, "n_group": 2}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_expand": 2}
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 DELTA |= {"layer_types": ["linear_attention", "full_attention"], "partial_rotary_factor": 0.5}
+INDEXED = {"index_topk": 6, "index_n_heads": 2, "index_head_dim": 8, "mlp_layer_types": ["dense", "sparse"]}
 UNTIED = {"tie_word_embeddings": False}
 
 # Name -> transformers class, and its config beyond the sizes.
@@ -88,6 +90,12 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-next": ("Qwen3NextForCausalLM", DELTA | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}),
     "qwen3.5": ("Qwen3_5ForCausalLM", DELTA | UNTIED),
     "qwen3.5-moe": ("Qwen3_5MoeForCausalLM", DELTA | {"shared_expert_intermediate_size": 40}),
+    "llama4": (
+        "Llama4ForCausalLM",
+        {"moe_layers": [1], "no_rope_layers": [1, 0], "num_experts_per_tok": 1, "attention_chunk_size": 64},
+    ),
+    "llama4-dense": ("Llama4ForCausalLM", {"moe_layers": [0], "no_rope_layers": [1, 1], "use_qk_norm": False}),
+    "nanochat": ("NanoChatForCausalLM", {}),
     "lfm2": ("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
     "lfm2-moe": ("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "bamba": ("BambaForCausalLM", MAMBA | {"attn_layer_indices": [1]}),
@@ -129,6 +137,8 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v3-halves": ("DeepseekV3ForCausalLM", SPARSE | {"rope_interleave": False, "q_lora_rank": None}),
     "mistral4": ("Mistral4ForCausalLM", SPARSE),
     "glm4.7-flash": ("Glm4MoeLiteForCausalLM", {}),
+    "deepseek-v3.2": ("DeepseekV32ForCausalLM", INDEXED),
+    "glm5": ("GlmMoeDsaForCausalLM", INDEXED | {"indexer_types": ["full", "shared"]}),
     "axk1": ("AXK1ForCausalLM", {"mlp_layer_types": ["dense", "sparse"]}),
     "xlm-roberta": ("XLMRobertaModel", {}),
     "camembert": ("CamembertForMaskedLM", {}),
@@ -173,9 +183,15 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3ForConditionalGeneration",
         IMAGES | {"mm_tokens_per_image": 1, "vision_config": {"vision_use_head": False}},
     ),
-    "mistral3-vl": ("Mistral3ForConditionalGeneration", IMAGES | {"text_config": {"model_type": "ministral3"}}),
+    "mistral3-vl": (
+        "Mistral3ForConditionalGeneration",
+        IMAGES | {"text_config": {"model_type": "ministral3"}} | LARGER,
+    ),
     "paligemma": ("PaliGemmaForConditionalGeneration", IMAGES | {"projection_dim": 48, "text_config": GEMMA2}),
-    "internvl": ("InternVLForConditionalGeneration", IMAGES | {"text_config": {"model_type": "qwen2"}}),
+    "internvl": (
+        "InternVLForConditionalGeneration",
+        IMAGES | {"image_token_id": 90, "text_config": {"model_type": "qwen2"}},
+    ),
     "llava": ("LlavaForConditionalGeneration", IMAGES),
     "idefics3": ("Idefics3ForConditionalGeneration", LLAMA | {"scale_factor": 2}),
     "smolvlm": ("SmolVLMForConditionalGeneration", LLAMA | {"scale_factor": 2}),
@@ -222,6 +238,35 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
         | {"vision_config": QWEN_TOWER | {"num_position_embeddings": 16}},
     ),
     "glm4v": ("Glm4vForConditionalGeneration", QWEN | {"vision_config": QWEN_TOWER | {"image_size": 28}}),
+}
+
+WHISPER = {"max_source_positions": 12, "max_target_positions": 32, "num_mel_bins": 8}
+GATED = {"feed_forward_proj": "gated-gelu"}
+SIDES = {"text_config": {"projection_size": 32}}
+MORE |= {
+    "clip-pictures": ("CLIPVisionModelWithProjection", {}),
+    "clip-text": ("CLIPTextModelWithProjection", {}),
+    "siglip": ("SiglipModel", SIDES),
+    "siglip2": ("Siglip2Model", SIDES),
+    "siglip-pictures": ("SiglipVisionModel", {}),
+    "siglip2-pictures": ("Siglip2VisionModel", {}),
+    "siglip-text": ("SiglipTextModel", {}),
+    "siglip-classifier": ("SiglipForImageClassification", {}),
+    "dinov2": ("Dinov2Model", {}),
+    "dinov2-swiglu": ("Dinov2WithRegistersModel", {"use_swiglu_ffn": True}),
+    "dinov2-classifier": ("Dinov2ForImageClassification", {}),
+    "dinov2-registers-classifier": ("Dinov2WithRegistersForImageClassification", {}),
+    "dinov3": ("DINOv3ViTModel", {"num_register_tokens": 2}),
+    "dinov3-gated": ("DINOv3ViTModel", {"use_gated_mlp": True, "hidden_act": "silu"}),
+    "bart": ("BartForConditionalGeneration", {}),
+    "pegasus": ("PegasusForConditionalGeneration", {}),
+    "whisper": ("WhisperForConditionalGeneration", WHISPER),
+    "whisper-sounds": ("WhisperForAudioClassification", WHISPER),
+    "t5": ("T5ForConditionalGeneration", {"feed_forward_proj": "relu"}),
+    "flan-t5": ("T5ForConditionalGeneration", GATED | UNTIED),
+    "t5-encoder": ("T5EncoderModel", GATED),
+    "umt5": ("UMT5ForConditionalGeneration", GATED),
+    "umt5-encoder": ("UMT5EncoderModel", GATED),
 }
 
 

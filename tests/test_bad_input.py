@@ -15,7 +15,7 @@ from mergekit import merge_methods
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from models import make_model, save
 from safetensors.torch import save_file
-from transformers import BertConfig, BertForMaskedLM, BloomConfig, BloomForCausalLM
+from transformers import BertConfig, BertForMaskedLM, CTRLConfig, CTRLLMHeadModel
 
 from mergekit_symalign.errors import (
     ArchitectureError,
@@ -96,10 +96,10 @@ def test_unsupported_architecture(models: dict[str, Path], tmp_path: Path, refus
     paths = []
     for name in ("x", "y"):
         paths.append(tmp_path / name)
-        config = BloomConfig(n_layer=1, hidden_size=8, n_head=2, vocab_size=11)
-        BloomForCausalLM(config).save_pretrained(paths[-1])
+        config = CTRLConfig(n_layer=1, n_embd=8, n_head=2, dff=8, vocab_size=11)
+        CTRLLMHeadModel(config).save_pretrained(paths[-1])
     message = refused(ArchitectureError, merge_config("rotation_match", paths[0], [paths[1]]))
-    assert "BloomForCausalLM" in message
+    assert "CTRLLMHeadModel" in message
     assert "MergeKit's own methods merge all its tensors" in message
 
 

@@ -11,22 +11,27 @@ import pytest
 import torch
 import yaml
 from attention import attention, distance, moved, noisy, planted, random_rows, random_tokens, sides_of, wide
+from conftest import load, merge_config, merged
+from more_models import more_model
+from test_still_coordinates import SHAPES as STILL
 
-from mergekit_symalign.errors import SymmetryError
-from mergekit_symalign.families.known import classes_in
+from mergekit_symalign.errors import ArchitectureError, ConfigError, SymmetryError
+from mergekit_symalign.families.known import _files, classes_in, families_of
 from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.families.schema import Family
+from mergekit_symalign.families.schema import BlockKind, Family
+from mergekit_symalign.graph.models import check_possible
 from mergekit_symalign.learning.elements import learned_block
-from mergekit_symalign.planting import Planted
+from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by
+from mergekit_symalign.symmetry.consensus import find_consensus
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import HeadRotation, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.order import moved_axes
 from mergekit_symalign.symmetry.membership import require_symmetry
 from mergekit_symalign.symmetry.options import GainScope, HeadShape, HeadValues, Rotation, Symmetries, ValueOutput
-from mergekit_symalign.symmetry.solve import solve_block
+from mergekit_symalign.symmetry.solve import align_block, solve_block, without_identities
 from mergekit_symalign.trial.checks import problems
-from mergekit_symalign.trial.models import randomise, small_model
+from mergekit_symalign.trial.models import randomise, small_model, with_weights
 
 PLAIN = HeadShape(6, 2, 8, 8)
 SHAPES = {
@@ -63,13 +68,13 @@ def test_what_is_planted_keeps_the_function_and_is_admitted(name: str) -> None:
                 require_symmetry(left, shape)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_planted_twin_comes_back(name: str, noise: float) -> None:
     shape = SHAPES[name]
     anchor = random_rows(shape, 0)
     sibling = noisy(anchor, noise)
-    for seed in range(3):
+    for seed in range(2):
         twin = moved(sibling, planted(shape, seed))
         found = solve_block(sides_of(anchor, twin), shape, Symmetries())
         require_symmetry(found.element, shape)
@@ -299,3 +304,41 @@ def test_a_file_may_describe_such_attentions(name: str, tmp_path: Path) -> None:
     layout = resolve(model.config, model=name, family=family)
     assert layout.head_shape(0).values is not HeadValues.free
     assert problems(model, layout) == []
+
+
+def test_a_general_matrix_is_refused_in_a_merge() -> None:
+    class_name, settings, text = FILES["normalised values"]
+    raw = {"name": "own", "title": "Own", "architectures": [class_name]} | text
+    family = families_of({**{k: v for k, v in _files().items() if "passes_through" not in v}, "own": raw})["own"]
+    layout = resolve(small_model(class_name, family, settings).config, model="m", family=family)
+    with pytest.raises(ConfigError, match="general is not exact for Own: its values are normalised"):
+        check_possible(Symmetries(value_output=ValueOutput.general), BlockKind.attention, layout)
+    check_possible(Symmetries(), BlockKind.attention, layout)
+
+
+@pytest.mark.parametrize("name", ["bloom", "granite-swa"])
+def test_transport_that_mixes_heads_is_refused(name: str, tmp_path: Path) -> None:
+    """With heads as wholes a permuted twin comes back, its sinks too."""
+    anchor = more_model(name)
+    layout = resolve(anchor.config, model=name)
+    elements = random_elements(layout, 3, Planted(rotation=False, scaling=False))
+    twin = with_weights(anchor, transform(anchor.state_dict(), layout, elements))
+    for model, path in ((anchor, "a"), (twin, "b")):
+        with_weights(model, model.state_dict()).float().save_pretrained(tmp_path / path)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(ArchitectureError, match="have sinks, gates or position biases of their own"):
+        merged(merge_config("ot_fusion", paths[0], paths, parameters={"heads": "ignore"}), tmp_path / "out")
+    out = merged(merge_config("ot_fusion", paths[0], paths, parameters={"heads": "respect"}), tmp_path / "out")
+    for stored, x in load(paths[0]).items():
+        assert (out[stored] - x).abs().max() < 1e-4 * x.abs().max(), stored
+
+
+@pytest.mark.parametrize("name", ["sinks", "gate and QK-norm", "keys are values", "odd rest", "less the mean"])
+def test_a_consensus_is_a_symmetry(name: str) -> None:
+    shape = {**SHAPES, **STILL}[name]
+    base = random_rows(shape, 0)
+    models = [{axis: [x] for axis, x in moved(noisy(base, 0.1, i), planted(shape, i)).items()} for i in range(2)]
+    found = find_consensus(models, lambda sides: align_block(sides, shape, Symmetries()).element, rounds=1)
+    assert found.spread[-1] <= found.spread[0]
+    for element in found.elements:
+        require_symmetry(without_identities(element), shape)

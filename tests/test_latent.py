@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 from functools import cache
@@ -19,6 +20,8 @@ from transformers import PreTrainedModel
 
 from mergekit_symalign.cli import main
 from mergekit_symalign.errors import ArchitectureError, ConfigError, SymmetryError
+from mergekit_symalign.families.function import config_differences
+from mergekit_symalign.families.known import _files, families_of
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.solve import block_rows
@@ -316,3 +319,53 @@ def test_a_file_of_rotated_latents_belongs_to_its_gains(models: Path, tmp_path: 
 
 def _state(path: Path) -> State:
     return type(model_of("minicpm3")).from_pretrained(path, dtype=torch.float32).state_dict()
+
+
+def test_queries_that_grow_otherwise_with_the_position_are_noticed() -> None:
+    one, other = (copy.deepcopy(model_of("mistral4").config) for _ in range(2))
+    other.rope_parameters["llama_4_scaling_beta"] = 0.5
+    found = config_differences(one, other, layout_of("mistral4"))
+    assert found == {"rope_parameters.llama_4_scaling_beta": (one.rope_parameters["llama_4_scaling_beta"], 0.5)}
+    assert config_differences(one, one, layout_of("mistral4")) == {}
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3.2"])
+def test_what_else_reads_a_latent_moves_along(name: str) -> None:
+    """An indexer chooses tokens by the latent of the queries."""
+    anchor = model_of(name).state_dict()
+    twin = moved(name, anchor, turned_latents(name, anchor, 3))
+    part = "model.layers.0.self_attn.indexer.wq_b.weight"
+    before = outputs(model_of(name))
+    assert relative_deviation(before, outputs(with_weights(model_of(name), twin))) < EXACT
+    left = outputs(with_weights(model_of(name), twin | {part: anchor[part]}))
+    assert relative_deviation(before, left) > 1e-3
+    found = solve_block(sides_of(name, anchor, twin), shape_of(name), Symmetries())
+    back = moved(name, twin, found.element)
+    assert found.facts["distance_before"] == pytest.approx(distance_of_block(name, twin))
+    assert distance_of_block(name, back) < 1e-12 * found.facts["distance_before"]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    (
+        {"extends": "llama", "layer": {"x.weight": {"axes": ["k_nope", "residual"]}}},
+        "sizes.kv_latent is not given, but.*axis k_nope",
+    ),
+    ({"sizes": {"value": None}}, "needs nope, rope and value"),
+    ({"layer": {"self_attn.kv_a_layernorm.weight": {"axes": ["other"]}}}, "no tensor.*axis kv_latent_gain"),
+    ({"layer": {"x.weight": {"axes": ["query", "residual"]}}}, "sizes.kv_latent is given, but.*axis query"),
+    ({"attention": {"rotary_factor": ["partial_rotary_factor"]}}, "sizes.kv_latent is given, and such heads"),
+]
+
+
+@pytest.mark.parametrize(("changes", "match"), WRONG)
+def test_a_file_that_no_solver_knows_is_refused_when_it_is_loaded(changes: dict[str, Any], match: str) -> None:
+    own = {"name": "new", "title": "New", "extends": "minicpm3", "architectures": ["NewForCausalLM"], **changes}
+    with pytest.raises(ArchitectureError, match=f"family new: .*{match}"):
+        families_of({**{name: _files()[name] for name in ("llama", "minicpm3")}, "new": own})
+
+
+def test_heads_that_share_a_latent_have_keys_of_their_own() -> None:
+    config = copy.deepcopy(model_of("minicpm3").config)
+    config.num_key_value_heads = 2
+    with pytest.raises(ArchitectureError, match="6 query heads and 2 KV heads"):
+        resolve(config, model="m")

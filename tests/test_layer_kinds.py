@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from conftest import State, merge_config, merged, squared_distance
 from mergekit.common import ModelReference
 from models import save, word_tokenizer
-from more_models import family_for
+from more_models import family_for, more_model
 from streams import in_other_coordinates, stored
 from test_activations import prompts
 from test_more_families import perturbed_copy
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mergekit_symalign.alignment_file import AlignmentFile, Origin, save_alignment
 from mergekit_symalign.cli import main
-from mergekit_symalign.errors import AlignmentFileError, GeometryError, SymalignError
+from mergekit_symalign.errors import AlignmentFileError, ArchitectureError, GeometryError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.families.stream import residual_kind
@@ -164,11 +164,19 @@ def test_statistics_of_layers_that_differ(mixed: Twins, tmp_path: Path, method: 
     assert squared_distance(anchor, found) < squared_distance(anchor, sibling)
 
 
-def test_transport_is_refused(mixed: Twins, tmp_path: Path) -> None:
-    parameters = {"calibration": str(mixed.prompts)}
-    config = merge_config("ot_fusion", mixed.paths["anchor"], [mixed.paths["twin"]], parameters=parameters)
-    with pytest.raises(SymalignError, match="experts"):
-        merged(config, tmp_path)
+@pytest.mark.parametrize(("name", "reason"), [("glm4-moe", "has experts"), ("lfm2", "not one attention and one MLP")])
+def test_transport_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+    path = save(more_model(name), tmp_path / "m")
+    config = merge_config("ot_fusion", path, [save(more_model(name, 1), tmp_path / "n")])
+    with pytest.raises(ArchitectureError, match=reason):
+        merged(config, tmp_path / "out")
+
+
+def test_a_size_for_each_layer_is_refused() -> None:
+    config = more_model("hunyuan-moe").config
+    config.__dict__["num_experts"] = [4, 8]  # as old checkpoints have it
+    with pytest.raises(ArchitectureError, match=r"config.num_experts differs between layers: \[4, 8\]"):
+        resolve(config, model="m")
 
 
 def test_slices_of_layers_of_another_kind_are_refused(mixed: Twins, tmp_path: Path) -> None:
@@ -184,6 +192,25 @@ def test_slices_of_layers_of_another_kind_are_refused(mixed: Twins, tmp_path: Pa
     swapped = [{"sources": [{"model": m, "layer_range": [i, i + 1]} for m in (anchor, twin)]} for i in (1, 0)]
     with pytest.raises(GeometryError, match=r"of the output, by the config of .*, are layers of different kinds"):
         merged(config | {"slices": swapped}, tmp_path)
+
+
+def test_models_whose_layers_differ_are_refused(tmp_path: Path) -> None:
+    """In kinds of layers, or in biases that MergeKit's file does not list."""
+    for class_name, one, other, message in (
+        ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0]}, {"mlp_only_layers": [1]}, "of other kinds than those of"),
+        (
+            "LlamaForCausalLM",
+            {"attention_bias": True},
+            {"attention_bias": False},
+            "differ from the anchor .* in self_attn",
+        ),
+    ):
+        paths = [tmp_path / f"{class_name}{i}" for i in range(2)]
+        for path, settings in zip(paths, (one, other), strict=True):
+            save(small_model(class_name, family_for(class_name), settings), path)
+        for anchor, model in (paths, reversed(paths)):
+            with pytest.raises(GeometryError, match=message):
+                merged(merge_config("rotation_match", anchor, [model]), tmp_path / "out")
 
 
 def test_a_file_without_a_block_is_refused(mixed: Twins, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from mergekit_symalign.trial.checks import (
     missing_tensors,
     problems,
     stream_kinds,
+    tensors_without_effect,
     unclaimed_tensors,
 )
 from mergekit_symalign.trial.models import class_of, outputs, randomise, relative_deviation, small_model, with_weights
@@ -44,7 +45,8 @@ MERGED = [
     "apertus",
     "nemotron",
     "phimoe",
-    "glm4-moe",
+    "qwen3-next",
+    "granite4-h",
     "opt",
     "xlm-roberta",
     "gpt-oss",
@@ -63,6 +65,7 @@ MERGED += [
     "qwen3-vl",
     "glm4v",
 ]
+MERGED += ["siglip", "dinov2", "bart", "whisper", "t5"]
 
 
 @pytest.mark.parametrize("name", MORE)
@@ -150,21 +153,30 @@ def _picture(name: str) -> dict[str, torch.Tensor]:
         return {"input_ids": ids, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 2, 2]])} | {
             "mm_token_type_ids": kinds
         }
-    pixels = torch.randn((1, 3, 28, 28), generator=generator, dtype=torch.float64)
+    side = 56 if name == "mistral3-vl" else 28
+    pixels = torch.randn((1, 3, side, side), generator=generator, dtype=torch.float64)
+    if name == "mistral3-vl":
+        ids[0, 2:6] = 90
+        return {"input_ids": ids, "pixel_values": pixels, "image_sizes": torch.tensor([[side, side]])}
     if name == "gemma3-vl":
         return {"input_ids": ids, "pixel_values": pixels, "token_type_ids": (ids == 90).long()}
     return {"input_ids": ids, "pixel_values": pixels[None] if name == "smolvlm" else pixels}
 
 
-@pytest.mark.parametrize("name", ["gemma3-vl", "llava", "smolvlm", "qwen2.5-vl", "qwen3-vl", "glm4v"])
+PICTURES = ["gemma3-vl", "llava", "mistral3-vl", "internvl", "smolvlm", "qwen2.5-vl", "qwen3-vl", "glm4v"]
+
+
+@pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_seen_as_before(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """What the tower writes to the residual stream moves with it."""
+    """What the tower writes to the residual stream moves with it, and the blocks of the tower are blocks as others."""
     model, inputs = more_model(name), _picture(name)
     layout = resolve(model.config, model=name)
-    brighter = inputs | {"pixel_values": 1.5 * inputs["pixel_values"]}
-    assert relative_deviation(outputs(model, **inputs), outputs(model, **brighter)) > 1e-2
+    other = inputs | {"pixel_values": inputs["pixel_values"].roll(1, -1)}
+    assert relative_deviation(outputs(model, **inputs), outputs(model, **other)) > 1e-2
     monkeypatch.setattr(checks, "outputs", partial(outputs, **inputs))
+    assert set(layout.towers) == {"vision"}
     assert deviation_of_blocks(model, layout) < EXACT
+    assert tensors_without_effect(model, layout) == []
     for kind in stream_kinds(model, layout):
         assert deviation_of_stream(model, layout, kind) < EXACT, kind
 

@@ -14,6 +14,7 @@ from mergekit_symalign.errors import SymmetryError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.learning.elements import learned_block
+from mergekit_symalign.planting import random_elements
 from mergekit_symalign.symmetry.blocks import align_attention
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by
 from mergekit_symalign.symmetry.describe import describe_heads
@@ -47,13 +48,13 @@ def test_what_is_planted_keeps_the_function_and_is_admitted(name: str) -> None:
             require_symmetry(one, shape)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_planted_twin_comes_back(name: str, noise: float) -> None:
     shape = SHAPES[name]
     anchor = random_rows(shape, 0)
     sibling = noisy(anchor, noise)
-    for seed in range(3):
+    for seed in range(2):
         twin = moved(sibling, planted(shape, seed))
         found = solve_block(sides_of(anchor, twin), shape, Symmetries())
         require_symmetry(found.element, shape)
@@ -108,7 +109,7 @@ def _best_of_order(anchor: Rows, model: Rows, shape: HeadShape, order: tuple[int
     cost = sizes - 2 * saved
     for own, others in [((0, 1), (0, 1)), *(((i,), (j,)) for i, j in zip(range(2, 6), order, strict=True))]:
         (q_a, q_b), (k_a, k_b) = ((a[:, list(own)], b[:, list(others)]) for a, b in gains.values())
-        t = torch.linspace(-4, 4, 4001, dtype=torch.float64) if use.scaling else torch.zeros(1, dtype=torch.float64)
+        t = torch.linspace(-4, 4, 1001, dtype=torch.float64) if use.scaling else torch.zeros(1, dtype=torch.float64)
         options = []
         for sign in (1, -1) if signed and use.scaling else (1,):
             for _ in range(4):
@@ -117,7 +118,7 @@ def _best_of_order(anchor: Rows, model: Rows, shape: HeadShape, order: tuple[int
                 at = int(f.argmin())
                 t = torch.linspace(float(t[max(0, at - 1)]), float(t[min(len(t) - 1, at + 1)]), len(t), dtype=t.dtype)
             options.append(float(f.min()))
-            t = torch.linspace(-4, 4, 4001, dtype=torch.float64) if use.scaling else t
+            t = torch.linspace(-4, 4, 1001, dtype=torch.float64) if use.scaling else t
         cost += min(options)
     return cost
 
@@ -193,7 +194,12 @@ def test_the_report_counts_coordinates() -> None:
 
 @pytest.mark.parametrize("name", ["glm4-moe", "exaone4-hybrid", "minimax-m2"])
 def test_classes_with_such_coordinates(name: str) -> None:
+    """Their planted elements order them, so that what is checked of the classes elsewhere holds for orders too."""
     layout = resolve(more_model(name).config, model=name)
-    shapes = [layout.head_shape(i) for i in range(layout.layers)]
-    assert any(shape.reorders for shape in shapes)
-    assert all(len(layout.block(BlockKind.attention)) > 4 for _ in shapes)
+    elements = random_elements(layout, 1)
+    orders = {i: elements[i, BlockKind.attention].actions["query"].steps[0] for i in range(layout.layers)}
+    still = [i for i in range(layout.layers) if layout.head_shape(i).reorders]
+    assert still
+    for i in still:
+        order = orders[i].index.unflatten(0, (-1, layout.geometry.head_dim)) % layout.geometry.head_dim
+        assert not torch.equal(order, torch.arange(layout.geometry.head_dim).expand_as(order))

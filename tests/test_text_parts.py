@@ -66,7 +66,7 @@ class Pair:
         assert all(torch.equal(found[name], before[name]) for name in found.keys() - own)
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2.5-vl", "gemma3-vl"])
+@pytest.fixture(scope="module", params=["llava", "qwen2.5-vl"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(request.param, tmp_path_factory.mktemp("pair"))
 

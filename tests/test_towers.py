@@ -101,5 +101,5 @@ def test_towers_of_other_sizes_are_refused(twins: Twins, tmp_path: Path) -> None
     class_name, settings = MORE[NAME]
     wider = settings | {"vision_config": {"intermediate_size": 56}}
     small_model(class_name, family_for(class_name), wider).float().save_pretrained(tmp_path / "wider")
-    with pytest.raises(GeometryError, match=r"sizes of vision differ.*neurons 56 != 40"):
+    with pytest.raises(GeometryError, match=r"vision of model .*: its sizes differ.*neurons 56 != 40"):
         merged(merge_config("rotation_match", twins.paths[0], [tmp_path / "wider"]), tmp_path / "out")

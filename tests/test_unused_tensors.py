@@ -11,6 +11,7 @@ import torch
 from checkpoint_edits import edited, pickled
 from conftest import State, load, merge_config, merged
 from models import make_model, save
+from more_models import more_model
 
 from mergekit_symalign.graph.leftovers import shortened
 
@@ -80,3 +81,12 @@ def test_what_is_left_out_on_purpose_is_not_listed(
 def test_names_are_shortened() -> None:
     assert shortened(["a", "b"]) == "a, b"
     assert shortened(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+
+
+def test_layers_that_predict_further_tokens(tmp_path: Path) -> None:
+    """GLM-4.5's checkpoints end with such a layer; transformers drops it in silence, a merge names it."""
+    glm = save(more_model("glm4-moe"), tmp_path / "glm")
+    further = {"model.layers.46.eh_proj.weight": torch.ones(48, 96), "model.layers.46.mlp.gate.bias": torch.ones(4)}
+    other = edited(glm, tmp_path / "further", lambda state: state | further)
+    merged(merge_config("rotation_match", glm, [other]), tmp_path / "out")
+    assert _report(tmp_path / "out") == {str(other): sorted(further)}

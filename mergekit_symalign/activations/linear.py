@@ -152,6 +152,9 @@ class Rows:
         return x.index_select(0, self._at) if per_row and self._at is not None else x
 
     def _put_back(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        whole = out.new_zeros(self._shape.numel(), *out.shape[1:])
+        """Unchanged where rows are no tokens (convolutions), or each token is there once for each expert (Llama 4)."""
         assert self._at is not None
+        if len(out) != len(self._at):
+            return out
+        whole = out.new_zeros(self._shape.numel(), *out.shape[1:])
         return whole.index_copy(0, self._at, out)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from mergekit_symalign.errors import ArchitectureError
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import MlpKind, TensorSpec
 from mergekit_symalign.families.stream import is_gain
@@ -88,6 +89,20 @@ class Activations:
     normed: dict[str, Tensor] = field(default_factory=dict)
 
 
+def require_runs(layout: ModelLayout, model: str) -> None:
+    """
+    Raises:
+        ArchitectureError: if the layers of a model cannot be run one after another on prompts or images.
+    """
+    if not layout.family.runs:
+        raise ArchitectureError(
+            f"model {model}",
+            f"{layout.family.title} has several stacks of layers with inputs of their own, which cannot be run one "
+            "layer after another on prompts",
+            "Use objective: weights, and a method that needs no data",
+        )
+
+
 class LayerRunner:
     """One model without weights.
 
@@ -133,7 +148,7 @@ class LayerRunner:
             return self._returned(hidden)
 
         with _replaced(self.layers, recorder), suppress(_LastLayerReachedError):
-            functional_call(self.model, dict(weights), (), batch.inputs(), tie_weights=False)
+            functional_call(self.model, dict(weights), (), self.inputs(batch), tie_weights=False)
         slots = _Slots()
         structure = tuple(slots.emptied((args, kwargs)) for _, args, kwargs in calls)
         return Recorded(calls[0][0], tuple(map(_within_float32, slots.tensors)), structure)
@@ -185,7 +200,14 @@ class LayerRunner:
         """
         self.move_buffers(hidden.device)
         with _replaced(self.layers, lambda *_, **__: self._returned(hidden)):
-            return functional_call(self.model, dict(weights), (), batch.inputs())
+            return functional_call(self.model, dict(weights), (), self.inputs(batch))
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """A batch as this model wants it: where answers are chosen from, each prompt is the only one."""
+        found = batch.inputs()
+        if not type(self.model).__name__.endswith("ForMultipleChoice"):
+            return found
+        return {name: x.unsqueeze(1) if isinstance(x, Tensor) else x for name, x in found.items()}
 
     def gate_activation(self) -> Any:
         """The nonlinearity of the experts; None where they do more than multiply up by it (`gated`)."""

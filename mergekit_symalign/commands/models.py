@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor, nn
 
 from mergekit_symalign.activations.objectives import Objective, objective_of
-from mergekit_symalign.activations.runner import LayerRunner
+from mergekit_symalign.activations.runner import LayerRunner, require_runs
 from mergekit_symalign.commands.common import parsed
 from mergekit_symalign.errors import CheckpointError, GeometryError
 from mergekit_symalign.families.stream import head_name, heads_of
@@ -54,6 +54,7 @@ class StoredModel:
         reference = parsed(name)
         config = require_config(reference, trust_remote_code=options.trust_remote_code)
         layout = resolve_stored(config, reference)
+        require_runs(layout, name)
         require_openable([reference], options)
         checkpoint = Checkpoint.open(reference, config, layout)
         model = StoredModel(checkpoint, LayerRunner(config, layout, attention), options.device or "cpu")

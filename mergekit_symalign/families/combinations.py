@@ -59,6 +59,8 @@ def _of_attention(family: Family, axes: set[str]) -> Iterator[str]:
         yield "attention.positions is none, so no part of a head turns and no layer is without RoPE"
     if attention.head_bias is True and attention.positions is not Positions.none:
         yield "attention.head_bias is of every model, but attention.positions is not none"
+    if attention.unit_norm and (attention.norm is not GainScope.none or attention.positions is Positions.none):
+        yield "attention.unit_norm is behind RoPE and without gains, so attention.norm is none and positions is not"
     if attention.value_norm and "attended_gate" in axes:
         yield "attention.value_norm and the axis attended_gate together have no solver"
     has_gains = [axis for axis in _GAINS if axis in axes]
@@ -78,13 +80,18 @@ def _of_mlp(family: Family, axes: set[str]) -> Iterator[str]:
         yield f"no tensor of a layer has the axis {missing[0]}"
     if gated != ("gate" in axes):
         yield f"mlp is {family.mlp.value}, but {'no' if gated else 'a'} tensor of a layer has the axis gate"
-    if gated and family.activation is not None:
+    if family.gated_when is not None and not gated:
+        yield "gated_when says when the MLP is gated, but mlp is plain"
+    always = gated and family.gated_when is None
+    if always and family.activation is not None:
         yield f"activation is of a plain MLP, but mlp is {family.mlp.value}"
-    if gated and (restricted := [key for key in _ACTIVATIONS if family.variants.get(key)]):
+    if always and (restricted := [key for key in _ACTIVATIONS if family.variants.get(key)]):
         yield f"variants.{restricted[0]} is no reason to refuse a model: a gated MLP may have any activation"
     for kind, size in ((BlockKind.shared, family.sizes.shared), (BlockKind.dense, family.sizes.dense)):
         if bool(size) != bool(kind.names & axes):
             yield f"sizes.{kind.value} and the axes {kind.prefix}* belong together, and one of them is missing"
+    if cross := [axis for axis in BlockKind.cross.names - axes if BlockKind.cross.names & axes]:
+        yield f"no tensor of a layer has the axis {min(cross)}"
     if (family.sizes.experts is not None) != ("expert" in axes):
         yield "sizes.experts and the axis expert belong together, and one of them is missing"
 

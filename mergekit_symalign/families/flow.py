@@ -54,7 +54,10 @@ _READS = {  # a tensor of a task head: the hidden layers that it may read, where
     "vocab_projector": ("vocab_transform",),
     "decoder": ("head.dense",),
 }
-_EMBEDDINGS = ("embeddings", "embed_tokens", "embed_in", "wte", "wpe")  # one part of the name of all that is in front
+_EMBEDDINGS = (  # one part of the name of all that is in front
+    *("embeddings", "embed_tokens", "embed_in", "wte", "wpe"),
+    *("word_embeddings", "word_embeddings_layernorm", "relative_attention_bias"),
+)
 _PREDICTS_WORDS = ("decoder", "projector")
 _HEAD_NORMS = ("cls.predictions.transform.LayerNorm", "lm_head.layer_norm", "vocab_layer_norm", "head.norm")
 

@@ -65,7 +65,12 @@ _ROPE: Mapping[str, Mapping[str, Any]] = {
     | {"high_freq_factor": None},
     "proportional": {"factor": 1.0},
 }  # what each kind of RoPE reads beside theta, with transformers' defaults; of an unknown kind everything counts
-_ROPE_OF_ALL: Mapping[str, Any] = {"rope_type": "default", "rope_theta": None, "partial_rotary_factor": 1.0}
+_ROPE_OF_ALL: Mapping[str, Any] = {
+    "rope_type": "default",
+    "rope_theta": None,
+    "partial_rotary_factor": 1.0,
+    "llama_4_scaling_beta": None,  # how much queries grow with the position
+}
 _WINDOW = ("sliding_window", "use_sliding_window")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -202,7 +203,8 @@ def _apart(name: str, raw: Raw) -> Iterator[tuple[str, Raw]]:
 
 
 def _inherit(raw: Mapping[str, Raw], name: str) -> Raw:
-    """A family file over those it extends: mappings are merged, null removes an entry, all else is replaced.
+    """A family file over those it extends: mappings are merged, null removes an entry, or all that fit a pattern, and
+    all else is replaced.
 
     Of several that it extends, the first gives all that it has, the others what their own files say.
     """
@@ -219,7 +221,8 @@ def _inherit(raw: Mapping[str, Raw], name: str) -> Raw:
 
 
 def _overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> Raw:
-    merged = dict(base)
+    gone = [key for key, value in over.items() if value is None]
+    merged = {key: value for key, value in base.items() if not any(fnmatchcase(key, pattern) for pattern in gone)}
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "axes" not in value
         merged[key] = _overlaid(merged[key], value) if both else value

@@ -40,6 +40,8 @@ def _conditions(
         yield frozenset(lookup(config, where.among) or ())
     if where.but is not None:
         yield every - frozenset(lookup(config, where.but) or ())
+    if where.only is not None:
+        yield frozenset(where.only)
     first = lookup(config, where.first) or 0 if where.first is not None else 0
     yield frozenset(range(first, layers))
     if where.last is not None:

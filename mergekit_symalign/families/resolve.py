@@ -71,6 +71,7 @@ class Geometry:
             return lengths[axis]
         return {
             "query": self.query_heads * self.head_dim,
+            **dict.fromkeys(BlockKind.cross.names, self.query_heads * self.head_dim),
             "attended": self.query_heads * self.head_dim,
             "key": self.kv_heads * self.head_dim,
             "value": self.kv_heads * self.head_dim,
@@ -166,6 +167,7 @@ class ModelLayout:
         without_rope: layers that have none.
         norm: normalisation of queries and keys.
         locked: each head has a bias of positions of its own.
+        unit_norm: queries and keys are normalised without a gain, in layers with RoPE.
         neuron_scale: which factors the neurons have.
         activation: of a plain MLP, as the config names it; None where it decides nothing.
         absent: tensors that the family knows and this config does not have, by the rest of their name.
@@ -184,6 +186,7 @@ class ModelLayout:
     without_rope: frozenset[int] = frozenset()
     norm: GainScope = GainScope.none
     locked: bool = False
+    unit_norm: bool = False
     neuron_scale: NeuronScale = NeuronScale.signed
     activation: str | None = None
     absent: frozenset[str] = frozenset()
@@ -317,7 +320,12 @@ class ModelLayout:
     def block_shape(self, layer: Layer, kind: BlockKind) -> BlockShape:
         """The heads or neurons of a block."""
         of, index = self.stack(layer)
-        return of.mlp_shape(kind) if kind.is_mlp else of.head_shape(index)
+        return of.mlp_shape(kind) if kind.is_mlp else of.attention_shape(index, kind)
+
+    def attention_shape(self, layer: int, kind: BlockKind) -> AttentionShape:
+        """The heads of a block; those of a layer's own attention for a block that has none."""
+        g, cross = self.geometry, kind is BlockKind.cross
+        return HeadShape(g.query_heads, g.query_heads, g.head_dim, 0) if cross else self.head_shape(layer)
 
     def shape(self, spec: TensorSpec) -> tuple[int | None, ...]:
         """The shape a tensor must be stored in; None where any length is right."""
@@ -349,7 +357,8 @@ class ModelLayout:
         axes = {name for spec in self.inside.values() for axis in spec.axes for name in _names(axis)}
         sizes = (g.query_heads, g.kv_heads, g.head_dim, rotary)
         numbered, values = "query_head" in axes, self._values(axes)
-        return HeadShape(*sizes, self.interleaved, self.norm, numbered, self.locked or attention.heads_stay, values)
+        unit, locked = self.unit_norm and turning, self.locked or attention.heads_stay
+        return HeadShape(*sizes, self.interleaved, self.norm, numbered, locked, values, unit)
 
     def _values(self, axes: set[str]) -> HeadValues:
         if "attended_gate" in axes:
@@ -430,6 +439,8 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
     family = family or family_of(config, model)
     towers = _towers(config, family, model)
     config = text_config(config, family)
+    if family.gated_when is not None and not lookup(config, family.gated_when):
+        family = family.model_copy(update={"mlp": MlpKind.plain})
     for key, allowed in family.variants.items():
         wrong = [value for value in _values(config, key) if value not in allowed]
         if wrong:
@@ -456,9 +467,10 @@ def resolve(config: Any, *, model: str, family: Family | None = None) -> ModelLa
         interleaved=_interleaved(config, attention),
         without_rope=layers_where(flat, config, layers, family.layer_kinds) if flat else frozenset(),
         norm=attention.norm if normalised else GainScope.none,
-        locked=_is_locked(config, attention.head_bias),
+        locked=_is_set(config, attention.head_bias),
+        unit_norm=_is_set(config, attention.unit_norm),
         neuron_scale=_neuron_scale(config, family),
-        activation=lookup(config, family.activation) if family.activation is not None else None,
+        activation=_activation(config, family),
         absent=frozenset(family.layer) - inside.keys(),
         layer_kinds=kinds,
         towers=towers,
@@ -509,7 +521,18 @@ def _ropes(config: Any) -> list[Mapping[str, Any]]:
 
 
 def _present(config: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    return {name: spec for name, spec in tensors.items() if spec.when is None or lookup(config, spec.when)}
+    return {name: spec for name, spec in tensors.items() if _exists(config, spec)}
+
+
+def _exists(config: Any, spec: TensorSpec) -> bool:
+    wanted = spec.when is None or bool(lookup(config, spec.when))
+    return wanted and (spec.unless is None or not lookup(config, spec.unless))
+
+
+def _activation(config: Any, family: Family) -> str | None:
+    """Of a plain MLP."""
+    plain = family.mlp is MlpKind.plain and family.activation is not None
+    return lookup(config, family.activation) if plain and family.activation is not None else None
 
 
 def _has_neurons(geometry: Geometry, block: BlockKind | None) -> bool:
@@ -517,21 +540,23 @@ def _has_neurons(geometry: Geometry, block: BlockKind | None) -> bool:
     return block is None or not block.is_mlp or min(geometry.mlp(block)) > 0
 
 
-def _is_locked(config: Any, bias: bool | str) -> bool:
-    return bias if isinstance(bias, bool) else bool(lookup(config, bias))
+def _is_set(config: Any, key: bool | str) -> bool:
+    return key if isinstance(key, bool) else bool(lookup(config, key))
 
 
 def _neuron_scale(config: Any, family: Family) -> NeuronScale:
     if family.mlp is MlpKind.gated:
         return NeuronScale.signed
-    activation = lookup(config, family.activation) if family.activation is not None else None
-    return NeuronScale.positive if activation in _POSITIVELY_HOMOGENEOUS else NeuronScale.none
+    return NeuronScale.positive if _activation(config, family) in _POSITIVELY_HOMOGENEOUS else NeuronScale.none
 
 
 def _geometry(config: Any, family: Family, model: str) -> Geometry:
     """Sizes from the config, with transformers' own rules for those it may leave out."""
     keys = family.sizes.named()
     sizes: dict[str, Any] = {key: lookup(config, where) for key, where in keys.items() if key != "layers"}
+    for size, value in sizes.items():
+        if isinstance(value, (list, tuple)):
+            raise ArchitectureError(f"model {model}", f"config.{keys[size]} differs between layers: {value}", OTHERWISE)
     sizes = dict.fromkeys(f.name for f in fields(Geometry)) | sizes
     sizes["kv_heads"] = 1 if sizes.pop("one_kv_head", None) else sizes["kv_heads"] or sizes["query_heads"]
     sizes |= {key: sizes[key] or 0 for key in ("nope", "rope", "value", "kv_latent", "q_latent")}
@@ -567,9 +592,9 @@ def _adjusted(config: Any, rule: Adjusted | None, neurons: int) -> int:
     if rule is None or not lookup(config, rule.when):
         return neurons
     neurons = int(2 * neurons / 3)
-    if (factor := lookup(config, rule.times)) is None:
+    if (factor := 1 if rule.times is None else lookup(config, rule.times)) is None:
         return neurons
-    multiple: int = lookup(config, rule.multiple_of)
+    multiple: int = rule.multiple_of if isinstance(rule.multiple_of, int) else lookup(config, rule.multiple_of)
     return multiple * -(-int(factor * neurons) // multiple)
 
 

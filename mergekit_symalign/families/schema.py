@@ -38,6 +38,9 @@ the decoder is then the embedding. One that a classifier reads moves along, whic
 ``expert`` beside a neuron axis and ``head`` beside a gain are stored apart and belong together: the symmetry acts on
 experts × neurons, heads × coordinates.
 
+A decoder's layer may attend to what an encoder writes: ``cross.query``, ``cross.key``, ``cross.value`` and
+``cross.attended`` are the axes of that attention, which has no positions and as many KV heads as query heads.
+
 The axes from ``q_nope`` on are of multi-head latent attention, beside ``value`` and ``attended``.
 
 A layer may have further MLPs: an expert that every token passes (``shared.gate``, ``shared.up``, ``shared.down``), and
@@ -72,6 +75,10 @@ Axis = Literal[
     "dense.gate",
     "dense.up",
     "dense.down",
+    "cross.query",
+    "cross.key",
+    "cross.value",
+    "cross.attended",
     "head",
     "q_nope",
     "k_nope",
@@ -101,13 +108,14 @@ class BlockKind(str, Enum):
     """The blocks of a layer that have symmetries of their own."""
 
     attention = "attention"
+    cross = "cross"  # the attention to what an encoder writes
     mlp = "mlp"
     shared = "shared"  # an expert that every token passes, beside those that a router chooses
     dense = "dense"  # the MLP of layers without experts, in a model whose other layers have some
 
     @property
     def is_mlp(self) -> bool:
-        return self is not BlockKind.attention
+        return self not in (BlockKind.attention, BlockKind.cross)
 
     @property
     def prefix(self) -> str:
@@ -119,6 +127,8 @@ class BlockKind(str, Enum):
         """Its axes as the solvers know them, without the prefix."""
         if self is BlockKind.attention:
             return ATTENTION_AXES
+        if self is BlockKind.cross:
+            return frozenset(("query", "key", "value", "attended"))
         return MLP_AXES if self is BlockKind.mlp else MLP_AXES - {"expert"}
 
     @property
@@ -169,6 +179,7 @@ class TensorSpec(_Data):
         interleaved: a gate row and an up row by turns, neuron by neuron.
         fused_groups: how often the parts of a fused axis follow one another, each time with the next share of all.
         when: config key; the tensor exists only where that is true.
+        unless: config key; the tensor exists only where that is not true.
         optional: the tensor may be absent (tied embeddings).
         stored_as: names that checkpoints may have instead (inside a layer: by the rest of the name, or in full with
             ``{layer}``); with ``*``, for tensors that are stored in pieces and joined when they are loaded. They tell a
@@ -186,6 +197,7 @@ class TensorSpec(_Data):
     interleaved: bool = False
     fused_groups: int = 1
     when: Optional[str] = None
+    unless: Optional[str] = None
     optional: bool = False
     stored_as: tuple[str, ...] = ()
     offset: float = 0.0
@@ -202,17 +214,17 @@ class TensorSpec(_Data):
 
 
 class Adjusted(_Data):
-    """Neurons that are two thirds of what the config says, times a factor, in whole multiples (all config keys).
+    """Neurons that are two thirds of what the config says, times a factor, in whole multiples (config keys).
 
     Attributes:
         when: whether they are.
-        times: the factor; neither it nor multiples count where there is none.
-        multiple_of: the multiples.
+        times: the factor, 1 if not given; neither it nor multiples count where the config has none.
+        multiple_of: the multiples; a number stands for itself.
     """
 
     when: str
-    times: str
-    multiple_of: str
+    times: Optional[str] = None
+    multiple_of: Union[int, str]
 
 
 class SizeKeys(_Data):
@@ -257,6 +269,7 @@ class LayersWhere(_Data):
         key, value: a list in the config that has this value for the layer (one of these, if several).
         among: config key of a list of layers.
         but: config key of a list of layers that do not belong to them.
+        only: these layers.
         first: config key of the first of them.
         last: config key of the last of them.
         every: config key of n: each n-th layer, counted from ``first``, or from 1 without one.
@@ -270,6 +283,7 @@ class LayersWhere(_Data):
     value: Any = None
     among: Optional[str] = None
     but: Optional[str] = None
+    only: Optional[tuple[int, ...]] = None
     first: Optional[str] = None
     last: Optional[str] = None
     every: Optional[str] = None
@@ -293,6 +307,8 @@ class AttentionSpec(_Data):
         layers: those that have an attention, an entry of ``layer_kinds``; all if not given.
         head_bias: each head has a bias of its own for each distance (ALiBi, T5), so that heads stay where they are. A
             config key: only where that is true, and there in place of RoPE.
+        unit_norm: queries and keys are normalised over the head, behind RoPE and without a gain, in layers with RoPE. A
+            config key: only where that is true.
         heads_stay: heads stay where they are for another reason: a tensor outside the layers has a number for each.
         value_norm: values are normalised over the head (RMS, without a gain), so that they have no scale. Under a
             QK-norm, without a tensor that has the axis ``value``, they are what the key projection writes.
@@ -307,6 +323,7 @@ class AttentionSpec(_Data):
     norm_when: Optional[str] = None
     layers: Optional[str] = None
     head_bias: Union[bool, str] = False
+    unit_norm: Union[bool, str] = False
     heads_stay: bool = False
     value_norm: bool = False
 
@@ -317,11 +334,13 @@ class StreamSpec(_Data):
     Attributes:
         norm: of all norms on it.
         returned: the model returns the stream itself, behind its last norm.
+        shared: with another stack of layers, which has the same embeddings or reads what this one writes.
         computed_positions: positions are added to it that are calculated, not stored, so its coordinates are fixed.
     """
 
     norm: StreamNorm = StreamNorm.rms
     returned: bool = False
+    shared: bool = False
     computed_positions: bool = False
 
 
@@ -388,6 +407,7 @@ class Family(_Data):
         attention: what decides the admissible group of the heads.
         stream: what decides the admissible group of the residual stream.
         mlp: what a neuron is.
+        gated_when: config key; the MLP is gated only where that is true, and plain otherwise.
         activation: config key of a plain MLP's activation, which decides whether its neurons have a scale.
         variants: config key -> the values this family was checked for (None: the key is absent); any other is refused.
         tensors: outside the layers, by full name.
@@ -404,6 +424,7 @@ class Family(_Data):
         layer: inside a layer, by the rest of the name.
         layer_kinds: names for some of the layers, where not all have the same tensors.
         buffers: names that old checkpoints carry beside the weights, and that are never merged.
+        runs: whether its layers can be run one after another on prompts or images alone.
         layers_return_tuples: transformers' layers return their attention beside the hidden states.
         positions_after_padding: learned positions begin after the index of the padding token.
     """
@@ -415,6 +436,7 @@ class Family(_Data):
     attention: AttentionSpec
     stream: StreamSpec = StreamSpec()
     mlp: MlpKind = MlpKind.gated
+    gated_when: Optional[str] = None
     activation: Optional[str] = None
     variants: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     tensors: dict[str, TensorSpec]
@@ -430,6 +452,7 @@ class Family(_Data):
     stored_prefixes: dict[str, str] = Field(default_factory=dict)
     task_heads: dict[str, TensorSpec] = Field(default_factory=dict)
     buffers: tuple[str, ...] = ()
+    runs: bool = True
     layers_return_tuples: bool = False
     positions_after_padding: bool = False
 

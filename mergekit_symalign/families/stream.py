@@ -58,6 +58,8 @@ def residual_group(layout: ModelLayout, tied: bool) -> ResidualGroup:
         return ResidualGroup(None, None, *_RETURNED)
     if layout.family.stream.computed_positions:
         return ResidualGroup(None, None, *_COMPUTED)
+    if layout.family.stream.shared:
+        return ResidualGroup(None, None, *_SHARED)
     plain = layout.family.stream.norm is StreamNorm.rms
     permutation = ResidualKind.signed_permutation if plain else ResidualKind.permutation
     if (refused := _why_no_rotation(layout, tied=tied)) is not None:
@@ -205,10 +207,16 @@ _COMPUTED = (
     "positions are added to the residual stream that are calculated in fixed coordinates and stored nowhere",
     "Use residual: none",
 )
+_SHARED = (
+    "encoder and decoder share the coordinates of their residual streams",
+    "Use residual: none",
+)
 
 
 def _why_no_rotation(layout: ModelLayout, *, tied: bool) -> tuple[str, str] | None:
     """Reason and remedy; None where one is exact."""
+    if scaled := _scaled(layout.inside):
+        return f"it scales each coordinate of what a block adds ({scaled})", _PERMUTE
     if stays := _staying(layout.inside):
         return f"it normalises behind the block ({stays})", _PERMUTE
     if stays := _staying(layout.outside):
@@ -219,6 +227,12 @@ def _why_no_rotation(layout: ModelLayout, *, tied: bool) -> tuple[str, str] | No
     if not may_untie(layout):
         return reason, _PERMUTE
     return reason, f"{_PERMUTE}, or untie: true, which gives the merged model a head of its own"
+
+
+def _scaled(specs: Mapping[str, TensorSpec]) -> str | None:
+    """The first vector of the stream's length that is neither a bias nor a norm's gain."""
+    vectors = (name for name, spec in specs.items() if spec.axes == (STREAM,))
+    return next((name for name in vectors if not name.endswith((_WEIGHT, _BIAS))), None)
 
 
 def _staying(specs: Mapping[str, TensorSpec]) -> str | None:

@@ -19,7 +19,7 @@ from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.load import GatherAligned, LoadFinite
 from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.symmetry.element import TensorAxes
-from mergekit_symalign.symmetry.options import AttentionShape, MlpShape, Rotation, Symmetries, ValueOutput
+from mergekit_symalign.symmetry.options import AttentionShape, MlpShape, NeuronScale, Rotation, Symmetries, ValueOutput
 
 SYMMETRY_NAMES = tuple(f.name for f in fields(Symmetries))
 
@@ -72,6 +72,10 @@ class Block:
     @cached_property
     def symmetries(self) -> Symmetries:
         chosen = {name: self.agreed(name) for name in SYMMETRY_NAMES}
+        if self.in_tower:  # the parameters are chosen for the main stack: towers use what they admit
+            chosen["neuron_scaling"] &= self.layout.neuron_scale is not NeuronScale.none
+            full = chosen["rotation"] == Rotation.full.value
+            chosen["rotation"] = Rotation.exact if full and self.layout.has_qk_norm else chosen["rotation"]
         chosen["heads"] = chosen["heads"] is not False  # ot_fusion's own parameter of this name says ignore or respect
         kinds = {"rotation": Rotation(chosen["rotation"]), "value_output": ValueOutput(chosen["value_output"])}
         return Symmetries(**chosen | kinds)
@@ -105,7 +109,7 @@ class Block:
 
     def _head_shape(self, model: ModelReference) -> AttentionShape:
         layout, index = self.checkpoints[model].layout.stack(self.layer_of(model))
-        return layout.head_shape(index)
+        return layout.attention_shape(index, self.kind)
 
     def require_possible_values(self) -> None:
         """General matrices of values are found from weights, of one model at a time.

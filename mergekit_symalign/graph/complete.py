@@ -68,18 +68,19 @@ class _Completed(ModuleArchitecture):
 
 def _completed(listed: list[WeightInfo], prefix: str, layout: ModelLayout) -> Iterator[WeightInfo]:
     """What MergeKit lists of a layer, by the names that the model has, and after it what is missing."""
-    claims = {w.name: layout.claim(prefix + w.name) for w in listed}
-    found = {claim.part: (name, claim.layer) for name, claim in claims.items() if claim and claim.layer is not None}
+    placed = {w.name: layout.placed(prefix + w.name) for w in listed}
+    found = {of.claim.part: (name, of) for name, of in placed.items() if of and of.claim.layer is not None}
     if not found:
         yield from listed
         return
-    name, layer = next(iter(found.values()))
-    parts = layout.parts(layer)
-    start = name.removesuffix(next(iter(found)))
+    name, first = next(iter(found.values()))
+    stack, layer = first.layout, first.claim.layer
+    parts = stack.parts(layer or 0)
+    start = name.removesuffix(first.claim.part)
     for weight in listed:
-        claim = claims[weight.name]
-        if not _is_stored_otherwise(weight.name.removeprefix(start), layout):
-            yield weight if claim is None else _needed(weight, claim.part, parts)
+        of = placed[weight.name]
+        if not _is_stored_otherwise(weight.name.removeprefix(start), stack):
+            yield weight if of is None else _needed(weight, of.claim.part, parts)
     for part, spec in parts.items():
         if part not in found:
             yield WeightInfo(name=start + part, optional=spec.optional)

@@ -15,6 +15,7 @@ from mergekit_symalign.errors import ConfigError, GeometryError
 from mergekit_symalign.families.resolve import ModelLayout, text_config
 from mergekit_symalign.graph.complete import LayoutOf
 from mergekit_symalign.graph.config_groups import Group, groups_of
+from mergekit_symalign.graph.models import check_geometry
 from mergekit_symalign.graph.text_parts import NO_TEXTS, TextParts
 
 
@@ -81,16 +82,24 @@ def _check_ranges(group: Group, depths: Mapping[ModelReference, int]) -> None:
         )
 
 
-def check_kinds(config: MergeConfiguration, layout_of: LayoutOf, trust_remote_code: bool) -> None:
-    """Layers that a slice merges with each other, and the output's layer there, must have the same tensors.
+def check_kinds(
+    config: MergeConfiguration, layout_of: LayoutOf, trust_remote_code: bool, texts: TextParts = NO_TEXTS
+) -> None:
+    """Models must have the same tensors in their layers; so must layers that a slice merges, and the output's there.
+
+    MergeKit's plan takes for granted that their lists are of one length.
 
     Raises:
-        GeometryError: naming two layers of which one has tensors that the other has not.
+        GeometryError: naming two models or layers of which one has tensors that the other has not.
     """
 
     def config_of(model: ModelReference) -> Any:
         return model.config(trust_remote_code=trust_remote_code)
 
+    for group in groups_of(config):
+        first = group.all_models[0]
+        for model in group.all_models[1:] if texts.outer is None else ():
+            check_geometry(first, layout_of(config_of(first)), model, layout_of(config_of(model)))
     named: dict[str | None, list[Group]] = defaultdict(list)
     for group in groups_of(config):
         if group.from_slices and layout_of(config_of(group.sources[0].model)).layer_kinds:

@@ -42,7 +42,7 @@ def shortened(names: Sequence[str]) -> str:
 
 def _is_unread(checkpoint: Checkpoint, name: str, read: set[str], layers: frozenset[int]) -> bool:
     layer, place = _layer(checkpoint, name), checkpoint.names.place(name)
-    if _is_old_buffer(checkpoint, name) or _is_in_no_slice(checkpoint, layer, layers):
+    if _is_old_buffer(checkpoint, name, layer) or _is_in_no_slice(checkpoint, layer, layers):
         return False
     if place is None and layer not in layers:
         return True
@@ -58,9 +58,14 @@ def _layer(checkpoint: Checkpoint, name: str) -> int | None:
     return next((layer for layer in map(checkpoint.layout.layer_of, possible) if layer is not None), None)
 
 
-def _is_old_buffer(checkpoint: Checkpoint, name: str) -> bool:
+def _is_old_buffer(checkpoint: Checkpoint, name: str, layer: int | None) -> bool:
+    """Whether nobody misses it; transformers passes over weights in silence, too (of layers that predict further
+    tokens), and these are missed elsewhere."""
     possible = (name, checkpoint.names.prefixed(name))
-    return any(map(checkpoint.layout.is_buffer, possible)) or checkpoint.names.is_left_behind(name)
+    if any(map(checkpoint.layout.is_buffer, possible)):
+        return True
+    beyond = layer is not None and layer >= checkpoint.layout.layers
+    return checkpoint.names.is_left_behind(name) and not (beyond or name.endswith(".weight"))
 
 
 def _is_in_no_slice(checkpoint: Checkpoint, layer: int | None, merged: frozenset[int]) -> bool:

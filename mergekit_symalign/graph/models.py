@@ -105,7 +105,8 @@ class Models:
             for model, info in gather_of(task).weight_info.items():
                 used[model][info.name] = info
         for anchor, model in dict.fromkeys((anchor_of(task), m) for _, task in planned for m in task.model_order):
-            _check_geometry(self.checkpoints[anchor], self.checkpoints[model])
+            alone = self.checkpoints[model].own_layout is not None
+            check_geometry(anchor, self.layout(anchor), model, self.layout(model), towers=not alone)
         unread = {model: self.checkpoints[model].check(infos.values()) for model, infos in used.items()}
         for weight, task in planned:
             self._check_vocabulary(weight, task)
@@ -159,7 +160,7 @@ def check_possible(use: Symmetries, kind: BlockKind, layout: ModelLayout) -> Non
     if kind.is_mlp and use.neuron_scaling and layout.neuron_scale is NeuronScale.none:
         raise ConfigError(
             "parameter neuron_scaling",
-            f"{layout.family.title} has {_KEEPS_SCALE[layout.family.mlp]}, and a scale would change the function",
+            f"{layout.family.title} {_KEEPS_SCALE[layout.family.mlp]}, and a scale would change the function",
             "Leave neuron_scaling out",
         )
 
@@ -170,8 +171,8 @@ _STANDS_BETWEEN = {
     HeadValues.gated: "a gate multiplies each coordinate of its attended values",
 }
 _KEEPS_SCALE = {
-    MlpKind.plain: "a plain MLP: its activation stands between the two projections",
-    MlpKind.clamped: "a gated MLP that clamps its up projection",
+    MlpKind.plain: "has a plain MLP: its activation stands between the two projections",
+    MlpKind.clamped: "has a gated MLP that clamps its up projection",
 }
 
 
@@ -195,54 +196,61 @@ def check_same_neurons(block: Block, checkpoints: Mapping[ModelReference, Checkp
             )
 
 
-def _check_geometry(anchor: Checkpoint, other: Checkpoint) -> None:
-    """A model must be of the anchor's family, and have the same tensors in its layers, of the same sizes."""
-    ours, theirs = other.layout, anchor.layout
+def check_geometry(
+    anchor: ModelReference, theirs: ModelLayout, model: ModelReference, ours: ModelLayout, *, towers: bool = True
+) -> None:
+    """A model must be of the anchor's family, and have the same tensors in its layers, of the same sizes.
+
+    Args:
+        anchor, theirs: the anchor and its layout.
+        model, ours: the other model.
+        towers: whether both have the same towers; a text model has none of those around it.
+
+    Raises:
+        GeometryError: if it differs.
+    """
     if ours.family.name != theirs.family.name:
         raise GeometryError(
-            f"model {other.model}",
-            f"it is of family {ours.family.name}, but the anchor {anchor.model} is of family {theirs.family.name}",
+            f"model {model}",
+            f"it is of family {ours.family.name}, but the anchor {anchor} is of family {theirs.family.name}",
             "Merge models of one architecture",
         )
-    if other.own_layout is None:  # a text model has none of the towers around it
-        _check_same_towers(anchor, other)
-    _check_same_layers(other.model, anchor.model, "", ours, theirs)
+    if towers:
+        _check_same_towers(anchor, theirs, model, ours)
+    _check_same_layers(f"model {model}", anchor, ours, theirs)
 
 
-def _check_same_towers(anchor: Checkpoint, other: Checkpoint) -> None:
-    ours, theirs = other.layout, anchor.layout
+def _check_same_towers(anchor: ModelReference, theirs: ModelLayout, model: ModelReference, ours: ModelLayout) -> None:
     towers = [{name: of.family.name for name, of in one.towers.items()} for one in (ours, theirs)]
     if towers[0] != towers[1]:
         mine, its = (", ".join(f"{name} {of}" for name, of in one.items()) or "none" for one in towers)
         raise GeometryError(
-            f"model {other.model}",
-            f"its known towers differ from the anchor {anchor.model}: {mine} and {its}",
+            f"model {model}",
+            f"its known towers differ from the anchor {anchor}: {mine} and {its}",
             "Merge models with the same kind of tower",
         )
     for name, tower in ours.towers.items():
-        _check_same_layers(other.model, anchor.model, f" of {name}", tower, theirs.towers[name])
+        _check_same_layers(f"{name} of model {model}", anchor, tower, theirs.towers[name])
 
 
-def _check_same_layers(
-    model: ModelReference, anchor: ModelReference, stack: str, ours: ModelLayout, theirs: ModelLayout
-) -> None:
+def _check_same_layers(where: str, anchor: ModelReference, ours: ModelLayout, theirs: ModelLayout) -> None:
     """The same of one stack of layers."""
     if surplus := ours.inside.keys() ^ theirs.inside.keys():
         raise GeometryError(
-            f"model {model}",
-            f"its layers{stack} differ from the anchor {anchor} in {', '.join(sorted(surplus))}",
+            where,
+            f"its layers differ from the anchor {anchor} in {', '.join(sorted(surplus))}",
             "Merge models whose configs agree on biases and norms",
         )
     if ours.layers == theirs.layers and ours.layer_kinds != theirs.layer_kinds:
         raise GeometryError(
-            f"model {model}",
-            f"its layers{stack} are of other kinds than those of the anchor {anchor}",
+            where,
+            f"its layers are of other kinds than those of the anchor {anchor}",
             "Merge models whose configs have the same kinds of layers in the same order",
         )
     if differences := ours.geometry.differences(theirs.geometry):
         raise GeometryError(
-            f"model {model}",
-            f"its sizes{stack} differ from the anchor {anchor}: {', '.join(differences)}",
+            where,
+            f"its sizes differ from the anchor {anchor}: {', '.join(differences)}",
             "Merge models of the same shape",
         )
 

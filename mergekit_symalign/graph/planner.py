@@ -21,6 +21,7 @@ from mergekit_symalign.graph.fresh import forget_architectures
 from mergekit_symalign.graph.layer_checks import check_kinds, check_layers
 from mergekit_symalign.graph.opening import require_openable
 from mergekit_symalign.graph.planning import AlignedPlan
+from mergekit_symalign.graph.prefixes import with_dots
 from mergekit_symalign.graph.text_parts import in_slices, outer_alone, require_mergeable, text_parts
 from mergekit_symalign.graph.untie import UNTIE
 
@@ -60,8 +61,8 @@ def plan_aligned(planner: Any, original: Any) -> None:
     require_mergeable(texts, method)
     check_layers(planner.config, planner.arch_info, trust, texts)
     layout_of = layouts()
-    check_kinds(planner.config, layout_of, trust)
-    planner.arch_info = completed(planner.arch_info, layout_of)
+    check_kinds(planner.config, layout_of, trust, texts)
+    planner.arch_info = completed(with_dots(planner.arch_info), layout_of)
     plan = AlignedPlan(planner.config, planner.options, method, listed, texts)
     planner.arch_info = plan.with_heads(planner.arch_info)
     planner.config = planner.config.model_copy(deep=True)

@@ -20,6 +20,7 @@ from mergekit.merge_methods.base import ParameterScope
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
+from mergekit_symalign.activations.runner import require_runs
 from mergekit_symalign.errors import ConfigError, ParameterError
 from mergekit_symalign.families.flow import is_front
 from mergekit_symalign.families.schema import BlockKind
@@ -128,6 +129,9 @@ class AlignedPlan:
     def rewrite(self, planned: list[Planned]) -> list[tuple[WeightInfo, Task]]:
         """Check everything that headers can tell, then give every block's tensors to their aligned tasks."""
         self._models.open(m for _, task in planned for m in gather_of(task).weight_info)
+        if isinstance(self.method.inner, DataMethod) or _by_activations(planned, aligns=self.method.aligns):
+            for model, checkpoint in self._models.checkpoints.items():
+                require_runs(checkpoint.layout, str(model))
         planned = [self._of_those_that_have_it(one) for one in planned]
         planned = [(weight, task) for weight, task in planned if not self._models.is_superfluous(task)]
         self._unread = self._models.check(planned)
@@ -167,7 +171,7 @@ class AlignedPlan:
 
     def _aligned(self, planned: list[Planned]) -> tuple[list[Planned], Applied]:
         """The tensors in the order of their layers if models run, and the aligned task of each tensor and model."""
-        streamed = any(task.parameters["objective"] == "activations" for _, task in planned)
+        streamed = _by_activations(planned, aligns=True)
         planned = in_order(planned) if streamed else planned
         blocks = self._blocks(planned)
         for block in blocks:
@@ -319,3 +323,8 @@ class AlignedPlan:
 
     def _takes_part(self, model: ModelReference, task: ExecuteMergeMethodTask) -> bool:
         return self.method.anchor_is_base or model != task.base_model or model in self.listed
+
+
+def _by_activations(planned: list[Planned], *, aligns: bool) -> bool:
+    """Whether any block is to be matched by what models do on prompts or images."""
+    return aligns and any(task.parameters["objective"] == "activations" for _, task in planned)

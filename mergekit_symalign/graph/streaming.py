@@ -21,6 +21,7 @@ from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.defaults import DEFAULT_PROMPTS
 from mergekit_symalign.activations.images import ImageCalibration, calibrate_images
 from mergekit_symalign.errors import CalibrationError, ConfigError, ParameterError
+from mergekit_symalign.families.flow import is_front
 from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, config_digest, reads_images, seen_axes
@@ -181,8 +182,11 @@ class _Loads:
             in_front = in_front and at is not None and at.layer is None
             loads: dict[ModelReference, Task] = {**GatherAligned(**dict(gather)).loads()}
             for model, load in {**loads, **aligned.get(weight.name, {})}.items():
-                claim = checkpoints[model].layout.claim(gather.weight_info[model].name)
-                if claim is None or (claim.layer is None and not (in_front or claim.spec.in_front)):
+                layout, name = checkpoints[model].layout, gather.weight_info[model].name
+                claim = layout.claim(name)
+                if claim is None or layout.is_around_text(name):
+                    continue
+                if claim.layer is None and not (in_front or is_front(claim.part, claim.spec)):
                     continue
                 layer = _OUTSIDE if claim.layer is None else claim.layer
                 part = checkpoints[model].own_name(claim.part) if claim.layer is None else claim.part

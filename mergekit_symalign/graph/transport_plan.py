@@ -17,11 +17,13 @@ from mergekit.graph import Task
 from mergekit_symalign.errors import ArchitectureError, ConfigError, GeometryError, ParameterError
 from mergekit_symalign.families.flow import Place, is_front, is_parallel, layer_places, outside_axes, outside_place
 from mergekit_symalign.families.resolve import Claim, ModelLayout, lookup
+from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.fusion.flow import Heads, Policy, Residual
 from mergekit_symalign.graph.activations import Part
 from mergekit_symalign.graph.ready import Context, DataPlan, Ready
 from mergekit_symalign.graph.transport import About, TransportEnd, TransportFront, TransportLayer, TransportStep
 from mergekit_symalign.graph.transport_run import FRONT, Run, plan_run
+from mergekit_symalign.symmetry.options import HeadShape
 
 LOG = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ class _Plan:
         """Everything that can be told before any tensor is read."""
         for model in self.models:
             _require_dense(self.context.checkpoints[model].layout, model)
+            if self._shared("heads") == Heads.ignore.value:
+                _require_plain_heads(self.context.checkpoints[model].layout, model)
         for one in self.context.tensors:
             self._require_whole(one)
             if sum(self._weights(one)) <= 0:
@@ -227,6 +231,25 @@ def _require_dense(layout: ModelLayout, model: ModelReference) -> None:
             f"model {model}",
             f"{layout.family.title} has experts, and optimal transport fusion knows no routers",
             "Use regmean, fisher or an aligned method for mixtures of experts",
+        )
+    usual = {(BlockKind.attention, BlockKind.mlp)}
+    if {layout.kinds(layer) for layer in range(layout.layers)} != usual or layout.layer_kinds:
+        raise ArchitectureError(
+            f"model {model}",
+            f"{layout.family.title} has layers that are not one attention and one MLP, and optimal transport fusion "
+            "knows no others",
+            "Use regmean, fisher or an aligned method for this architecture",
+        )
+
+
+def _require_plain_heads(layout: ModelLayout, model: ModelReference) -> None:
+    """Queries, keys and values mixed over their full width leave behind what belongs to one head or coordinate."""
+    shape = layout.head_shape(0)
+    if isinstance(shape, HeadShape) and (shape.numbered or shape.locked or shape.gated or shape.of_keys):
+        raise ArchitectureError(
+            f"model {model}",
+            "its heads have sinks, gates or position biases of their own, which mixing them loses",
+            "Use heads: respect",
         )
 
 

@@ -49,6 +49,7 @@ from mergekit_symalign.symmetry.residual.kinds import GAIN, STREAM, ResidualKind
 from mergekit_symalign.symmetry.solve import without_identities
 
 Numbers = Mapping[str, Tensor]
+_SCALES = ("scale", "plane_scale")  # of queries and keys
 _QUERIES = ("query", "attended", GATE, "query_gain", NUMBERS)  # axes that have every query head
 
 
@@ -175,8 +176,9 @@ class LearnedHeads(Learned):
         if orders and use.heads and not shape.locked:
             sizes = {"kv_scores": (1, shape.kv_heads), "query_scores": (shape.kv_heads, shape.queries_per_kv)}
             numbers |= {name: first_scores(*size) for name, size in sizes.items() if size[1] > 1}
-        scales = use if shape.values is not HeadValues.normed else replace(use, scaling=False)
-        found = {name: _manifold(name, scales if name == "value_scale" else use, general=general) for name in numbers}
+        lost = (*(("value_scale",) if shape.values is HeadValues.normed else ()), *(_SCALES if shape.unit else ()))
+        bare = replace(use, scaling=False)
+        found = {name: _manifold(name, bare if name in lost else use, general=general) for name in numbers}
         manifolds = {name: manifold for name, manifold in found.items() if manifold is not None}
         return LearnedHeads(shape, general, BlockElement(fixed), numbers, manifolds)
 

@@ -46,6 +46,7 @@ def admitted(axis: str, shape: BlockShape, *, full: bool = False) -> Admitted:
     size = (shape.heads(axis) * shape.head_dim,)
     if axis == NUMBERS:
         return {Permutation.kind: ((shape.query_heads,),)} if shape.numbered else {}
+    order: Admitted = {Permutation.kind: (size,)}
     if axis in GAIN_AXES:
         return _admitted_gains(axis, shape)
     if axis == GATE:
@@ -53,9 +54,9 @@ def admitted(axis: str, shape: BlockShape, *, full: bool = False) -> Admitted:
     if axis == "value" and shape.of_keys:
         return {}
     if axis in ("value", "attended"):
-        return {Permutation.kind: (size,), **_admitted_values(shape.heads(axis), shape)}
+        return {**order, **_admitted_values(shape.heads(axis), shape)}
     if axis in ("query", "key"):
-        return {Permutation.kind: (size,), **_admitted_turns(shape.heads(axis), shape, full=full)}
+        return {**order, **_admitted_turns(shape.heads(axis), shape, full=full)}
     return {}
 
 

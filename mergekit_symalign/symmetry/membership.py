@@ -125,6 +125,9 @@ def _check_heads(actions: Mapping[str, AxisAction], shape: HeadShape, largest: M
     if shape.values is HeadValues.normed:
         turned = heads["value"].matrix
         require(is_identity(turned.mT @ turned), "value", "values are normalised, and a scale would be lost")
+    if shape.unit:
+        turned = heads["key"].matrix
+        require(is_identity(turned.mT @ turned), "key", "keys are normalised, and a scale would be lost")
     require(bool((orders["key"] == orders["value"]).all()), "key", "its heads are not in the order of the value heads")
     same = bool((orders["query"] == orders["attended"]).all())
     require(same, "attended", "its heads are not in the order of the queries")

@@ -166,6 +166,7 @@ class HeadShape:
         numbered: query heads have numbers of their own (attention sinks), which move with them.
         locked: heads stay where they are: each has a bias of positions of its own (ALiBi, T5).
         values: what stands between values and the output projection.
+        unit: queries and keys are normalised over the head behind RoPE, without a gain: they turn, without factors.
     """
 
     query_heads: int
@@ -177,6 +178,7 @@ class HeadShape:
     numbered: bool = False
     locked: bool = False
     values: HeadValues = HeadValues.free
+    unit: bool = False
 
     @property
     def gated(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -71,14 +72,27 @@ def deviation_of_blocks(model: PreTrainedModel, layout: ModelLayout, seed: int =
 def tensors_without_effect(model: PreTrainedModel, layout: ModelLayout) -> list[str]:
     """Tensors of blocks that may stay behind when the rest of their block is moved: they are not of the block."""
     before, state = outputs(model), model.state_dict()
-    twin = transform(state, layout, random_elements(layout, 1))
+    twin = with_weights(model, transform(state, layout, random_elements(layout, 1)))
     unseen = {tower for tower, of in layout.towers.items() if not _is_seen(model, of, before)}
     found = []
     for name in _first_of_each_block(state, layout, unseen):
-        after = outputs(with_weights(model, twin | {name: state[name]}))
+        with _replaced(twin, name, state[name]):
+            after = outputs(twin)
         if relative_deviation(before, after) < SHOWS:
             found.append(f"{name} has no effect on the outputs when it stays behind")
     return found
+
+
+@contextmanager
+def _replaced(model: PreTrainedModel, name: str, x: Tensor) -> Iterator[None]:
+    """A model with other numbers in one tensor, for a while."""
+    stored = model.state_dict()[name]
+    kept = stored.clone()
+    stored.copy_(x)
+    try:
+        yield
+    finally:
+        stored.copy_(kept)
 
 
 def _is_seen(model: PreTrainedModel, tower: ModelLayout, before: Tensor) -> bool:
@@ -130,8 +144,9 @@ def _stored(model: PreTrainedModel) -> State:
 
 def _is_ignored(layout: ModelLayout, part: str) -> bool:
     """Without positions a bias of the keys adds the same to all scores of a query: softmax does not see it."""
-    nowhere = layout.family.attention.positions is Positions.none or layout.without_rope >= set(range(layout.layers))
-    return layout.inside[part].axes == ("key",) and nowhere
+    axes, positions = layout.inside[part].axes, layout.family.attention.positions
+    nowhere = positions is Positions.none or layout.without_rope >= set(range(layout.layers))
+    return axes == ("cross.key",) or (axes == ("key",) and nowhere)
 
 
 def _fits(shape: tuple[int | None, ...], x: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from mergekit_symalign.errors import ConfigError
+from mergekit_symalign.families.known import families
 from mergekit_symalign.families.schema import Family
 
 _SIZES = {"layers": 2, "hidden": 48, "query_heads": 6, "kv_heads": 2, "head_dim": 8, "neurons": 80, "experts": 4}
@@ -25,9 +26,11 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_i
 _TEXT = {"vocab_size": 97, "max_position_embeddings": 128, "num_experts_per_tok": 2, "num_labels": 2} | _TOKENS
 _TEXT |= {"topk_group": 1}
 _VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-_VISION |= {"image_size": 28, "patch_size": 14, "depth": 4, "num_heads": 4, "num_position_embeddings": 16}
+_PICTURES = {"image_size": 28, "patch_size": 14, "num_patches": 4}
+_VISION |= _PICTURES | {"depth": 4, "num_heads": 4, "num_position_embeddings": 16}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}  # of the 4 planes of a head
 _INTO_TEXT = ("out_hidden_size", "projection_dim")  # widths of what a tower writes to the residual stream
+_DECODE_THEIR_INPUT = ("ForSequenceClassification", "ForQuestionAnswering")
 
 
 class EverythingInFloat64(TorchFunctionMode):
@@ -92,7 +95,10 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     kept, buffers = model.state_dict().keys(), model.named_buffers()
     biases = ((name, x) for name, x in buffers if name in kept and name.endswith("bias") and x.is_floating_point())
+    fixed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # sinusoids that checkpoints do not have
     for name, x in (*model.named_parameters(), *biases):
+        if name in fixed:
+            continue
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         if x.ndim >= 2 and "norm" not in name:
             x.copy_(noise * 1.5 / x.shape[-1] ** 0.5)
@@ -103,24 +109,56 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 @torch.no_grad()
 def outputs(model: PreTrainedModel, seed: int = 0, **more: Tensor) -> Tensor:
-    """What a model in float64 computes of random tokens (images, where it knows no tokens).
+    """What a model in float64 computes of random tokens (images or sounds, where it knows no tokens).
 
     Args:
         model: in float64.
         seed: of the inputs.
         more: inputs beside the tokens; ``input_ids`` among them replaces those.
     """
-    generator = torch.Generator().manual_seed(seed)
-    config = model.config.get_text_config()
-    if model.main_input_name == "pixel_values":
-        size = (3, config.num_channels, config.image_size, config.image_size)
-        inputs = {"pixel_values": torch.randn(size, generator=generator, dtype=torch.float64)}
-    else:
-        shape = (3, 2, 24) if type(model).__name__.endswith("MultipleChoice") else (3, 24)
-        inputs = {"input_ids": torch.randint(3, min(config.vocab_size, 80), shape, generator=generator)}
+    inputs = _inputs(model, torch.Generator().manual_seed(seed))
     with EverythingInFloat64():
         found: Tensor = model(**inputs | more)[0]
     return found
+
+
+def _inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
+    config = model.config.get_text_config()
+    if model.main_input_name == "pixel_values":
+        return _pictures(getattr(model.config, "vision_config", model.config), generator)
+    if model.main_input_name == "input_features":
+        size = (3, config.num_mel_bins, 2 * config.max_source_positions)
+        sounds = {"input_features": torch.randn(size, generator=generator, dtype=torch.float64)}
+        return sounds | (_decoded(config, generator) if hasattr(model, "get_decoder") else {})
+    shape = (3, 2, 24) if type(model).__name__.endswith("MultipleChoice") else (3, 24)
+    ids = torch.randint(3, min(config.vocab_size, 80), shape, generator=generator)
+    if not config.is_encoder_decoder:
+        both = hasattr(model, "logit_scale") and hasattr(model.config, "vision_config")  # compares texts with pictures
+        return {"input_ids": ids} | (_pictures(model.config.vision_config, generator) if both else {})
+    ids[:, -1] = config.eos_token_id  # classifiers look for it
+    decodes = "Encoder" not in type(model).__name__ and not type(model).__name__.endswith(_DECODE_THEIR_INPUT)
+    return {"input_ids": ids} | (_decoded(config, generator) if decodes else {})
+
+
+def _decoded(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """Tokens for a decoder."""
+    ids = torch.randint(3, min(config.vocab_size, 80), (3, 20), generator=generator)
+    ids[:, -1] = config.eos_token_id
+    return {"decoder_input_ids": ids}
+
+
+def _pictures(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """Square ones; as patches, and how many there are of them, where a model takes pictures of any shape."""
+    if not hasattr(config, "image_size"):
+        patches = (3, config.num_patches, config.num_channels * config.patch_size**2)
+        side = int(config.num_patches**0.5)
+        return {
+            "pixel_values": torch.randn(patches, generator=generator, dtype=torch.float64),
+            "pixel_attention_mask": torch.ones(patches[:2], dtype=torch.int64),
+            "spatial_shapes": torch.full((3, 2), side),
+        }
+    size = (3, config.num_channels, config.image_size, config.image_size)
+    return {"pixel_values": torch.randn(size, generator=generator, dtype=torch.float64)}
 
 
 def with_weights(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -140,9 +178,9 @@ def _small_config(model_type: Any, family: Family) -> dict[str, Any]:
     sizes = {key: where for key, where in family.sizes.named().items() if key in _SIZES}
     alike = {"kv_heads": _SIZES["query_heads"]} if family.sizes.kv_latent else {}
     text: dict[str, Any] = {where: (_SIZES | alike)[key] for key, where in sizes.items()} | _TEXT
-    if not family.config:
-        return text
     whole = model_type.config_class()
+    if not family.config:
+        return text | _small_pictures(whole) | _sizes_of_towers(family)
     if "mrope_section" in inspect.getsource(sys.modules[model_type.__module__]):
         text["rope_parameters"] = _MROPE
     vision = getattr(whole, "vision_config", None)
@@ -151,4 +189,17 @@ def _small_config(model_type: Any, family: Family) -> dict[str, Any]:
     written = dict.fromkeys(_INTO_TEXT, _SIZES["hidden"])
     small = {key: value for key, value in (_VISION | written).items() if key in known}
     around = {key: value for key, value in written.items() if hasattr(whole, key)}
-    return own | around | {"vision_config": {"model_type": getattr(vision, "model_type", None)} | small}
+    pictures = {key: x for key, x in _PICTURES.items() if key in known} if family.config == "vision_config" else small
+    kind = {"model_type": getattr(vision, "model_type", None)}
+    return own | around | {"vision_config": kind | own.get("vision_config", {}) | pictures}
+
+
+def _small_pictures(config: Any) -> dict[str, Any]:
+    """Of a model that looks at pictures alone."""
+    return {key: value for key, value in _PICTURES.items() if key in vars(config)}
+
+
+def _sizes_of_towers(family: Family) -> dict[str, Any]:
+    """Of the other stacks of layers that the same config describes."""
+    others = [families()[tower.family].sizes for tower in family.towers.values() if tower.family and not tower.config]
+    return {where: _SIZES[key] for sizes in others for key, where in sizes.named().items() if key in _SIZES}

@@ -15,6 +15,7 @@ from typing import Any
 
 import mergekit.merge  # noqa: F401  # before our modules, as the autoload expects
 from models import logits, make_model, relative_deviation, with_weights
+from more_models import MORE, more_model
 from safetensors import safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
@@ -33,8 +34,10 @@ from mergekit_symalign.graph.merge_report import by_model
 from mergekit_symalign.planting import Planted, random_elements, transform
 from mergekit_symalign.symmetry.solve import without_identities
 
-# Grouped heads, each kind of QK-norm, plain MLPs, experts, layers without positions, both layouts of planes
+# Grouped heads, each kind of QK-norm, plain MLPs, experts, layers without positions, both layouts of planes, layers
+# that differ, heads that admit less
 FAMILIES = ("llama", "qwen3", "olmo2", "cohere-qk-norm", "gpt2", "mixtral", "cohere2", "phi4-mini", "glm4")
+FAMILIES += ("glm4-moe", "qwen3-next", "llama4")
 WHAT = (Planted(neuron_scaling=True), Planted(heads=False, neuron_scaling=True), Planted(rotation=False, scaling=False))
 
 Content = dict[str, Any]
@@ -55,7 +58,7 @@ class Case:
 
 @cache
 def case(family: str, which: int) -> Case:
-    model = make_model(family, 0)
+    model = more_model(family) if family in MORE else make_model(family, 0)
     layout = resolve(model.config, model=family)
     elements = {at: without_identities(g) for at, g in random_elements(layout, which, WHAT[which]).items()}
     named = {block_name(layer, kind.value): element for (layer, kind), element in elements.items()}

@@ -301,7 +301,7 @@ class HeadCovariances:
     @cached_property
     def lower_bounds(self) -> Tensor:
         """Lower bounds of the pairs' costs [KV heads, KV heads]."""
-        scale = self.use.scaling and not self.shape.qk_norm
+        scale = self.use.scaling and not (self.shape.qk_norm or self.shape.unit)
         norms = {axis: (self._of_groups(c.anchor), self._of_groups(c.model)) for axis, c in self.covariances.items()}
         value, key = (self.all_pairs(axis) for axis in ("value", "key"))
         turning = self.shape.turning(self.use.rotation)

@@ -119,7 +119,7 @@ class HeadRows:
     def lower_bounds(self) -> Tensor:
         """Lower bounds of the pairs' costs, from the products of all KV heads [KV heads, KV heads]."""
         value = None if self.shape.gated else self.all_pairs("value")
-        scale = self.use.scaling and not self.shape.qk_norm
+        scale = self.use.scaling and not (self.shape.qk_norm or self.shape.unit)
         scales = {"scale_values": self.use.scaling, "scale_queries": scale}
         return whole_bounds(self.norms, value, self.all_pairs("key"), self.turning, **scales)
 

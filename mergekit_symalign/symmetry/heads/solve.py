@@ -185,18 +185,19 @@ def solve_query(
         reorder = rotate and shape.own_orders
         beside = scores_of_gains(gains, shape, use) if gains and reorder else None
         return align_coordinates(m.query, m.key, shape, reorder=reorder, gains=beside) if rotate else None
-    if not (rotate or use.scaling):
+    scale = use.scaling and not shape.unit
+    if not (rotate or scale):
         return None
     if use.rotation is Rotation.full:
-        return align_heads_in_turn(m.query, m.key, scale=use.scaling)
+        return align_heads_in_turn(m.query, m.key, scale=scale)
     if shape.rotary == 0:
-        return align_heads(m.query, m.key, rotate=rotate, scale=use.scaling)
+        return align_heads(m.query, m.key, rotate=rotate, scale=scale)
     query, key = (side.at(shape.planes()) for side in (m.query, m.key))
-    planes = align_planes(query, key, rotate=rotate, scale=use.scaling)
+    planes = align_planes(query, key, rotate=rotate, scale=scale)
     if shape.rotary == shape.head_dim:
         return rotary_action(planes, None, interleaved=shape.interleaved)
     query, key = (side.at(shape.rest()) for side in (m.query, m.key))
-    rest = align_heads(query, key, rotate=rotate, scale=use.scaling)
+    rest = align_heads(query, key, rotate=rotate, scale=scale)
     return rotary_action(planes, rest, interleaved=shape.interleaved)
 
 

@@ -29,6 +29,12 @@ Heads = Mapping[str, AxisAction]  # what the axes of heads carry
 Latents = Mapping[str, AxisAction]  # by axis: what the rows that write a latent carry, and the columns that read it
 
 
+def other_readers(sides: Sides, axis: str) -> list[Pair]:
+    """What else reads a latent, beside the heads: rows of the latent's axis (an indexer's, DeepSeek V3.2)."""
+    wide = sum(sides[reader][0][1].shape[0] for reader in READERS[axis])
+    return [(a, b) for a, b in sides[f"{axis}_read"] if b.shape[1] != wide]
+
+
 def may_rotate(sides: Sides, shape: LatentShape) -> bool:
     """Whether no gain of anchor and model is next to zero: readers are divided by them."""
     gains = (x for axis in shape.latents() for x in gains_of(sides, axis))
@@ -151,7 +157,10 @@ def _numbers(action: AxisAction) -> Sequence[Tensor]:
 
 
 def _read(sides: Sides, axis: str, heads: Heads) -> list[Pair]:
-    return [(a, heads[reader](b, 0) if reader in heads else b) for reader in READERS[axis] for a, b in sides[reader]]
+    of_heads = [
+        (a, heads[reader](b, 0) if reader in heads else b) for reader in READERS[axis] for a, b in sides[reader]
+    ]
+    return [*of_heads, *((a.mT, b.mT) for a, b in other_readers(sides, axis))]
 
 
 def _products(sides: Sides, axis: str, heads: Heads | None) -> Tensor:

@@ -18,6 +18,7 @@ from mergekit_symalign.symmetry.latent.latents import (
     best_signs,
     best_turns,
     may_rotate,
+    other_readers,
     stored_actions,
     with_latents,
 )
@@ -144,5 +145,6 @@ def _distance(sides: Sides, shape: LatentShape, actions: Mapping[str, AxisAction
     reads = {axis: actions[f"{axis}_read"] for axis in shape.latents() if f"{axis}_read" in actions}
     moved = with_latents(sides, shape, reads)
     twice = {f"{axis}_read" for axis in READERS}
-    pairs = ((pair, actions.get(axis)) for axis in sides.keys() - twice for pair in moved[axis])
+    pairs = [(pair, actions.get(axis)) for axis in sides.keys() - twice for pair in moved[axis]]
+    pairs += [(pair, reads.get(axis)) for axis in shape.latents() for pair in other_readers(sides, axis)]
     return sum(total_distance(pair, action) for pair, action in pairs)
