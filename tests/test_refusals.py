@@ -21,8 +21,6 @@ from mergekit_symalign.families.known import OTHERWISE
 from mergekit_symalign.families.resolve import resolve, supported_architectures
 from mergekit_symalign.trial.models import class_of, randomise
 
-MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
 # Class -> its config beyond the sizes, and what is lost if MergeKit merges it.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "GemmaForCausalLM": ({}, "drop 1 tensor (lm_head.weight): its output would be incomplete"),
@@ -30,7 +28,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"qk_layernorm": True, "head_dim": 8},
         "self_attn.k_layernorm.bias",
     ),
-    "DeepseekV32ForCausalLM": (MLA | EXPERTS | {"first_k_dense_replace": 1}, "mlp.experts.0.down_proj.weight"),
+    "LagunaForCausalLM": ({"num_experts": 4, "layer_types": ["full_attention"] * 2}, "mlp.experts.0.down_proj.weight"),
     "BitNetForCausalLM": ({}, "merge all its tensors"),
 }
 
