@@ -85,7 +85,9 @@ def _stream(model: PreTrainedModel, layout: ModelLayout) -> str:
 
 
 def _no_stream(layout: ModelLayout) -> str:
-    return "returned" if layout.family.stream.returned else "none: positions are calculated"
+    if layout.family.stream.returned:
+        return "returned"
+    return "none: encoder and decoder share it" if layout.family.stream.shared else "none: positions are calculated"
 
 
 def _rows(folder: Path) -> Iterable[str]:

@@ -74,7 +74,7 @@ def test_the_run_on_prompts_stays_on_a_fake_gpu(family: str, tmp_path: Path, mon
     monkeypatch.setattr(covariance, "best_assignment", flipped)
     monkeypatch.setattr(covariance, "match_heads", lambda problem: MatchedHeads(None, None))
     monkeypatch.setattr(covariance, "_silent", lambda squares: None)
-    monkeypatch.setattr(expert_covariance, "_match_experts", lambda routing, weights: [3, 2, 1, 0])
+    monkeypatch.setattr(expert_covariance, "_match_experts", lambda *_: [3, 2, 1, 0])
     monkeypatch.setattr(expert_covariance, "_tokens_of", lambda routing, i, j: torch.arange(20, device=GPU))
     monkeypatch.setattr(kernel, "finished", lambda solved, *_: solved)  # identities and plain numbers are asked for
     layout = resolve(make_model(family, 0).config, model="m")

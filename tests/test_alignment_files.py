@@ -217,10 +217,10 @@ def test_apply_refuses_without_writing(llama: Pair, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["solve", "apply"])
 def test_commands_say_what_they_cannot_find(command: str, tmp_path: Path) -> None:
     config = LlamaConfig(architectures=["LlamaForCausalLM"])
-    for name, architecture in (("llama", "LlamaForCausalLM"), ("biogpt", "BioGptForCausalLM")):
+    for name, architecture in (("llama", "LlamaForCausalLM"), ("ctrl", "CTRLLMHeadModel")):
         config.architectures = [architecture]
         config.save_pretrained(tmp_path / name)
-    pairs = [("/nowhere/at/all", "cannot be opened"), (tmp_path / "biogpt", "BioGptForCausalLM is not supported")]
+    pairs = [("/nowhere/at/all", "cannot be opened"), (tmp_path / "ctrl", "CTRLLMHeadModel is not supported")]
     for model, message in pairs:
         first = [tmp_path / "llama", model] if command == "solve" else ["a.safetensors", model]
         done = CliRunner().invoke(main, [command, *map(str, first), "-o", str(tmp_path / "out")])

@@ -106,7 +106,7 @@ def test_solve_and_apply_stay_on_fake_cuda(
     monkeypatch.setattr(assignment, "best_permutation", _reversed_neurons)
     order = lambda problem: MatchedHeads(_reversed_heads(problem.source.shape) if found else None, None)  # noqa: E731
     monkeypatch.setattr(blocks, "match_heads", order)
-    monkeypatch.setattr(experts, "match_experts", lambda problem: list(range(problem.experts))[::-1])
+    monkeypatch.setattr(experts, "match_experts", lambda problem, _: list(range(problem.experts))[::-1])
     identities = (lambda element: element) if found else (lambda element: type(element)({}))
     for name in ("heads_distance", "neurons_distance"):
         monkeypatch.setattr(blocks, name, lambda *_: 0.0)  # plain numbers: asked of the device

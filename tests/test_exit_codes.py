@@ -29,6 +29,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "solve": ["a", "b", "-o", "c"],
     "learn": ["a", "b", "--data", "t", "-o", "c"],
     "check-family": [__file__],
+    "families": [],
     "apply": ["f", "a", "-o", "c"],
     "verify": ["a", "b"],
     "barrier": ["a", "b", "--text", "t"],
@@ -84,7 +85,7 @@ def test_what_nobody_expected_keeps_its_traceback(name: str, error: Exception, m
     assert _raising(name, error, monkeypatch).exception is error
 
 
-@pytest.mark.parametrize("name", sorted(ARGUMENTS.keys() - {"demo", "check-family"}))
+@pytest.mark.parametrize("name", sorted(ARGUMENTS.keys() - {"demo", "check-family", "families"}))
 def test_a_model_that_is_not_there_is_exit_code_2(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t").write_text("some text\n", "utf-8")

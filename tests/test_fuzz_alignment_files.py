@@ -25,7 +25,7 @@ def test_each_is_refused_by_name_or_does_no_harm() -> None:
 @pytest.mark.parametrize("check", ["require_symmetry", "_check_sizes"])
 def test_the_sweep_finds_what_a_missing_check_lets_through(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, check, lambda *_, **__: None)
-    assert alignment_files.sweep(60, seed=0)["other"] > 0
+    assert alignment_files.sweep(60, seed=3)["other"] > 0
 
 
 def test_the_guard_measures_and_limits() -> None:

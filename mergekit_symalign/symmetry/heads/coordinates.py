@@ -42,10 +42,10 @@ def align_coordinates(
     else:
         place = _places(still.abs(), gains, reorder=reorder)
         of_planes, of_rest = _sign(turning), _sign(_taken(still, place))
-    factor = cross.new_ones(cross.shape[:2])
-    factor[:, planes], factor[:, rest] = torch.cat((of_planes, of_planes), dim=-1), of_rest
-    order = torch.arange(shape.head_dim, device=cross.device).repeat(len(cross), 1)
-    order[:, rest] = rest[place]
+    natural = torch.argsort(torch.cat((planes, rest)))
+    factor = torch.cat((of_planes, of_planes, of_rest), dim=-1).index_select(-1, natural)
+    moved = rest.expand(len(cross), -1).gather(1, place)
+    order = torch.cat((planes.expand(len(cross), -1), moved), dim=-1).index_select(-1, natural)
     signs = Scaling(factor.flatten())
     return Chain((within_heads(order), signs)) if reorder and len(rest) > 1 else signs
 
@@ -86,14 +86,16 @@ def gain_factors(query: Pair, key: Pair, shape: HeadShape, *, signed: bool) -> T
     Returns:
         [n, d]; the key gain carries its inverse.
     """
-    factor = query[0].new_ones((len(query[0]), shape.head_dim), dtype=torch.float64)
-    planes, rest = (torch.tensor(x, dtype=torch.int64, device=factor.device) for x in (shape.planes(), shape.rest()))
+    device = query[0].device
+    planes, rest = (torch.tensor(x, dtype=torch.int64, device=device) for x in (shape.planes(), shape.rest()))
+    factors = []
     for at, alone in ((planes, False), (rest, True)):
         if len(at):
             of_axis = [tuple(_paired(x.index_select(-1, at), alone=alone) for x in pair) for pair in (query, key)]
             found = align_gains((of_axis[0][0], of_axis[0][1]), (of_axis[1][0], of_axis[1][1]), signed=signed)
-            factor[:, at] = found[:, : len(at)]
-    return factor
+            factors.append(found.narrow(-1, 0, len(at)))
+    natural = torch.argsort(torch.cat((planes, rest)))
+    return torch.cat(factors, dim=-1).double().index_select(-1, natural)
 
 
 def within_heads(order: Tensor) -> Permutation:
