@@ -25,6 +25,10 @@ those of Qwen2.5-VL, Qwen3-VL and GLM-4V. All others pass through unaligned. *Pl
 a model with itself does to its tensors, from the layout that transformers writes. A text model can be
 merged into the text part of a vision-language model ([how](faq.md#choosing)).
 
+`make architectures` plants a twin of each of these models, merges it through MergeKit, and compares. What the merge
+computes is off by less than 1e-4 standard deviations, and it is no farther from the anchor than before planting. The one
+exception is `dinov2-swiglu`, which is refused.
+
 | test model | family | transformers class | function | stream | plain merge |
 |---|---|---|---:|---|---|
 """

@@ -43,9 +43,8 @@ def _rows(state: State, layout: ModelLayout, kind: BlockKind) -> Rows:
     return rows
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize(("family", "noise"), [("llama", 0.1), ("llama", 0.6), ("qwen3", 0.6), ("mixtral", 0.6)])
 @pytest.mark.parametrize("kind", [BlockKind.attention, BlockKind.mlp])
-@pytest.mark.parametrize("noise", [0.1, 0.6])
 def test_never_worse_than_any_single_anchor(family: str, kind: BlockKind, noise: float) -> None:
     twins, layout = _scrambled(family, noise, Planted())
     models = [_rows(twin.state_dict(), layout, kind) for twin in twins]
@@ -80,7 +79,7 @@ def test_every_order_of_the_models_gives_the_same_merge(paths: dict[str, Path], 
             merge_config("rotation_match", paths["a"], [paths[n] for n in order], parameters={"anchor": "consensus"}),
             tmp_path / "".join(order),
         )
-        for order in itertools.permutations(NAMES)
+        for order in (NAMES, NAMES[1:] + NAMES[:1], NAMES[::-1])
     ]
     for other in outputs[1:]:
         for name, x in outputs[0].items():
