@@ -26,8 +26,8 @@ a model with itself does to its tensors, from the layout that transformers write
 merged into the text part of a vision-language model ([how](faq.md#choosing)).
 
 `make architectures` plants a twin of each of these models, merges it through MergeKit, and compares. What the merge
-computes is off by less than 1e-4 standard deviations, and it is no farther from the anchor than before planting. The one
-exception is `dinov2-swiglu`, which is refused.
+computes is off by less than 1e-4 standard deviations, and it is no farther from the anchor than before planting. The
+one exception is `dinov2-swiglu`, which is refused.
 
 | test model | family | transformers class | function | stream | plain merge |
 |---|---|---|---:|---|---|
