@@ -26,6 +26,7 @@ OTHERWISE = (
     "MergeKit's own methods may merge it: check that their output has every tensor of the model, as they drop what "
     "MergeKit's architecture files do not list"
 )
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, if PyYAML was built with it
 Raw = dict[str, Any]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -176,7 +177,7 @@ def _wrapper_by_class() -> dict[str, Wrapper]:
 @cache
 def _files() -> dict[str, Raw]:
     folder = files(__package__)
-    return {f.name[:-5]: yaml.safe_load(f.read_text("utf-8")) for f in folder.iterdir() if f.name.endswith(".yaml")}
+    return {f.name[:-5]: yaml.load(f.read_text("utf-8"), _LOADER) for f in folder.iterdir() if f.name.endswith(".yaml")}
 
 
 def _validated(kind: type[Model], raw: Raw, name: str) -> Model:
