@@ -7,7 +7,6 @@ another layout in some of the layers only (packed experts behind dense layers). 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,6 +15,7 @@ from mergekit.architecture.base import ModuleArchitecture
 
 from mergekit_symalign.families.resolve import ModelLayout, resolve
 from mergekit_symalign.families.schema import TensorSpec
+from mergekit_symalign.graph.architectures import Extended
 
 LayoutOf = Callable[[Any], ModelLayout]  # of a transformers config
 
@@ -43,27 +43,14 @@ def completed(arch: ModelArchitecture, layout_of: LayoutOf) -> ModelArchitecture
     return arch.model_copy(update={"modules": modules})
 
 
-@dataclass(frozen=True)
-class _Completed(ModuleArchitecture):
-    original: ModuleArchitecture
-    prefix: str
-    layout_of: LayoutOf
-
-    def pre_weights(self, config: Any) -> list[WeightInfo]:
-        return self.original.pre_weights(config)  # type: ignore[no-any-return]
-
-    def post_weights(self, config: Any) -> list[WeightInfo]:
-        return self.original.post_weights(config)  # type: ignore[no-any-return]
-
-    def num_layers_config_key(self) -> str:
-        return self.original.num_layers_config_key()  # type: ignore[no-any-return]
-
-    def num_layers(self, config: Any) -> int:
-        return self.original.num_layers(config)  # type: ignore[no-any-return]
+class _Completed(Extended):
+    def __init__(self, listed: ModuleArchitecture, prefix: str, layout_of: LayoutOf) -> None:
+        super().__init__(listed)
+        self._prefix, self._layout_of = prefix, layout_of
 
     def layer_weights(self, index: int, config: Any) -> list[WeightInfo]:
-        listed = self.original.layer_weights(index, config) or []
-        return list(_completed(listed, self.prefix, self.layout_of(config)))
+        listed = super().layer_weights(index, config) or []
+        return list(_completed(listed, self._prefix, self._layout_of(config)))
 
 
 def _completed(listed: list[WeightInfo], prefix: str, layout: ModelLayout) -> Iterator[WeightInfo]:
@@ -93,6 +80,7 @@ def _is_stored_otherwise(part: str, layout: ModelLayout) -> bool:
 
 
 def _needed(weight: WeightInfo, part: str, parts: Mapping[str, TensorSpec]) -> WeightInfo:
-    """A tensor that every model has in this layer, which MergeKit takes for optional as not all layers have it."""
+    """A tensor that every model has in this layer. MergeKit takes one that not all layers have for optional in all of
+    them, and never looks for the pieces of those."""
     always = part in parts and not parts[part].optional
     return weight.model_copy(update={"optional": False}) if always and weight.optional else weight

@@ -106,10 +106,7 @@ def plan_in_memory(planner: Any, original: Any) -> Any:
 
 
 def _know_other_names(planner: Any, plan: Any) -> None:
-    """Let MergeKit find tensors under the older names that checkpoints may have, and plan a head that is untied.
-
-    It takes a tensor that not all layers have for optional in all of them, and never looks for the pieces of those.
-    """
+    """Let MergeKit find tensors under the older names that checkpoints may have, and plan a head that is untied."""
     original = planner.plan_tensor
     broken = "[w_in.name] + (w_in.aliases or [])" in inspect.getsource(MergePlanner.plan_tensor)
     sequence: Any = _AddableTuple if broken else tuple
@@ -118,13 +115,12 @@ def _know_other_names(planner: Any, plan: Any) -> None:
         names = (*(info.aliases or ()), *plan.other_names(info, model))
         tied = (*(info.tied_names or ()), *plan.tied_names(info, model))
         found = {"aliases": sequence(names) if names else None, "tied_names": tied or None}
-        return plan.as_promised(info.model_copy(update=found), model)
+        return info.model_copy(update=found)
 
     @functools.wraps(original)
     def plan_tensor(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
         infos = [known(info, model) for info, model in zip(weights_in, models, strict=True)]
-        promised = plan.as_promised(weight, models[0])
-        wanted = plan.planned_head(promised, models[0], lambda: _asks_to_untie(planner, weight.name, cfg_reader))
+        wanted = plan.planned_head(weight, models[0], lambda: _asks_to_untie(planner, weight.name, cfg_reader))
         original(weight=wanted, weights_in=infos, models=models, cfg_reader=cfg_reader)
 
     architecture = planner._model_arch

@@ -108,12 +108,6 @@ class AlignedPlan:
         """The stored names of the tensor that an absent one is tied to in this model."""
         return self._models.tied_names(info, model)
 
-    def as_promised(self, info: WeightInfo, model: ModelReference) -> WeightInfo:
-        """A tensor as MergeKit is to plan it: not optional where the model's config promises it for this very layer."""
-        claim = self._models.layout(model).claim(info.name) if info.optional else None
-        promised = claim is not None and claim.layer is not None and not claim.spec.optional
-        return info.model_copy(update={"optional": False}) if promised else info
-
     def planned_head(self, weight: WeightInfo, model: ModelReference, asked: Callable[[], bool]) -> WeightInfo:
         """A tensor as MergeKit is to plan it (`graph.untie.planned_head`)."""
         return planned_head(weight, self._models.layout(model), asked)

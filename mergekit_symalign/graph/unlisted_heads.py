@@ -7,31 +7,19 @@ from typing import Any
 
 from mergekit.architecture import ModelArchitecture, ModuleArchitecture, WeightInfo
 
+from mergekit_symalign.graph.architectures import Extended
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 
 
-class WithHead(ModuleArchitecture):
-    """An architecture of MergeKit's with further tensors after the last layer."""
+class WithHead(Extended):
+    """One with further tensors after the last layer."""
 
     def __init__(self, listed: ModuleArchitecture, head: Sequence[WeightInfo]) -> None:
-        self._listed = listed
+        super().__init__(listed)
         self._head = tuple(head)
 
-    def pre_weights(self, config: Any) -> list[WeightInfo]:
-        return list(self._listed.pre_weights(config))
-
     def post_weights(self, config: Any) -> list[WeightInfo]:
-        return [*self._listed.post_weights(config), *self._head]
-
-    def layer_weights(self, index: int, config: Any) -> list[WeightInfo] | None:
-        weights: list[WeightInfo] | None = self._listed.layer_weights(index, config)
-        return weights
-
-    def num_layers_config_key(self) -> str:
-        return str(self._listed.num_layers_config_key())
-
-    def num_layers(self, config: Any) -> int:
-        return int(self._listed.num_layers(config))
+        return [*super().post_weights(config), *self._head]
 
 
 def with_heads(arch: ModelArchitecture, checkpoints: Sequence[Checkpoint]) -> ModelArchitecture:
