@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from mergekit_symalign.planting import Planted, _Draw
+from mergekit_symalign.symmetry.by_activations.covariance import Covariance
 from mergekit_symalign.symmetry.element import BlockElement
-from mergekit_symalign.symmetry.options import GainScope, HeadShape, HeadValues, Sides
+from mergekit_symalign.symmetry.membership import require_symmetry
+from mergekit_symalign.symmetry.options import GainScope, HeadShape, HeadValues, Sides, Symmetries
+from mergekit_symalign.symmetry.solve import solve_block
 
 HIDDEN = 32
 Rows = dict[str, Tensor]
@@ -105,3 +109,34 @@ def planted(shape: HeadShape, seed: int, what: Planted | None = None) -> BlockEl
 def wide(value: Tensor, shape: HeadShape) -> Tensor:
     """What every query head attends to, if each token attends to itself."""
     return value.unflatten(0, (shape.kv_heads, -1)).repeat_interleave(shape.queries_per_kv, dim=0).flatten(0, 1)
+
+
+def seen_on(x: Tensor, anchor: Rows, model: Rows, shape: HeadShape) -> dict[str, Covariance]:
+    """What anchor and model have in common on tokens [hidden, n], each of which attends to itself."""
+    values = "key" if shape.of_keys else "value"
+    seen = {axis: Covariance.of_rows([(anchor[axis] @ x, model[axis] @ x)]) for axis in ("query", "key", values)}
+    read = Covariance.of_rows([(wide(anchor[values], shape) @ x, wide(model[values], shape) @ x)])
+    return seen | {"attended": read}
+
+
+def require_kept(element: BlockElement, shape: HeadShape) -> None:
+    """It keeps the function of the block, and files that hold it, or undo it, are admitted."""
+    rows, x = random_rows(shape, 0), random_tokens()
+    before = attention(rows, shape, x)
+    assert (attention(moved(rows, element), shape, x) - before).abs().max() < 1e-10 * before.std()
+    for one in (element, element.inverse(), BlockElement.unpack(element.pack())):
+        require_symmetry(one, shape)
+
+
+def require_twins_back(shape: HeadShape, noise: float) -> None:
+    """A planted twin ends no farther from the anchor than what it was made from, and the facts say how far."""
+    anchor = random_rows(shape, 0)
+    sibling = noisy(anchor, noise)
+    for seed in range(2):
+        twin = moved(sibling, planted(shape, seed))
+        found = solve_block(sides_of(anchor, twin), shape, Symmetries())
+        require_symmetry(found.element, shape)
+        reached = distance(anchor, moved(twin, found.element))
+        assert reached <= distance(anchor, sibling) * (1 + 1e-9) + 1e-12
+        assert found.facts["distance_after"] == pytest.approx(reached, rel=1e-6, abs=1e-9)
+        assert found.facts["distance_before"] == pytest.approx(distance(anchor, twin), rel=1e-6)

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from attention import attention, distance, moved, noisy, planted, random_rows, random_tokens, sides_of, wide
+from attention import (
+    attention,
+    moved,
+    noisy,
+    planted,
+    random_rows,
+    random_tokens,
+    require_kept,
+    require_twins_back,
+    seen_on,
+    sides_of,
+)
 from conftest import load, merge_config, merged
 from more_models import more_model
 from test_still_coordinates import SHAPES as STILL
@@ -22,7 +33,7 @@ from mergekit_symalign.families.schema import BlockKind, Family
 from mergekit_symalign.graph.models import check_possible
 from mergekit_symalign.learning.elements import learned_block
 from mergekit_symalign.planting import Planted, random_elements, transform
-from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by
+from mergekit_symalign.symmetry.by_activations.covariance import align_attention_by
 from mergekit_symalign.symmetry.consensus import find_consensus
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import HeadRotation, Permutation, Scaling
@@ -58,9 +69,7 @@ def test_what_is_planted_keeps_the_function_and_is_admitted(name: str) -> None:
     before = attention(rows, shape, x)
     for seed in range(4):
         element = planted(shape, seed)
-        assert (attention(moved(rows, element), shape, x) - before).abs().max() < 1e-10 * before.std()
-        for one in (element, element.inverse(), BlockElement.unpack(element.pack())):
-            require_symmetry(one, shape)
+        require_kept(element, shape)
         for axis in element.actions:
             left = BlockElement({k: g for k, g in element.actions.items() if k != axis})
             assert (attention(moved(rows, left), shape, x) - before).abs().max() > 1e-3 * before.std(), axis
@@ -71,17 +80,7 @@ def test_what_is_planted_keeps_the_function_and_is_admitted(name: str) -> None:
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_planted_twin_comes_back(name: str, noise: float) -> None:
-    shape = SHAPES[name]
-    anchor = random_rows(shape, 0)
-    sibling = noisy(anchor, noise)
-    for seed in range(2):
-        twin = moved(sibling, planted(shape, seed))
-        found = solve_block(sides_of(anchor, twin), shape, Symmetries())
-        require_symmetry(found.element, shape)
-        reached = distance(anchor, moved(twin, found.element))
-        assert reached <= distance(anchor, sibling) * (1 + 1e-9) + 1e-12
-        assert found.facts["distance_after"] == pytest.approx(reached, rel=1e-6, abs=1e-9)
-        assert found.facts["distance_before"] == pytest.approx(distance(anchor, twin), rel=1e-6)
+    require_twins_back(SHAPES[name], noise)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -91,9 +90,7 @@ def test_by_activations_too(name: str) -> None:
     sibling = noisy(anchor, 0.02)
     twin = moved(sibling, planted(shape, 3))
     x = random_tokens(200).mT
-    values = "key" if shape.of_keys else "value"
-    seen = {axis: Covariance.of_rows([(anchor[axis] @ x, twin[axis] @ x)]) for axis in ("query", "key", values)}
-    seen["attended"] = Covariance.of_rows([(wide(anchor[values], shape) @ x, wide(twin[values], shape) @ x)])
+    seen = seen_on(x, anchor, twin, shape)
     found = align_attention_by(seen, sides_of(anchor, twin), shape, Symmetries()).element
     require_symmetry(found, shape)
     back = moved(twin, found)

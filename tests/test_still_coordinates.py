@@ -7,7 +7,18 @@ from itertools import permutations
 
 import pytest
 import torch
-from attention import Rows, attention, distance, moved, noisy, planted, random_rows, random_tokens, sides_of, wide
+from attention import (
+    Rows,
+    moved,
+    noisy,
+    planted,
+    random_rows,
+    random_tokens,
+    require_kept,
+    require_twins_back,
+    seen_on,
+    sides_of,
+)
 from more_models import more_model
 
 from mergekit_symalign.errors import SymmetryError
@@ -16,7 +27,7 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.learning.elements import learned_block
 from mergekit_symalign.planting import random_elements
 from mergekit_symalign.symmetry.blocks import align_attention
-from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by
+from mergekit_symalign.symmetry.by_activations.covariance import align_attention_by
 from mergekit_symalign.symmetry.describe import describe_heads
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import Chain, Permutation, Scaling
@@ -37,31 +48,14 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_is_planted_keeps_the_function_and_is_admitted(name: str) -> None:
-    shape = SHAPES[name]
-    rows, x = random_rows(shape, 0), random_tokens()
-    before = attention(rows, shape, x)
     for seed in range(5):
-        element = planted(shape, seed)
-        after = attention(moved(rows, element), shape, x)
-        assert (after - before).abs().max() < 1e-10 * before.std()
-        for one in (element, element.inverse(), BlockElement.unpack(element.pack())):
-            require_symmetry(one, shape)
+        require_kept(planted(SHAPES[name], seed), SHAPES[name])
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_planted_twin_comes_back(name: str, noise: float) -> None:
-    shape = SHAPES[name]
-    anchor = random_rows(shape, 0)
-    sibling = noisy(anchor, noise)
-    for seed in range(2):
-        twin = moved(sibling, planted(shape, seed))
-        found = solve_block(sides_of(anchor, twin), shape, Symmetries())
-        require_symmetry(found.element, shape)
-        reached = distance(anchor, moved(twin, found.element))
-        assert reached <= distance(anchor, sibling) * (1 + 1e-9) + 1e-12
-        assert found.facts["distance_after"] == pytest.approx(reached, rel=1e-6, abs=1e-9)
-        assert found.facts["distance_before"] == pytest.approx(distance(anchor, twin), rel=1e-6)
+    require_twins_back(SHAPES[name], noise)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -129,10 +123,7 @@ def test_by_activations_too(name: str) -> None:
     anchor = random_rows(shape, 0)
     sibling = noisy(anchor, 0.02)
     twin = moved(sibling, planted(shape, 3))
-    x = random_tokens(200).mT
-    seen = {axis: Covariance.of_rows([(anchor[axis] @ x, twin[axis] @ x)]) for axis in ("query", "key", "value")}
-    read = [wide(rows["value"], shape) @ x for rows in (anchor, twin)]
-    seen["attended"] = Covariance.of_rows([(read[0], read[1])])
+    seen = seen_on(random_tokens(200).mT, anchor, twin, shape)
     found = align_attention_by(seen, sides_of(anchor, twin), shape, Symmetries()).element
     require_symmetry(found, shape)
     for axis in ("query", "key", "query_gain", "key_gain"):
