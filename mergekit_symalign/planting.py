@@ -26,10 +26,9 @@ from mergekit_symalign.symmetry.groups import (
     rotary_action,
 )
 from mergekit_symalign.symmetry.heads.coordinates import order_within, within_heads
-from mergekit_symalign.symmetry.heads.gated import GATE, gate_action
 from mergekit_symalign.symmetry.heads.of_keys import with_attended, with_own_values
 from mergekit_symalign.symmetry.heads.order import HeadOrder, moved_axes
-from mergekit_symalign.symmetry.heads.solve import per_query_head
+from mergekit_symalign.symmetry.heads.solve import query_actions, value_actions
 from mergekit_symalign.symmetry.latent.heads import MatchedLatentHeads
 from mergekit_symalign.symmetry.options import (
     BlockShape,
@@ -128,16 +127,12 @@ class _Draw:
         if shape.of_keys:
             own = self.attention(with_own_values(shape)).actions
             return BlockElement(with_attended(own))
-        value = self._values(shape)
-        actions: dict[str, AxisAction] = {"value": value, "attended": per_query_head(value.dual(), shape)}
-        gate = gate_action(value) if shape.gated else None
-        actions |= {} if gate is None else {GATE: per_query_head(gate, shape)}
+        actions = value_actions(self._values(shape), shape)
         if shape.qk_norm:
             rows = self._coordinates(shape)
-            actions |= {"query": per_query_head(rows, shape), "key": rows} | self._gains(shape, rows)
+            actions |= query_actions(rows, shape) | self._gains(shape, rows)
         else:
-            query = self._query(shape)
-            actions |= {"query": per_query_head(query, shape), "key": query.dual()}
+            actions |= query_actions(self._query(shape), shape)
         return BlockElement(self._after_head_permutation(actions, shape))
 
     def mlp(self, shape: MlpShape) -> BlockElement:

@@ -33,7 +33,7 @@ from mergekit_symalign.symmetry.groups import (
 )
 from mergekit_symalign.symmetry.heads.gated import GATE
 from mergekit_symalign.symmetry.heads.order import moved_axes
-from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS, per_query_head
+from mergekit_symalign.symmetry.heads.solve import GAIN_AXES, HEAD_AXES, NUMBERS, query_actions, value_actions
 from mergekit_symalign.symmetry.options import (
     BlockShape,
     HeadShape,
@@ -194,7 +194,7 @@ class LearnedHeads(Learned):
             value = HeadRotation(numbers["value_matrix"], numbers["value_scale"].exp())
         actions: dict[str, AxisAction] = {}
         if value is not None:
-            actions |= {"value": value, "attended": per_query_head(value.dual(), self.shape)}
+            actions |= value_actions(value, self.shape)
         actions |= self._gains(numbers) if self.shape.qk_norm else self._queries(numbers)
         orders = self._orders(numbers)
         axes = dict.fromkeys((*orders, *actions))
@@ -222,7 +222,7 @@ class LearnedHeads(Learned):
             planes = PlaneRotation(numbers["angle"], numbers["plane_scale"].exp())
             query = rotary_action(planes, rest, interleaved=self.shape.interleaved)
         assert query is not None
-        return {"query": per_query_head(query, self.shape), "key": query.dual()}
+        return query_actions(query, self.shape)
 
     def _gains(self, numbers: Numbers) -> dict[str, AxisAction]:
         """What the keys' gains are divided by, the queries' are multiplied by; both coordinates of a plane alike."""

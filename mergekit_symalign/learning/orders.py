@@ -67,8 +67,7 @@ class SoftOrder(AxisAction):
         """The same as an order of coordinates."""
         groups, n, _ = self.matrix.shape
         places = self.matrix.argmax(-1) + torch.arange(groups, device=self.matrix.device).unsqueeze(1) * n
-        within = torch.arange(self.width, device=self.matrix.device)
-        return Permutation((places.reshape(-1, 1) * self.width + within).flatten())
+        return Permutation.of_wholes(places.flatten(), self.width)
 
 
 def first_scores(groups: int, n: int) -> Tensor:

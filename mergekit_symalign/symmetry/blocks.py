@@ -16,7 +16,7 @@ from mergekit_symalign.symmetry.distance import total_distance
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction
 from mergekit_symalign.symmetry.heads.from_rows import HeadRows
-from mergekit_symalign.symmetry.heads.gated import GATE, gate_action
+from mergekit_symalign.symmetry.heads.gated import GATE
 from mergekit_symalign.symmetry.heads.general import GeneralOptimum, align_general, value_grams
 from mergekit_symalign.symmetry.heads.match import HeadProblem, MatchedHeads, match_heads
 from mergekit_symalign.symmetry.heads.of_keys import joined_rows, with_attended, with_own_values
@@ -31,10 +31,11 @@ from mergekit_symalign.symmetry.heads.solve import (
     HeadNorms,
     head_moments,
     moved_distance,
-    per_query_head,
+    query_actions,
     query_distance,
     solve_gains,
     solve_heads,
+    value_actions,
 )
 from mergekit_symalign.symmetry.neurons.costs import NeuronPairs
 from mergekit_symalign.symmetry.neurons.experts import align_experts
@@ -123,11 +124,9 @@ def _aligned_heads(sides: Sides, shape: HeadShape, use: Symmetries, matched: Mat
     general = _general_values(sides, shape, use, found, order)
     value = found.value if general is None else general.action
     if value is not None:
-        actions |= {"value": value, "attended": per_query_head(value.dual(), shape)}
-        gate = gate_action(value) if shape.gated else None
-        actions |= {} if gate is None else {GATE: per_query_head(gate, shape)}
+        actions |= value_actions(value, shape)
     if found.query is not None:
-        actions |= {"query": per_query_head(found.query, shape), "key": found.query.dual()}
+        actions |= query_actions(found.query, shape)
     actions |= solve_gains(sides, shape, use, found.query)
     tolerance = _tolerance(sides["query"])
     actions = {axis: action.snapped(tolerance) for axis, action in actions.items()}

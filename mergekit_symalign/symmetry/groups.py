@@ -128,6 +128,12 @@ class Permutation(AxisAction):
     def transform(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.index.to(x.device))
 
+    @staticmethod
+    def of_wholes(order: Tensor, size: int) -> Permutation:
+        """An order of wholes [n], such as heads, as one of their coordinates, ``size`` each."""
+        within = torch.arange(size, device=order.device)
+        return Permutation((order.unsqueeze(1) * size + within).flatten())
+
     def inverse(self) -> Permutation:
         return Permutation(torch.argsort(self.index))
 

@@ -20,7 +20,6 @@ from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, HeadRotation, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.bounds import whole_bounds
-from mergekit_symalign.symmetry.heads.gated import GATE, gate_action
 from mergekit_symalign.symmetry.heads.match import HeadProblem, MatchedHeads, match_heads
 from mergekit_symalign.symmetry.heads.moments import Moments
 from mergekit_symalign.symmetry.heads.of_keys import joined_rows, with_attended, with_own_values
@@ -32,10 +31,11 @@ from mergekit_symalign.symmetry.heads.solve import (
     HEAD_AXES,
     AttentionMoments,
     HeadActions,
-    per_query_head,
+    query_actions,
     solve_gains,
     solve_query,
     solve_values,
+    value_actions,
 )
 from mergekit_symalign.symmetry.neurons.costs import NeuronCosts, NeuronPairs
 from mergekit_symalign.symmetry.options import (
@@ -192,11 +192,9 @@ def _aligned_heads(
     scaled = use.scaling and shape.values is not HeadValues.normed
     value = _with_scale(found.value, seen, shape) if scaled else found.value
     if value is not None:
-        actions |= {"value": value, "attended": per_query_head(value.dual(), shape)}
-        gate = gate_action(value) if shape.gated else None
-        actions |= {} if gate is None else {GATE: per_query_head(gate, shape)}
+        actions |= value_actions(value, shape)
     if found.query is not None:
-        actions |= {"query": per_query_head(found.query, shape), "key": found.query.dual()}
+        actions |= query_actions(found.query, shape)
     actions |= solve_gains(gains, shape, use, found.query)
     actions = {axis: action.snapped(_TOLERANCE) for axis, action in actions.items()}
     return Solved(BlockElement(actions if order is None else after(order, actions, shape)), BY_ACTIVATIONS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.groups import AxisAction, Permutation, behind
@@ -32,10 +31,7 @@ class HeadOrder:
     def permutation(self, axis: str, head_dim: int) -> Permutation:
         """The same as a permutation of the coordinates of an axis."""
         order = self.of_axis(axis)
-        if axis == NUMBERS:
-            return Permutation(order)
-        within = torch.arange(head_dim, device=order.device)
-        return Permutation((order.unsqueeze(1) * head_dim + within).flatten())
+        return Permutation.of_wholes(order, 1 if axis == NUMBERS else head_dim)
 
 
 def moved_axes(shape: HeadShape) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from mergekit_symalign.symmetry.heads.coordinates import (
     order_within,
     within_heads,
 )
-from mergekit_symalign.symmetry.heads.gated import GATE, align_gated, gate_matrix
+from mergekit_symalign.symmetry.heads.gated import GATE, align_gated, gate_action, gate_matrix
 from mergekit_symalign.symmetry.heads.moments import Moments, moments
 from mergekit_symalign.symmetry.heads.procrustes import align_heads, align_heads_in_turn, align_planes
 from mergekit_symalign.symmetry.options import HeadShape, HeadValues, Pair, Rotation, Sides, Symmetries
@@ -171,6 +171,18 @@ def per_query_head(g: AxisAction, shape: HeadShape) -> AxisAction:
         return Scaling(g.factor.unflatten(0, (shape.kv_heads, -1)).repeat_interleave(group, dim=0).flatten())
     assert isinstance(g, PerHead)
     return g.per_query_head(group)
+
+
+def value_actions(value: AxisAction, shape: HeadShape) -> dict[str, AxisAction]:
+    """What the values' axes carry under an action on values; a gate's rows follow its order."""
+    gate = gate_action(value) if shape.gated else None
+    own = {"value": value, "attended": per_query_head(value.dual(), shape)}
+    return own if gate is None else own | {GATE: per_query_head(gate, shape)}
+
+
+def query_actions(query: AxisAction, shape: HeadShape) -> dict[str, AxisAction]:
+    """What queries and keys carry under an action on the queries of each KV head."""
+    return {"query": per_query_head(query, shape), "key": query.dual()}
 
 
 def solve_query(

@@ -61,7 +61,7 @@ class MatchedLatentHeads:
         order = self.order
         if order is None:
             return dict(self.turns)
-        first = {axis: _permutation(order, shape.parts()[axis][1]) for axis in ORDERED}
+        first = {axis: Permutation.of_wholes(order, shape.parts()[axis][1]) for axis in ORDERED}
         both = {axis: Chain((first[axis], g)) if axis in first else g for axis, g in self.turns.items()}
         return {**first, **both}
 
@@ -219,8 +219,3 @@ def _general(sides: Sides, shape: LatentShape, use: Symmetries, order: Tensor | 
     heads = HeadShape(shape.heads, shape.heads, shape.value, 0)
     beside = None if order is None else {"value": order, "attended": order}
     return align_general(*value_grams(sides, heads, beside), start, condition=use.condition).action
-
-
-def _permutation(order: Tensor, d: int) -> Permutation:
-    within = torch.arange(d, device=order.device)
-    return Permutation((order.unsqueeze(1) * d + within).flatten())
