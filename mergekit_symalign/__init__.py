@@ -15,6 +15,8 @@ _ERRORS = (
     "ConfigError",
     "GeometryError",
     "HostError",
+    "HubError",
+    "HubFailureError",
     "ModelError",
     "OtherModelsError",
     "OtherStatisticsError",

@@ -25,6 +25,7 @@ from mergekit_symalign.alignments.numbers import ENTRY, Steps, Stored
 from mergekit_symalign.alignments.schema import Content, FirstContent, finite_facts, parsed
 from mergekit_symalign.errors import AlignmentFileError, OtherModelsError
 from mergekit_symalign.families.towers import Layer, layer_name
+from mergekit_symalign.hub.address import called, written_again
 from mergekit_symalign.sealed.text import NewerFormatError, shown
 from mergekit_symalign.symmetry.element import BlockElement
 
@@ -162,7 +163,7 @@ class AlignmentFile:
 
     @cached_property
     def label(self) -> str:
-        return f"alignment {self.path}"
+        return f"alignment {called(self.path)}"
 
     def require_family(self, family: str, sizes: Mapping[str, Any], model: str) -> None:
         """
@@ -197,7 +198,7 @@ class AlignmentFile:
                 self.label,
                 f"it was solved for {role} {known}, but {name} has other weights (fingerprint {fingerprint[:12]}, not "
                 f"{shown(wanted[:12])})",
-                f"Solve it again: mergekit-symalign solve ANCHOR MODEL -o {self.path}",
+                f"Solve it again: mergekit-symalign solve ANCHOR MODEL -o {written_again(self.path)}",
             )
 
 
@@ -221,14 +222,15 @@ def _matched(found: Mapping[str, Stored], content: FirstContent) -> dict[str, St
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The file, with whatever goes wrong while it is read as one error that names it."""
+    where = f"alignment {called(path)}"
     try:
         if not path.is_file():
-            raise OtherModelsError(f"alignment {path}", "it cannot be read (there is no such file)", _REMEDY)
+            raise OtherModelsError(where, "it cannot be read (there is no such file)", _REMEDY)
         with safe_open(path, framework="pt") as file:
             yield file
     except NewerFormatError as error:
-        raise AlignmentFileError(f"alignment {path}", str(error), "Install a newer mergekit-symalign") from error
+        raise AlignmentFileError(where, str(error), "Install a newer mergekit-symalign") from error
     except (OSError, SafetensorError) as error:
-        raise AlignmentFileError(f"alignment {path}", f"it cannot be read ({shown(error, 200)})", _REMEDY) from error
+        raise AlignmentFileError(where, f"it cannot be read ({shown(error, 200)})", _REMEDY) from error
     except ValueError as error:
-        raise AlignmentFileError(f"alignment {path}", shown(error, 300), _REMEDY) from error
+        raise AlignmentFileError(where, shown(error, 300), _REMEDY) from error

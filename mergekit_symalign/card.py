@@ -12,6 +12,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_symalign.graph.config_groups import statistics_paths
 from mergekit_symalign.graph.leftovers import shortened
 from mergekit_symalign.graph.merge_report import REPORT
+from mergekit_symalign.hub.address import is_address, parsed
 from mergekit_symalign.methods import ROTATION_PAPER, ROTATION_TITLE, TASK_VECTORS_PAPER, TASK_VECTORS_TITLE
 
 TAG = "mergekit-symalign"
@@ -125,9 +126,14 @@ def _measured(told: Mapping[str, Any]) -> str:
     kinds += [f"{told['fisher']} Fisher information"] if told["fisher"] != "none" else []
     only = f", of the tensors that match `{told['only']}`" if told["only"] else ""
     return (
-        f"statistics `{told['file']}` ({' and '.join(kinds)}{only}; {told['tokens']} tokens in "
+        f"statistics {_file(told['file'])} ({' and '.join(kinds)}{only}; {told['tokens']} tokens in "
         f"{told['sequences']} sequences; SHA-256 {told['sha256'][:_DIGITS]})"
     )
+
+
+def _file(name: str) -> str:
+    """A file of a report: a link if it is on the Hub."""
+    return f"[`{name}`]({parsed(name).page})" if is_address(name) else f"`{name}`"
 
 
 def _name(model: str) -> str:
@@ -151,6 +157,8 @@ def section(report: Mapping[str, Any]) -> str:
         f"References: [{TASK_VECTORS_TITLE}]({TASK_VECTORS_PAPER}); [{ROTATION_TITLE}]({ROTATION_PAPER}).",
         "",
     ]
+    for model, told in report.get("alignment_files", {}).items():
+        lines += [f"{_name(model)} by alignment {_file(told['file'])} (SHA-256 {told['sha256'][:_DIGITS]}).", ""]
     for model, names in report.get("unused_tensors", {}).items():
         lines += [f"Not merged, because the architecture has no place for them: {shortened(names)} of {model}.", ""]
     for model, entry in report["models"].items():

@@ -69,6 +69,14 @@ class OtherStatisticsError(StatisticsFileError):
     """A file of statistics is absent, or sound and not what is needed: the user named the wrong one."""
 
 
+class HubError(SymalignError):
+    """A file on the Hub is not named right, not there, not open to this user, or not on this machine while offline."""
+
+
+class HubFailureError(HubError):
+    """The Hub cannot be reached, or what it sends cannot be stored: naming another file does not help."""
+
+
 class SymmetryError(SymalignError):
     """An element of a block is no symmetry of that block: applied, it would change what the model computes."""
 

@@ -184,7 +184,10 @@ def _hook_merge(merge: Any) -> None:
                 if ours:
                     from mergekit_symalign.graph.planner import before_merge
 
-                    before_merge(merge_config, options)
+                    shared = before_merge(merge_config, options)
+                    merge_config = shared.config(merge_config)
+                    args = tuple(map(shared.in_any, args))
+                    kwargs = {name: shared.in_any(value) for name, value in kwargs.items()}
                 result = original(merge_config, out_path, options, *args, **kwargs)
                 if ours and options.write_model_card:
                     from mergekit_symalign.card import extend_card

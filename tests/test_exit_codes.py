@@ -35,7 +35,14 @@ ARGUMENTS: dict[str, list[str]] = {
     "barrier": ["a", "b", "--text", "t"],
 }
 """Each of our commands, with what it needs to be called; yaml is MergeKit's."""
-FINAL = {"CheckpointError", "ValueInTensorError", "AlignmentFileError", "StatisticsFileError", "HostError"}
+FINAL = {
+    "CheckpointError",
+    "ValueInTensorError",
+    "AlignmentFileError",
+    "StatisticsFileError",
+    "HubFailureError",
+    "HostError",
+}
 FAMILY = [
     kind
     for kind in vars(errors).values()

@@ -32,13 +32,14 @@ from mergekit_symalign.graph.leftovers import shortened
 from mergekit_symalign.graph.load import LoadFinite, LoadStored
 from mergekit_symalign.graph.stream_alone import StreamAlone
 from mergekit_symalign.graph.untie import untie_config_file
+from mergekit_symalign.hub.fetch import ALIGNMENT, local_file
 from mergekit_symalign.whole_file import require_writable_folder
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 @click.command(cls=Command)
-@click.argument("alignment", type=click.Path(path_type=Path))
+@click.argument("alignment")
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The directory to write.")
 @click.option(
@@ -55,7 +56,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 )
 @add_merge_options
 def apply(
-    alignment: Path,
+    alignment: str,
     model: str,
     out: Path,
     anchor: str | None,
@@ -66,15 +67,18 @@ def apply(
 ) -> None:
     """Write MODEL aligned by ALIGNMENT: the same function, in the anchor's coordinates.
 
+    ALIGNMENT: a file, or its address on the Hub, hf://user/repo/file.safetensors.
+
     \b
     Example: mergekit-symalign apply tuned.safetensors ./tuned -o tuned-in-anchor-coordinates
     """
     if norms_of is not None and not invert:
         raise click.UsageError("--norms-of belongs to --invert; the anchor is given by --anchor")
     merge_options.apply_global_options()
+    file = local_file(alignment, ALIGNMENT, merge_options.transformers_cache)
     require_one_family([name for name in (anchor, norms_of, model) if name is not None], merge_options)
     others = Others(*(None if name is None else parsed(name) for name in (anchor, norms_of)))
-    run_apply(alignment, parsed(model), out, merge_options, others, invert=invert, dtype=dtype)
+    run_apply(file, parsed(model), out, merge_options, others, invert=invert, dtype=dtype)
     click.echo(f"wrote {out}")
 
 

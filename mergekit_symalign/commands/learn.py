@@ -33,6 +33,7 @@ from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.commands.solve import run_solve
 from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.untie import UNTIE
+from mergekit_symalign.hub.fetch import ALIGNMENT, local_file
 from mergekit_symalign.learning.between import Between
 from mergekit_symalign.learning.descent import Plan, State, descend, held_out_loss
 from mergekit_symalign.learning.descent import start as beginning
@@ -85,7 +86,7 @@ class Outcome:
     help="A .txt file (a text a line) or .jsonl to learn from.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The file to write.")
-@click.option("--init", type=click.Path(path_type=Path), help="Start from this alignment file instead of solving one.")
+@click.option("--init", help="Start from this alignment file, a path or hf:// address, instead of solving one.")
 @click.option("--steps", type=click.IntRange(1), default=Plan().steps, show_default=True, help="At most.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Texts of a step.")
 @click.option(
@@ -122,7 +123,7 @@ def learn(
     model: str,
     data: Path,
     out: Path,
-    init: Path | None,
+    init: str | None,
     steps: int,
     batch_size: int,
     sequence_length: int | None,
@@ -150,7 +151,8 @@ def learn(
     plan = Plan(steps=steps, rate=rate, seed=seed, patience=patience)
     asked = Asked(plan, batch_size, sequence_length, dtype, gradient_checkpointing, permutations)
     say = (lambda _: None) if quiet else click.echo
-    outcome = run_learn(anchor, model, data, out, options, asked, parameters=parameters, init=init, say=say)
+    start = None if init is None else local_file(init, ALIGNMENT, options.transformers_cache)
+    outcome = run_learn(anchor, model, data, out, options, asked, parameters=parameters, init=start, say=say)
     if not quiet:
         click.echo("\n".join(outcome.lines))
     click.echo(f"wrote {out}")

@@ -25,6 +25,7 @@ from mergekit_symalign.families.stream import (
 from mergekit_symalign.families.towers import TowerLayer
 from mergekit_symalign.graph.alignments import Alignments
 from mergekit_symalign.graph.untie import UNTIE
+from mergekit_symalign.hub.address import called
 from mergekit_symalign.learning.between import STREAM_NAME, Between, Place
 from mergekit_symalign.learning.descent import State
 from mergekit_symalign.learning.elements import LearnedStream, learned_block
@@ -142,11 +143,11 @@ def started(pair: Pair, path: Path, parameters: Mapping[str, Any], *, orders: bo
         alignments.read(str(path), anchor, model, block)
     if not alignments.exact:
         reason = "it was solved with rotation: full, which changes what the model computes"
-        raise ParameterError(f"alignment {path}", reason, "Solve it with rotation: exact")
+        raise ParameterError(f"alignment {called(path)}", reason, "Solve it with rotation: exact")
     wanted = solved if parameters.get("residual") is None else Residual(parameters["residual"])
     order = list(Residual)
     if order.index(wanted) < order.index(solved):
-        reason = f"it is {wanted.value}, but {path} starts from {solved.value}"
+        reason = f"it is {wanted.value}, but {called(path)} starts from {solved.value}"
         raise ParameterError("parameter residual", reason, "Leave it out, or start from another alignment")
     return Start(AlignmentFile.open(path), wanted, symmetries(parameters), orders)
 

@@ -15,6 +15,7 @@ from mergekit_symalign.errors import (
     AlignmentFileError,
     CheckpointError,
     HostError,
+    HubFailureError,
     OtherModelsError,
     OtherStatisticsError,
     StatisticsFileError,
@@ -22,8 +23,15 @@ from mergekit_symalign.errors import (
     ValueInTensorError,
 )
 
-_NOT_THE_CALL = (CheckpointError, ValueInTensorError, AlignmentFileError, StatisticsFileError, HostError)
-"""What another call does not help against: damaged files, and a MergeKit that is not known."""
+_NOT_THE_CALL = (
+    CheckpointError,
+    ValueInTensorError,
+    AlignmentFileError,
+    StatisticsFileError,
+    HubFailureError,
+    HostError,
+)
+"""What another call does not help against: damaged files, no connection, and a MergeKit that is not known."""
 _WRONG_NAME = (OtherModelsError, OtherStatisticsError)
 _PATHS = frozenset(
     (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)

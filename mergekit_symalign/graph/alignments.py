@@ -12,6 +12,7 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
+from mergekit.io.tasks import LoaderCache
 
 from mergekit_symalign import __version__
 from mergekit_symalign.alignment_file import AlignmentFile, Origin, block_name, save_alignment
@@ -30,6 +31,8 @@ from mergekit_symalign.families.towers import Layer, layer_name
 from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.latent_gains import require_gains
+from mergekit_symalign.hub.address import published
+from mergekit_symalign.hub.fetch import ALIGNMENT, local_file
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.whole_file import require_writable
@@ -61,8 +64,12 @@ class ReadBlock(Task[Dict[str, Any]]):
     def group_label(self) -> Optional[str]:
         return self.label
 
+    def file(self) -> AlignmentFile:
+        """The file, its numbers unchecked."""
+        return AlignmentFile.described(Path(self.path))
+
     def execute(self) -> Dict[str, Any]:
-        file = AlignmentFile.described(Path(self.path))
+        file = self.file()
         if file.sha256 != self.sha256:
             raise AlignmentFileError(file.label, "it was replaced while it was in use", "Start again")
         element = file.element(self.block)
@@ -115,6 +122,7 @@ class Alignments:
     checkpoints: Mapping[ModelReference, Checkpoint]
     exact: bool = True
     _files: dict[tuple[str, ModelReference, ModelReference], AlignmentFile] = field(default_factory=dict)
+    _paths: dict[str, str] = field(default_factory=dict)
     _fingerprints: dict[ModelReference, str] = field(default_factory=dict)
     _solved: dict[tuple[Path, ModelReference, ModelReference], dict[str, _Solved]] = field(default_factory=dict)
 
@@ -208,10 +216,23 @@ class Alignments:
             settings_by_block=differing,
         )
 
-    def _file(self, path: str, anchor: ModelReference, model: ModelReference) -> AlignmentFile:
-        key = (path, anchor, model)
+    def facts(self) -> dict[str, Any]:
+        """What a report says of the files that were read; no folder of this machine."""
+        return {
+            str(model): {"file": published(file.path), "sha256": file.sha256}
+            for (_, _, model), file in self._files.items()
+        }
+
+    def path(self, name: str) -> str:
+        """Where a file is that the configuration names, by a path or an address on the Hub."""
+        if name not in self._paths:
+            self._paths[name] = str(local_file(name, ALIGNMENT, LoaderCache().hf_cache_dir))
+        return self._paths[name]
+
+    def _file(self, name: str, anchor: ModelReference, model: ModelReference) -> AlignmentFile:
+        key = (self.path(name), anchor, model)
         if key not in self._files:
-            self._files[key] = self._checked(Path(path), anchor, model)
+            self._files[key] = self._checked(Path(key[0]), anchor, model)
         return self._files[key]
 
     def _checked(self, path: Path, anchor: ModelReference, model: ModelReference) -> AlignmentFile:

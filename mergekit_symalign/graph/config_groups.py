@@ -9,6 +9,8 @@ from typing import Any
 from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, MergeConfiguration, OutputSliceDefinition
 
+from mergekit_symalign.hub.address import is_address
+
 Settings = Mapping[str, Any]
 
 
@@ -114,6 +116,7 @@ def scalars(value: Any) -> Iterator[Any]:
 
 
 def statistics_paths(config: MergeConfiguration) -> frozenset[str]:
-    """All files of statistics that the configuration names."""
+    """All files of statistics on this machine that the configuration names."""
     values = (settings.get("statistics") for _, settings in all_settings(config))
-    return frozenset(path for value in values for path in scalars(value) if isinstance(path, str))
+    paths = (path for value in values for path in scalars(value) if isinstance(path, str))
+    return frozenset(path for path in paths if not is_address(path))

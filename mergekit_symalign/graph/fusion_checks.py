@@ -6,12 +6,10 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 
-from mergekit_symalign.alignment_file import AlignmentFile
 from mergekit_symalign.errors import ParameterError, SymmetryError
 from mergekit_symalign.families.schema import ATTENTION_AXES, MLP_AXES
 from mergekit_symalign.graph.alignments import ReadBlock
@@ -123,10 +121,11 @@ def _may_calculate(one: Ready, names: set[str]) -> str | None:
 
 
 def _require_file_reorders(one: Ready, move: ReadBlock, names: set[str], what: str) -> None:
-    element = AlignmentFile.described(Path(move.path)).element(move.block)
+    file = move.file()
+    element = file.element(move.block)
     if not only_reorders(element, sorted(names)):
         raise SymmetryError(
-            f"alignment {move.path}",
+            file.label,
             f"it turns or scales {one.name}, and {what} follow a model only where it is reordered",
             _REMEDY,
         )
@@ -139,14 +138,15 @@ def warn_of_few_tokens(read: Sequence[tuple[Lookup, int]]) -> None:
     for lookup, inputs in read:
         tokens = lookup.file.tokens(lookup.name)
         if isinstance(tokens, int) and tokens < inputs:
-            few[lookup.path].append(lookup.name)
-            least[lookup.path] = min(tokens, least.get(lookup.path, tokens))
-    for path, names in few.items():
+            label = lookup.file.label
+            few[label].append(lookup.name)
+            least[label] = min(tokens, least.get(label, tokens))
+    for label, names in few.items():
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         LOG.warning(
-            "statistics %s: of %d tokens, fewer than %s%s have inputs. Measure with more tokens",
-            path,
-            least[path],
+            "%s: of %d tokens, fewer than %s%s have inputs. Measure with more tokens",
+            label,
+            least[label],
             ", ".join(names[:_SHOWN]),
             more,
         )

@@ -22,23 +22,29 @@ from mergekit_symalign.graph.layer_checks import check_kinds, check_layers
 from mergekit_symalign.graph.opening import require_openable
 from mergekit_symalign.graph.planning import AlignedPlan
 from mergekit_symalign.graph.prefixes import with_dots
+from mergekit_symalign.graph.shared_files import SharedFiles
 from mergekit_symalign.graph.text_parts import in_slices, outer_alone, require_mergeable, text_parts
 from mergekit_symalign.graph.untie import UNTIE
 
 _PLAN = "_mergekit_symalign_plan"  # where a planner keeps our plan, for the tasks at the end of the merge
 
 
-def before_merge(config: MergeConfiguration, options: MergeOptions) -> None:
+def before_merge(config: MergeConfiguration, options: MergeOptions) -> SharedFiles:
     """What is to be done and checked before MergeKit looks at the models.
+
+    Returns:
+        The files on the Hub that the configuration names, all of them on this machine now.
 
     Raises:
         SymalignError: for what MergeKit would not explain.
     """
     require_extra(merge_methods.get(config.merge_method))
+    shared = SharedFiles.of(config, options)
     require_openable(config.referenced_models(), options)
     forget_architectures()
     check_models(config, options.trust_remote_code)
     require_mergeable(text_parts(config, options.trust_remote_code), merge_methods.get(config.merge_method))
+    return shared
 
 
 def architecture_of(config: MergeConfiguration, options: MergeOptions, original: Any) -> Any:
@@ -54,6 +60,7 @@ def plan_aligned(planner: Any, original: Any) -> None:
     MergeKit then saves the configuration itself (mergekit-multi, `run_merge`), the anchor would look like a listed
     model.
     """
+    planner.config = SharedFiles.of(planner.config, planner.options).config(planner.config)
     method, listed = planner._method, listed_models(planner.config)
     check_config(planner.config, method)
     trust = planner.options.trust_remote_code

@@ -288,6 +288,7 @@ class AlignedPlan:
             *merged.inexact_because,
         ]
         anchors = dict.fromkeys(str(anchor_of(task)) for _, task in planned)
+        files = self._alignments.facts()
         return {
             "method": self.method.spec.name,
             "anchor": list(anchors) if self.method.aligns else [],
@@ -296,6 +297,7 @@ class AlignedPlan:
             **self._functions.facts(),
             "settings": settings,
             "unused_tensors": {str(model): list(names) for model, names in self._unread.items()},
+            **({"alignment_files": files} if files else {}),
             **({"data": dict(merged.facts)} if isinstance(self.method.inner, DataMethod) else {}),
         }
 

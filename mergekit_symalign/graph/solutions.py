@@ -143,7 +143,7 @@ class Solutions:
         if path is None:
             return None
         sha256, name = self.alignments.read(path, block.anchor, model, _source(block, model, "alignment"))
-        return ReadBlock(path=path, sha256=sha256, block=name, label=load.group_label())
+        return ReadBlock(path=self.alignments.path(path), sha256=sha256, block=name, label=load.group_label())
 
     def _record(self, block: Block, model: ModelReference, solution: Task) -> None:
         folder = block.agreed("save_alignment")

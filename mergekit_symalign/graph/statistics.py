@@ -22,6 +22,8 @@ from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.readers import image_processor_of, tokenizer_of
 from mergekit_symalign.graph.ready import Ready
+from mergekit_symalign.hub.address import published
+from mergekit_symalign.hub.fetch import STATISTICS, local_file
 from mergekit_symalign.statistics.file import StatisticsFile
 from mergekit_symalign.symmetry.residual.kinds import STREAM
 
@@ -97,7 +99,8 @@ class StatisticsFiles:
                 "then add parameters: {statistics: stats.safetensors} to the model",
             )
         if (path, model) not in self._files:
-            self._files[path, model] = self._checked(Path(path), model)
+            file = local_file(path, STATISTICS, self.options.transformers_cache)
+            self._files[path, model] = self._checked(file, model)
         return self._files[path, model]
 
     def lookup(self, one: Ready, model: ModelReference, kinds: Iterable[str]) -> Lookup | None:
@@ -184,7 +187,7 @@ class StatisticsFiles:
 def _described(file: StatisticsFile) -> dict[str, Any]:
     m = file.measured
     return {
-        "file": file.path.name,
+        "file": published(file.path),
         "sha256": file.sha256,
         "gram": m.gram,
         "fisher": m.fisher,

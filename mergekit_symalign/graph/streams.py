@@ -169,7 +169,7 @@ def _moved(
     tied = is_tied((models.checkpoints[m] for m in (anchor, model)), planned)
     if file is not None:
         sha256, wanted = alignments.read_stream(file, anchor, model, tied)
-        solution = ReadBlock(path=file, sha256=sha256, block=STREAM_BLOCK)
+        solution = ReadBlock(path=alignments.path(file), sha256=sha256, block=STREAM_BLOCK)
         return MovedStream(residual_kind(layout, tied, wanted), scopes, loads[anchor], loads[model], solution)
     kind = residual_kind(layout, tied, wanted)
     seen = vocabularies.compared(scopes[None], *((models.checkpoints[m], loads[m][None]) for m in (anchor, model)))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.errors import OtherStatisticsError, StatisticsFileError
+from mergekit_symalign.hub.address import called, written_again
 from mergekit_symalign.sealed.tensors import bytes_digest
 from mergekit_symalign.sealed.text import shown
 from mergekit_symalign.statistics.places import REMEDY, opened, read_text, reading
@@ -76,7 +77,7 @@ class StatisticsFile:
 
     @cached_property
     def label(self) -> str:
-        return f"statistics {self.path}"
+        return f"statistics {called(self.path)}"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -161,7 +162,7 @@ class StatisticsFile:
                 self.label,
                 f"they were measured on {shown(self.origin.model)}, but {name} has other weights (fingerprint "
                 f"{fingerprint[:12]}, not {shown(self.origin.fingerprint[:12])})",
-                f"Measure this model: mergekit-symalign measure {name} -o {self.path}",
+                f"Measure this model: mergekit-symalign measure {name} -o {written_again(self.path)}",
             )
 
     def require_family(self, family: str, sizes: Mapping[str, Any], model: str) -> None:
@@ -169,7 +170,7 @@ class StatisticsFile:
         Raises:
             OtherStatisticsError: if the model is of another family or size.
         """
-        remedy = f"Measure this model: mergekit-symalign measure {model} -o {self.path}"
+        remedy = f"Measure this model: mergekit-symalign measure {model} -o {written_again(self.path)}"
         if self.origin.family != family:
             reason = f"they are of family {shown(self.origin.family)}, but model {model} is of family {family}"
             raise OtherStatisticsError(self.label, reason, remedy)
@@ -188,7 +189,7 @@ class StatisticsFile:
             raise OtherStatisticsError(
                 self.label,
                 f"they were measured with another tokenizer than the one of {name}",
-                f"Measure this model: mergekit-symalign measure {name} -o {self.path}",
+                f"Measure this model: mergekit-symalign measure {name} -o {written_again(self.path)}",
             )
 
     def _require_known(self, name: str) -> None:

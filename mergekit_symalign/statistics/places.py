@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from mergekit_symalign.errors import OtherStatisticsError, StatisticsFileError
+from mergekit_symalign.hub.address import called
 from mergekit_symalign.sealed.text import NewerFormatError, loaded, shown
 from mergekit_symalign.statistics.schema import ENTRY, MOST_TEXT
 
@@ -55,7 +56,7 @@ def read_text(path: Path) -> tuple[str, dict[str, Path]]:
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
-        raise OtherStatisticsError(f"statistics {path}", "it cannot be read (there is no such file)", REMEDY)
+        raise OtherStatisticsError(f"statistics {called(path)}", "it cannot be read (there is no such file)", REMEDY)
     with safe_open(path, framework="pt") as file:
         yield file
 
@@ -63,7 +64,7 @@ def opened(path: Path) -> Iterator[Any]:
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Whatever goes wrong while a file is read, as one error that names it."""
-    where = f"statistics {path}"
+    where = f"statistics {called(path)}"
     try:
         yield
     except NewerFormatError as error:
@@ -76,7 +77,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def _from_index(index: Path) -> tuple[str, dict[str, Path]]:
     if not index.is_file():
-        raise OtherStatisticsError(f"statistics {index}", "it cannot be read (there is no such file)", REMEDY)
+        raise OtherStatisticsError(f"statistics {called(index)}", "it cannot be read (there is no such file)", REMEDY)
     if index.stat().st_size > _MOST_INDEX:
         raise ValueError(f"its index has more than the {_MOST_INDEX} bytes that any file of statistics needs")
     raw = loaded(index.read_bytes().decode(), _MOST_INDEX, "index")
