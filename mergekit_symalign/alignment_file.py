@@ -202,6 +202,15 @@ class AlignmentFile:
             )
 
 
+def renamed(file: AlignmentFile, path: Path, origin: Origin) -> AlignmentFile:
+    """Write an alignment again with another origin; its numbers stay as they are."""
+    with _opened(file.path) as opened:
+        tensors = {name: numbers.tensor(opened, name, stored) for name, stored in file.stored.items()}
+    content = {"origin": asdict(origin), "blocks": file.blocks, "facts": file.facts}
+    numbers.write(path, content, tensors)
+    return AlignmentFile.open(path)
+
+
 def _matched(found: Mapping[str, Stored], content: FirstContent) -> dict[str, Stored]:
     """The tensors of a file, with their digests, if they are those that its text describes and uses.
 

@@ -24,6 +24,7 @@ _COMMANDS = {
     "barrier": "barrier",
     "families": "list_families",
     "check-family": "check_family",
+    "push": "push",
     "yaml": "merge_yaml",
 }
 """Each command and its module."""

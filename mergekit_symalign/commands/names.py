@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-_IN_THE_HUBS_CACHE = re.compile(r"models--(.+?)--([^/\\]+)[/\\]snapshots[/\\]")
+from mergekit_symalign.hub.address import repo_in_cache
 
 
 def short_names(references: Sequence[str]) -> list[str]:
@@ -31,8 +31,8 @@ def _joined(reference: str, parts: int) -> str:
 
 def _short(name: str, parts: int) -> str:
     path, at, revision = name.partition("@")
-    if cached := _IN_THE_HUBS_CACHE.search(path):
-        return f"{cached[1]}/{cached[2]}"
+    if (cached := repo_in_cache(path)) is not None:
+        return cached
     if not _is_local(path):
         return name
     found = Path(path).expanduser().resolve()

@@ -18,6 +18,7 @@ _OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
 _PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\x9f\\<>:\"'`|?*#%{}\[\]]")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_CACHED = re.compile(r"models--(.+?)--([^/\\]+)[/\\]snapshots[/\\]")
 _FOLDER = re.compile(r"models--(.+?)--(.+)")  # of a repository in huggingface_hub's cache
 
 
@@ -113,6 +114,12 @@ def address_of(path: Path) -> Address | None:
         if folder and parts[i + 1 : i + 2] == ("snapshots",) and len(parts) > i + 3 and _COMMIT.fullmatch(parts[i + 2]):
             return Address(f"{folder[1]}/{folder[2]}", "/".join(parts[i + 3 :]), parts[i + 2])
     return None
+
+
+def repo_in_cache(path: str) -> str | None:
+    """The repository of which a path, of this system or another one, is a snapshot in huggingface_hub's cache."""
+    found = _CACHED.search(path)
+    return None if found is None else f"{found[1]}/{found[2]}"
 
 
 def called(path: Path) -> str:

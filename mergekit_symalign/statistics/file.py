@@ -21,7 +21,7 @@ from mergekit_symalign.sealed.tensors import bytes_digest
 from mergekit_symalign.sealed.text import shown
 from mergekit_symalign.statistics.places import REMEDY, opened, read_text, reading
 from mergekit_symalign.statistics.schema import KINDS, Content, Described, Measured, Origin, Tokens, parsed
-from mergekit_symalign.statistics.writer import StatisticsWriter, write_statistics
+from mergekit_symalign.statistics.writer import StatisticsWriter, write_statistics, writing
 
 __all__ = ["KINDS", "Measured", "Origin", "StatisticsFile", "StatisticsWriter", "write_statistics"]
 
@@ -197,6 +197,27 @@ class StatisticsFile:
             only = self.measured.only
             reason = f"it has nothing of tensor {name}" + (f": it was measured with --only {only}" if only else "")
             raise OtherStatisticsError(self.label, reason, f"{_AGAIN}, without --only" if only else _AGAIN)
+
+
+def renamed_statistics(file: StatisticsFile, path: Path, origin: Origin) -> StatisticsFile:
+    """Write statistics again with another origin, one number after another; each is checked on the way."""
+    with writing(path) as writer:
+        for kind, names in stored_once(file).values():
+            writer.put(kind, names, file.read(names[0], kind))
+        for name in file.names:
+            writer.count((name,), file.tokens(name))
+        writer.finish(origin, file.measured)
+    return StatisticsFile.open(path)
+
+
+def stored_once(file: StatisticsFile) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """By name of every stored tensor: its kind, and the model's tensors that share it."""
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for name in file.names:
+        for kind in sorted(file.kinds(name)):
+            stored = file.stored(name, kind)
+            found[stored] = (kind, (*found.get(stored, (kind, ()))[1], name))
+    return found
 
 
 _OPTIONS = {
