@@ -133,7 +133,7 @@ ALIGNMENT_PARAMETERS = (
         str | None,
         ParameterScope.NON_BASE,
         default=None,
-        description="use this saved alignment file instead of solving",
+        description="use this saved alignment file instead of solving: a path, or hf://user/repo/file.safetensors",
     ),
     ParameterSpec(
         "save_alignment",

@@ -155,7 +155,8 @@ def regmean(linear: MergeMethod) -> DataMethod:
         str | None,
         ParameterScope.INPUT,
         default=None,
-        description="required: this model's file from mergekit-symalign measure",
+        description="required: this model's file from mergekit-symalign measure: a path, or "
+        "hf://user/repo/file.safetensors",
     )
     spec = MergeMethodSpec(
         name="regmean",
@@ -175,7 +176,8 @@ def fisher(linear: MergeMethod) -> DataMethod:
             str | None,
             ParameterScope.INPUT,
             default=None,
-            description="required: this model's file from mergekit-symalign measure --fisher",
+            description="required: this model's file from mergekit-symalign measure --fisher: a path, or "
+            "hf://user/repo/file.safetensors",
         ),
         ParameterSpec(
             "normalize_fisher",
@@ -211,8 +213,8 @@ def regmean_task_arithmetic(task_arithmetic: MergeMethod) -> DataMethod:
             str,
             ParameterScope.NON_BASE,
             default=TASK_VECTORS,
-            description="this model's file from mergekit-symalign measure; task_vectors needs no file: the model's "
-            "own update shows which inputs it was trained on",
+            description="this model's file from mergekit-symalign measure: a path, or hf://user/repo/file.safetensors. "
+            "task_vectors needs no file: the model's own update shows which inputs it was trained on",
         ),
         ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0, description="how much of it is added"),
         _off_diagonal(1.0),

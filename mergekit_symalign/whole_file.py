@@ -41,6 +41,7 @@ def require_writable(path: Path, what: str = "output", *, folder_is_made: bool =
     Raises:
         ConfigError: naming the file and what the operating system says.
     """
+    require_no_address(path, what)
     with _tried(path, what):
         if path.is_dir():
             raise ConfigError(f"{what} {path}", "it is a directory", "Name a file")
@@ -56,11 +57,23 @@ def require_writable(path: Path, what: str = "output", *, folder_is_made: bool =
 
 def require_writable_folder(path: Path, what: str = "output") -> None:
     """The same of a folder that files are to be written to."""
+    require_no_address(path, what)
     with _tried(path, what):
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{what} {path}", "it is a file", "Name a directory")
         with _made(path):
             _touch(_scratch(path, ""))
+
+
+def require_no_address(path: Path, what: str) -> None:
+    """
+    Raises:
+        ConfigError: if the Hub is named as a place to write to.
+    """
+    if path.parts[:1] == ("hf:",):
+        raise ConfigError(
+            f"{what} {path}", "nothing is written to the Hub", "Name a file, then upload it: mergekit-symalign push"
+        )
 
 
 def _scratch(folder: Path, suffix: str) -> Path:

@@ -1,7 +1,7 @@
 """A stand-in for the Hub: the part of its HTTP interface that huggingface_hub uses for files, in a thread.
 
-Answers are those of huggingface.co as of 2026: headers, statuses and error codes. Large files are kept apart and reached by
-a redirect with a signed address, as on the Hub. `as_the_hub` points this process at a server.
+It answers with the headers, statuses and error codes that huggingface_hub looks at. Large files are kept apart and
+reached by a redirect to another address, as on the Hub. `as_the_hub` points this process at a server.
 """
 
 from __future__ import annotations
@@ -74,6 +74,11 @@ class Hub:
     large: dict[str, bytes] = field(default_factory=dict)
     writable: bool = True
     before_commit: Any = None
+
+    @property
+    def storage(self) -> str:
+        """Another host for large files, which is sent no token."""
+        return self.url.replace("127.0.0.1", "localhost")
 
     def new(self, name: str, files: dict[str, bytes] | None = None, access: str = "open") -> Repo:
         self.repos[name] = Repo(access=access)
@@ -204,9 +209,10 @@ class _Handler(BaseHTTPRequestHandler):
         digest = hashlib.sha256(content).hexdigest()
         self.hub.large[digest] = content
         linked = {"X_Linked_Etag": f'"{digest}"', "X_Linked_Size": str(len(content)), "X_Repo_Commit": sha}
-        self.answer(302, b"", Location=f"{self.hub.url}/cdn/{digest}?file={file}", **linked)
+        self.answer(302, b"", Location=f"{self.hub.storage}/cdn/{digest}?file={file}", **linked)
 
     def cdn(self, body: bytes, digest: str) -> None:
+        assert "Authorization" not in self.headers
         self.hub.asked[-1] = (self.command, f"/cdn/{parse_qs(urlsplit(self.path).query)['file'][0]}")
         self.answer(200, self.hub.large[digest])
 

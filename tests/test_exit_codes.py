@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "apply": ["f", "a", "-o", "c"],
     "verify": ["a", "b"],
     "barrier": ["a", "b", "--text", "t"],
+    "push": ["f", "me/files"],
 }
 """Each of our commands, with what it needs to be called; yaml is MergeKit's."""
 FINAL = {
@@ -92,7 +93,7 @@ def test_what_nobody_expected_keeps_its_traceback(name: str, error: Exception, m
     assert _raising(name, error, monkeypatch).exception is error
 
 
-@pytest.mark.parametrize("name", sorted(ARGUMENTS.keys() - {"demo", "check-family", "families"}))
+@pytest.mark.parametrize("name", sorted(ARGUMENTS.keys() - {"demo", "check-family", "families", "push"}))
 def test_a_model_that_is_not_there_is_exit_code_2(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t").write_text("some text\n", "utf-8")

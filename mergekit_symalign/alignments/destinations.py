@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from mergekit_symalign.alignments.numbers import ENTRY
 from mergekit_symalign.errors import ConfigError
 from mergekit_symalign.sealed.text import shown
+from mergekit_symalign.whole_file import require_no_address
 
 _SUFFIX = ".safetensors"
 _MOST = 200  # bytes of a name; file systems take 255
@@ -46,6 +47,7 @@ def resolved_folder(folder: str, what: str) -> Path:
     Raises:
         ConfigError: if no folder can have that name.
     """
+    require_no_address(Path(folder), what)
     try:
         return Path(folder).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a null character, a loop of links
