@@ -25,6 +25,7 @@ from mergekit_symalign.sealed.text import shown
 
 LOGIN = "hf auth login, or set HF_TOKEN"
 _UNAUTHORIZED, _FORBIDDEN, _CONFLICT = 401, 403, (409, 412)
+_CLOSED = "the client has been closed"  # how huggingface_hub 1.5 tries again after it had no connection
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -47,10 +48,18 @@ def asking_the_hub(where: str, repo: str, revision: str | None = None, file: str
     except SymalignError:
         raise
     except (HTTPError, OSError, EntryNotFoundError, ValueError, RuntimeError) as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # of a thread that uploads
-        if not isinstance(cause, Exception):
+        if (cause := _cause(error)) is None:
             raise
         raise _Refusal(where, repo, revision or constants.DEFAULT_REVISION, file).of(cause) from error
+
+
+def _cause(error: Exception) -> BaseException | None:
+    """What is behind an error; None for one that nobody expected."""
+    if not isinstance(error, RuntimeError):
+        return error
+    if _CLOSED in str(error):
+        return HTTPError("no connection")
+    return error.__cause__  # of a thread that uploads
 
 
 class _Refusal:
@@ -59,6 +68,7 @@ class _Refusal:
     def __init__(self, where: str, repo: str, revision: str, file: str | None) -> None:
         self._where, self._repo, self._revision, self._file = where, repo, revision, file
         self._page = f"{constants.ENDPOINT}/{repo}"
+        self._uncached = "" if file is None else "it is not in the cache, and "
 
     def of(self, error: BaseException) -> HubError:
         if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -112,11 +122,11 @@ class _Refusal:
 
     def _offline(self) -> HubError:
         get = "" if self._file is None else f", or get it while online: hf download {self._repo} {self._file}"
-        reason = "it is not in the cache, and the Hub is not asked offline (HF_HUB_OFFLINE)"
+        reason = f"{self._uncached}the Hub is not asked offline (HF_HUB_OFFLINE)"
         return self._error(reason, f"Unset HF_HUB_OFFLINE{get}")
 
     def _unreachable(self, error: BaseException) -> HubError:
-        reason = f"it is not in the cache, and {constants.ENDPOINT} cannot be reached ({_line(error)})"
+        reason = f"{self._uncached}{constants.ENDPOINT} cannot be reached ({_line(error)})"
         return self._failure(reason, "Check the connection, HF_ENDPOINT and the proxy's settings")
 
     def _error(self, reason: str, remedy: str) -> HubError:
