@@ -377,3 +377,32 @@ def test_a_card_that_somebody_changes_meanwhile_is_not_overwritten(models: dict[
     hub.before_commit = lambda: hub.repos[REPO].commit({"README.md": b"theirs"})
     _refused(push(models["file"]), "was changed in the meantime", code=1)
     assert _card(hub) == "theirs"
+
+
+# What a card says of alignments of other kinds
+
+
+def _solved(models: dict[str, Path], out: Path, *options: str) -> Path:
+    call = ["solve", str(models["anchor"]), str(models["twin"]), "-o", str(out), *options]
+    done = CliRunner().invoke(main, call)
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def test_a_card_of_a_moved_stream_has_its_distance_and_settings(
+    models: dict[str, Path], hub: Hub, tmp_path: Path
+) -> None:
+    pushed(_solved(models, tmp_path / "a.safetensors", "--residual", "rotation", "--untie"))
+    card = _card(hub)
+    assert "distance of all weights" in card
+    assert "the plain method will do" not in card
+    assert "differs between layers" not in card
+    assert "residual: rotation" in card
+    assert _snippet(card)["parameters"] == {"untie": True}
+
+
+def test_a_card_does_not_call_a_full_rotation_exact(models: dict[str, Path], hub: Hub, tmp_path: Path) -> None:
+    pushed(_solved(models, tmp_path / "a.safetensors", "--rotation", "full"))
+    assert "**It changes what the model computes** (`rotation: full`)." in _card(hub)
+    pushed(models["file"])
+    assert _card(hub).count("What the model computes does not change.") == 1

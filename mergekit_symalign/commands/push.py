@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from mergekit_symalign.alignment_file import AlignmentFile
 from mergekit_symalign.alignments import numbers
-from mergekit_symalign.card import stream_moved, verdict
+from mergekit_symalign.card import stream_distance, stream_moved, verdict
 from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.errors import ConfigError, HubError
 from mergekit_symalign.graph.merge_report import totals
@@ -190,6 +190,8 @@ def _told(file: AlignmentFile) -> str:
     """One sentence on what an alignment does."""
     blocks = [facts for block, facts in file.facts.items() if block != card.STREAM_BLOCK]
     stream = file.facts.get(card.STREAM_BLOCK)
+    if stream is None:
+        return verdict(totals(blocks))
     kind = file.settings_of(card.STREAM_BLOCK).get("residual")
-    moved = [] if stream is None else [f"residual stream: {stream_moved({'kind': kind, **stream})}"]
-    return "; ".join([verdict(totals(blocks)), *moved])
+    parts = (f"residual stream: {stream_moved({'kind': kind, **stream})}", stream_distance(stream))
+    return "; ".join(part for part in parts if part is not None)

@@ -28,7 +28,7 @@ def of_alignment(file: AlignmentFile, address: Address, told: str) -> str:
     """
     origin = file.origin
     anchor, model = _usable(origin.anchor, "ANCHOR"), _usable(origin.model, "MODEL")
-    full = origin.settings.get("rotation") == "full"
+    full = any(file.settings_of(block).get("rotation") == "full" for block in file.blocks)
     computes = (
         "**It changes what the model computes** (`rotation: full`)."
         if full
@@ -41,7 +41,7 @@ def of_alignment(file: AlignmentFile, address: Address, told: str) -> str:
         ("blocks", str(len(file.blocks.keys() - {STREAM_BLOCK}))),
         ("residual stream", "moved" if STREAM_BLOCK in file.blocks else "not moved"),
         ("how much", plain(told)),
-        ("settings", _listed(origin.settings)),
+        ("settings", _listed(_settings(file))),
         ("fingerprint of the anchor", f"`{plain(origin.anchor_fingerprint)}`"),
         ("fingerprint of the model", f"`{plain(origin.model_fingerprint)}`"),
         *_made(file.sha256, origin.versions),
@@ -119,13 +119,24 @@ def front_matter(kind: str, models: Sequence[str]) -> dict[str, list[str]]:
     return {**tags, "base_model": list(dict.fromkeys(models))} if models else tags
 
 
+def _settings(file: AlignmentFile) -> dict[str, str]:
+    """Every parameter with its value, or all of its values where blocks differ; without what was not given."""
+    found: dict[str, dict[str, None]] = {}
+    for block in file.blocks:
+        for name, value in file.settings_of(block).items():
+            if value is not None:
+                found.setdefault(name, {})[_word(value)] = None
+    return {name: " or ".join(values) for name, values in sorted(found.items())}
+
+
 def _common(family: str, sizes: Mapping[str, Any]) -> list[tuple[str, str]]:
     known = {name: size for name, size in sizes.items() if size}
     return [("family", plain(family)), ("sizes", _listed(known))]
 
 
 def _made(sha256: str, versions: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [("SHA-256", f"`{plain(sha256)}`"), ("made with", plain(", ".join(f"{k} {v}" for k, v in versions.items())))]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return [("SHA-256", f"`{plain(sha256)}`"), ("made with", plain(packages) or "not told")]
 
 
 def _listed(values: Mapping[str, Any]) -> str:
