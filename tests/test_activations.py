@@ -46,7 +46,7 @@ from mergekit_symalign.graph import readers
 from mergekit_symalign.graph.activations import RunLayer
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.planting import Planted, random_elements, transform
-from mergekit_symalign.symmetry.by_activations import covariance
+from mergekit_symalign.symmetry.by_activations import neurons as by_neurons
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance
 from mergekit_symalign.symmetry.options import MlpShape, Symmetries
 

@@ -33,7 +33,7 @@ from mergekit_symalign.families.schema import BlockKind, Family
 from mergekit_symalign.graph.models import check_possible
 from mergekit_symalign.learning.elements import learned_block
 from mergekit_symalign.planting import Planted, random_elements, transform
-from mergekit_symalign.symmetry.by_activations.covariance import align_attention_by
+from mergekit_symalign.symmetry.by_activations.attention import align_attention_by
 from mergekit_symalign.symmetry.consensus import find_consensus
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import HeadRotation, Permutation, Scaling

@@ -27,7 +27,7 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.learning.elements import learned_block
 from mergekit_symalign.planting import random_elements
 from mergekit_symalign.symmetry.blocks import align_attention
-from mergekit_symalign.symmetry.by_activations.covariance import align_attention_by
+from mergekit_symalign.symmetry.by_activations.attention import align_attention_by
 from mergekit_symalign.symmetry.describe import describe_heads
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import Chain, Permutation, Scaling

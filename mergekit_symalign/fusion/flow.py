@@ -23,7 +23,7 @@ from mergekit_symalign.families.schema import ATTENTION_AXES
 from mergekit_symalign.fusion.correlations import TokenSums, activation_costs
 from mergekit_symalign.fusion.maps import Map, attended_map, identity, mean, over_heads
 from mergekit_symalign.fusion.transport import Transported, transport, weight_costs
-from mergekit_symalign.symmetry.by_activations.covariance import align_attention_by
+from mergekit_symalign.symmetry.by_activations.attention import align_attention_by
 from mergekit_symalign.symmetry.element import TensorAxes, acted, rows_by_axis
 from mergekit_symalign.symmetry.fitting import Values
 from mergekit_symalign.symmetry.groups import Permutation

@@ -17,8 +17,10 @@ from mergekit_symalign.families.resolve import ModelLayout
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.plain_merge import resolve_stored
 from mergekit_symalign.graph.solve import SolveBlock, packed
-from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by, align_mlp_by
+from mergekit_symalign.symmetry.by_activations.attention import align_attention_by
+from mergekit_symalign.symmetry.by_activations.covariance import Covariance
 from mergekit_symalign.symmetry.by_activations.experts import Routing, align_experts_by
+from mergekit_symalign.symmetry.by_activations.neurons import align_mlp_by
 from mergekit_symalign.symmetry.fitting import Values
 from mergekit_symalign.symmetry.heads.solve import HEAD_AXES
 from mergekit_symalign.symmetry.options import HeadShape, Sides

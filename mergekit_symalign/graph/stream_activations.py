@@ -31,6 +31,7 @@ from mergekit_symalign.graph.planned import Planned, anchor_of, gather_of
 from mergekit_symalign.graph.solve import packed
 from mergekit_symalign.graph.stream_tasks import Loads, OfStream, SolveMoved
 from mergekit_symalign.graph.streaming import Started, labelled, seen_by, start_run
+from mergekit_symalign.symmetry.by_activations.evidence import GRAIN
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import Values
 from mergekit_symalign.symmetry.residual.by_activations import SeenStream, SeenWeights
@@ -154,7 +155,9 @@ class StreamSoFar(OfStream):
     def execute(self, seen: Any, weights: Any, before: Any = None) -> Dict[str, Any]:
         found = SeenStream(*seen)
         found = found if before is None else SeenStream(*before["seen"]) + found
-        element = found.best(self.kind, _as_weights(weights).sums)
+        sums = _as_weights(weights).sums
+        share = GRAIN if before is None else found.both(BlockElement.unpack(before["actions"]), sums).share
+        element = found.best(self.kind, sums, share)
         return {"actions": element.pack(), "seen": (found.cross, found.rows)}
 
 
@@ -181,7 +184,7 @@ class SolveSeenStream(OfStream):
 
     def execute(self, seen: Any, weights: Any) -> Dict[str, Any]:
         stream, both = SeenStream(*seen["seen"]), _as_weights(weights)
-        element = stream.best(self.kind, both.sums)
+        element = stream.likeliest(self.kind, both.sums)
         facts = {
             "objective": "activations",
             "distance_before": both.standing,

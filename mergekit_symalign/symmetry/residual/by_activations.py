@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.by_activations.covariance import PRIOR
+from mergekit_symalign.symmetry.by_activations.evidence import GRAIN, Agreement, Shares, most_likely
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.residual.cross import StreamSums, hidden_size, inner, standing_distance, stream_sums
@@ -50,10 +50,18 @@ class SeenStream:
         """Mean cosine between a token in the anchor and the same token in the model, under an element; 1 at most."""
         return inner(element, STREAM, self.cross) / self.rows if self.rows else 0.0
 
-    def best(self, kind: ResidualKind, weights: StreamSums) -> BlockElement:
+    def both(self, element: BlockElement, weights: StreamSums) -> Agreement:
+        """How well tokens and weights agree under an element."""
+        shown = weights.constant > 0
+        return Agreement(self.agreement(element), 1 - weights.distance(element) / weights.constant if shown else 0.0)
+
+    def best(self, kind: ResidualKind, weights: StreamSums, share: float = GRAIN) -> BlockElement:
         """The element of a kind under which the two agree best.
 
-        Directions that no token shows are left to the weights, which count 1e-5 of the tokens.
+        Args:
+            kind: of the element.
+            weights: of both models.
+            share: of the weights in the evidence; the least leaves to them what no token shows.
 
         >>> rows = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         >>> q = torch.linalg.qr(rows[:4])[0]
@@ -63,9 +71,17 @@ class SeenStream:
         >>> torch.allclose(found.actions["residual"](b, 1), a)
         True
         """
-        grain = 2 * PRIOR / weights.constant if weights.constant > 0 else 0.0
-        seen = self.cross / max(self.rows, 1)
-        return best_element(kind, seen + grain * weights.cross, grain * weights.gains)
+        unit = 2 * share / weights.constant if weights.constant > 0 else 0.0
+        seen = (1 - share) / max(self.rows, 1) * self.cross
+        return best_element(kind, seen + unit * weights.cross, unit * weights.gains)
+
+    def likeliest(self, kind: ResidualKind, weights: StreamSums) -> BlockElement:
+        """The element with the likeliest share of the weights (`most_likely`)."""
+
+        def solved(shares: Shares) -> BlockElement:
+            return self.best(kind, weights, shares[STREAM])
+
+        return most_likely(solved, lambda element: {STREAM: self.both(element, weights)}, (STREAM,))[0]
 
 
 @dataclass(frozen=True)
