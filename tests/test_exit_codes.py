@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "apply": ["f", "a", "-o", "c"],
     "verify": ["a", "b"],
     "barrier": ["a", "b", "--text", "t"],
+    "compare": ["--average", "a", "b", "--data", "t"],
 }
 """Each of our commands, with what it needs to be called; yaml is MergeKit's."""
 FINAL = {"CheckpointError", "ValueInTensorError", "AlignmentFileError", "StatisticsFileError", "HostError"}

@@ -18,7 +18,7 @@ from mergekit.merge import _model_out_config, get_architecture_info
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
-from mergekit_symalign.activations.objectives import Objective, objective_of
+from mergekit_symalign.activations.objectives import predicts_text
 from mergekit_symalign.commands.common import parsed
 from mergekit_symalign.commands.names import short_names
 from mergekit_symalign.comparing.documents import Selection, read_file, select
@@ -255,9 +255,8 @@ def _require_next_token(model: ModelReference, options: MergeOptions) -> None:
         ArchitectureError: if a model has no loss on texts.
     """
     config = require_config(model, trust_remote_code=options.trust_remote_code)
-    name = next(iter(config.architectures or ()), type(config).__name__)
-    writes = objective_of(name) is Objective.next_token or name.endswith("ForConditionalGeneration")
-    if not writes or getattr(config, "is_encoder_decoder", False):
+    if not predicts_text(config):
+        name = next(iter(config.architectures or ()), type(config).__name__)
         reason = f"{name} does not predict the next token, so it has no loss on text"
         raise ArchitectureError(f"model {model}", reason, "Compare language models that write text")
 

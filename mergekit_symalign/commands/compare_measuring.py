@@ -70,5 +70,5 @@ def scores_of(
     arguments: dict[str, Any] = {"pretrained": source.path, "dtype": str(dtype).removeprefix("torch.")}
     arguments |= {"revision": source.revision} if source.revision else {}
     arguments |= {"trust_remote_code": True} if options.trust_remote_code else {}
-    yield from scores(arguments, tasks, harness, options.device or "cpu")
+    yield from scores(arguments, tasks, harness, options.device or "cpu", bars=bars(options.quiet))
     gc.collect()

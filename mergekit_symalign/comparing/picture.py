@@ -56,7 +56,7 @@ def _dots(axes: Any, rows: Sequence[Row], column: Column) -> None:
         axes.errorbar(number, at, xerr=within, fmt="o" if row.is_merge else "s", color=_shade(row), capsize=3)
     axes.set_yticks(range(len(points)), [row.label for row, *_ in points], fontsize=8, parse_math=False)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{column.name}, {column.unit}", parse_math=False)
+    axes.set_xlabel(column.unit, parse_math=False)
 
 
 def _line(axes: Any, rows: Sequence[Row], column: Column) -> None:

@@ -19,8 +19,12 @@ def loss_column(name: str, tokens: Sequence[int]) -> Column:
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
     """One line a row; models first, then merges."""
     rankings = [rank(rows, column) for column in columns]
-    shown = [[row.label, *_cells(row, rankings), *_cost(row)] for row in rows]
-    head = [["", *(column.name for column in columns), "merge", "peak"], ["", *(c.unit for c in columns), "s", "MiB"]]
+    costs = (("merge", "peak"), ("s", "MiB")) if any(row.seconds is not None for row in rows) else ((), ())
+    shown = [[row.label, *_cells(row, rankings), *_cost(row)[: len(costs[0])]] for row in rows]
+    head = [
+        ["", *(column.name for column in columns), *costs[0]],
+        ["", *(column.unit for column in columns), *costs[1]],
+    ]
     widths = [max(map(len, cells)) for cells in zip(*head, *shown, strict=True)]
     lines = [_line(cells, widths) for cells in (*head, *shown)]
     return [*lines, *_legend(columns)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,9 @@ def require_tasks(asked: Harness) -> None:
         raise ConfigError(where, reason, "See lm-eval ls tasks, or name a folder of yours: --task-search-path DIR")
 
 
-def scores(model: Mapping[str, Any], tasks: Sequence[str], asked: Harness, device: str) -> Iterator[tuple[str, Score]]:
+def scores(
+    model: Mapping[str, Any], tasks: Sequence[str], asked: Harness, device: str, *, bars: bool
+) -> Iterator[tuple[str, Score]]:
     """One model's score in each task, one after another.
 
     Args:
@@ -70,20 +74,22 @@ def scores(model: Mapping[str, Any], tasks: Sequence[str], asked: Harness, devic
         tasks: which of them.
         asked: how to run them.
         device: where.
+        bars: whether the harness may draw its progress bars.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     manager, loaded = _manager(asked), HFLM(device=device, batch_size=asked.batch_size, **model)
     for task in tasks:
-        found = simple_evaluate(
-            model=loaded,
-            tasks=[task],
-            num_fewshot=asked.fewshot,
-            limit=asked.limit,
-            task_manager=manager,
-            log_samples=False,
-        )
+        with nullcontext() if bars else redirect_stderr(io.StringIO()):
+            found = simple_evaluate(
+                model=loaded,
+                tasks=[task],
+                num_fewshot=asked.fewshot,
+                limit=asked.limit,
+                task_manager=manager,
+                log_samples=False,
+            )
         better = (found.get("higher_is_better") or {}).get(task) or {}
         yield task, score_of(found["results"][task], better)
 
