@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
+SMALLEST = 5e-5  # what four digits round to 0: merges that are nearly equal differ by less, in every document alike
 _TWO_SIDED = 0.975  # of a 95 % interval
 
 
@@ -27,8 +28,8 @@ class Difference:
 
     @property
     def is_shown(self) -> bool:
-        """Whether it is larger than its error."""
-        return abs(self.value) > self.within
+        """Whether it is larger than its error, and large enough to be seen in a table."""
+        return abs(self.value) > max(self.within, SMALLEST)
 
     def __neg__(self) -> Difference:
         return Difference(-self.value, self.error, self.within)
