@@ -21,6 +21,7 @@ from mergekit.plan import MergePlanner
 from mergekit_symalign.activations.objectives import predicts_text
 from mergekit_symalign.commands.common import parsed
 from mergekit_symalign.commands.names import short_names
+from mergekit_symalign.commands.whole_models import silent
 from mergekit_symalign.comparing.documents import Selection, read_file, select
 from mergekit_symalign.comparing.tasks import Harness, require_tasks
 from mergekit_symalign.comparing.variants import Setting, Variant, parameter_names, variants
@@ -238,7 +239,8 @@ def _require_planned(variant: Variant, config: MergeConfiguration, options: Merg
             before_merge(config, options)
         forget_architectures()
         architecture = get_architecture_info(config, options)
-        out = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+        with silent():  # MergeKit sets a dtype by its older name
+            out = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
         MergePlanner(config, architecture, options=options, out_model_config=out).plan_to_disk(gettempdir())
     except SymalignError:
         raise

@@ -44,7 +44,7 @@ def load_whole(
         lora_merge_dtype=options.lora_merge_dtype,
     ).model
     kind = getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
-    with _silent():
+    with silent():
         found = kind.from_pretrained(
             source.path,
             revision=source.revision,
@@ -58,8 +58,8 @@ def load_whole(
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Without what transformers says while it loads."""
+def silent() -> Iterator[None]:
+    """Without what transformers says beside errors."""
     shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
