@@ -294,6 +294,15 @@ def test_what_has_changed_is_measured_anew_and_nothing_else(made: Files, merges:
     assert merges == ["c"] * 4
 
 
+def test_another_config_changes_nothing_of_the_first(made: Files, merges: Merged, tmp_path: Path) -> None:
+    first = config(made, tmp_path / "first.yml")
+    assert command(first, "--data", made["texts.txt"]).exit_code == 0
+    second = config(dict(made) | {"sibling": made["twin"]}, tmp_path / "second.yml")
+    done = command(first, second, "--data", made["texts.txt"])
+    assert list(_rows(done.stdout)) == ["anchor", "sibling", "twin", "first", "second"]
+    assert merges == ["first", "second"]
+
+
 def test_the_best_stays_and_is_made_again_if_nobody_kept_it(made: Files, merges: Merged, tmp_path: Path) -> None:
     """The anchor wrote the texts, so the least of the sibling is best."""
     file = config(made, tmp_path / "c.yml")

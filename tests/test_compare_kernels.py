@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import make_model, word_tokenizer
+from models import FAMILIES, make_model, word_tokenizer
+from more_models import more_model
 from scipy.stats import t as student
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -20,10 +21,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mergekit_symalign.comparing import losses, merging
-from mergekit_symalign.comparing.documents import Document, Piece, document_of, piece_of, read_file, select
+from mergekit_symalign.comparing.documents import Document, Piece, document_of, piece_of, read_file
 from mergekit_symalign.comparing.losses import document_losses
 from mergekit_symalign.comparing.picture import draw, tried
 from mergekit_symalign.comparing.rows import Column, Row, best_overall, rank
+from mergekit_symalign.comparing.selection import select
 from mergekit_symalign.comparing.statistics import mean_loss, paired, unpaired
 from mergekit_symalign.comparing.store import Store
 from mergekit_symalign.comparing.table import numbers, sentences, table
@@ -122,9 +124,10 @@ def _reference(model: Any, piece: Piece) -> float:
         return float(model(input_ids=ids, labels=labels).loss) * piece.counted
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "deepseek-v3.2", "qwen2.5-vl", "jamba"])
 def test_losses_are_those_of_transformers_in_the_order_given(family: str) -> None:
-    model, pieces = make_model(family, 0).float().eval(), _pieces(0)
+    make = make_model if family in FAMILIES else more_model
+    model, pieces = make(family, 0).float().eval(), _pieces(0)
     found = document_losses(model, pieces)
     for nats, piece in zip(found, pieces, strict=True):
         assert nats == pytest.approx(_reference(model, piece), rel=1e-5), piece

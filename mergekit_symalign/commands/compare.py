@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions, add_merge_options
 
-from mergekit_symalign.commands.compare_inputs import DEFAULT_LENGTH, DEFAULT_TOKENS, DTYPES, Asked, Prepared, prepare
+from mergekit_symalign.commands.compare_configs import DEFAULT_TOKENS, Asked
+from mergekit_symalign.commands.compare_inputs import DEFAULT_LENGTH, DTYPES, Prepared, prepare
 from mergekit_symalign.commands.comparison import Compared, compare_all
 from mergekit_symalign.commands.console import say
 from mergekit_symalign.commands.models import use_cache_of

@@ -20,7 +20,7 @@ from mergekit_symalign.comparing.variants import Variant
 _SCRATCH = "merging"  # the folder of merges that are not kept, or not yet
 
 
-class MergeFailedError(Exception):
+class MergeFailedError(click.ClickException):
     """A merge ended with an error, which is told in its row."""
 
 

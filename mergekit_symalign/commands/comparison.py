@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_symalign.activations.calibration import tokenizer_digest
 from mergekit_symalign.commands.common import parsed
-from mergekit_symalign.commands.compare_inputs import Asked, File, Prepared
+from mergekit_symalign.commands.compare_configs import Asked
+from mergekit_symalign.commands.compare_inputs import File, Prepared
 from mergekit_symalign.commands.compare_measuring import losses_of, scores_of
 from mergekit_symalign.commands.compare_merges import MergeFailedError, Merges, ToMerge
 from mergekit_symalign.commands.outcome import explained
@@ -99,13 +101,15 @@ def _staying(rows: Sequence[Row], columns: Sequence[Column], keep: str) -> list[
 
 def _sources(prepared: Prepared, options: MergeOptions) -> Iterator[Source]:
     """Every row, models first."""
-    keys = {label: _key_of(model, options) for label, model in prepared.models.items()}
+    keys = {model: _key_of(model, options) for model in prepared.models.values()}
     for label, model in prepared.models.items():
-        yield Source(label, keys[label], False, model)
+        yield Source(label, keys[model], False, model)
     matters = {name: getattr(options, name) for name in _MATTERS}
     for variant in prepared.merges:
+        named = MergeConfiguration.model_validate(dict(variant.config)).referenced_models()
+        models = sorted((str(model), keys[model]) for model in named)
         files = [file_digest(path) for path in _files_in(variant.config)]
-        key = digest("merge", variant.config, list(keys.values()), files, matters, package_versions())
+        key = digest("merge", variant.config, models, files, matters, package_versions())
         yield Source(variant.label, key, True, merge=ToMerge(variant, key))
     for label, model in prepared.folders.items():
         yield Source(label, _key_of(model, options), True, model)

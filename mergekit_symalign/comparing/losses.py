@@ -22,7 +22,8 @@ def document_losses(model: Any, pieces: Sequence[Piece], tick: Callable[[int], o
     """Σ −log p of the tokens that count, for each document, in the order given.
 
     Documents of similar length run together. Logits are calculated from the first token that is needed on, and
-    compared in float32 whatever the model computes in.
+    compared in float32 whatever the model computes in. Models that choose which tokens to attend to (DeepSeek V3.2,
+    GLM-5) would choose among padding too, so they get one document at a time.
 
     Args:
         model: of transformers, for the next token, on its device.
@@ -31,7 +32,9 @@ def document_losses(model: Any, pieces: Sequence[Piece], tick: Callable[[int], o
     """
     found = [0.0] * len(pieces)
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    for group in groups([len(piece.ids) for piece in pieces], most=min(BATCH_TOKENS, _LOGITS // vocabulary)):
+    chooses = getattr(model.config.get_text_config(), "index_topk", None) is not None
+    most = 1 if chooses else min(BATCH_TOKENS, _LOGITS // vocabulary)
+    for group in groups([len(piece.ids) for piece in pieces], most=most):
         for i, nats in zip(group, _together(model, [pieces[i] for i in group]), strict=True):
             found[i] = nats
         tick(len(group))
