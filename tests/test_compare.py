@@ -461,14 +461,14 @@ def test_inspect_ends_with_a_command_that_runs(
     assert done.exit_code == 0, done.output
     program, name, *call = shlex.split(done.stdout.splitlines()[-1])
     assert (program, name) == ("mergekit-symalign", "compare")
-    read = main.commands["compare"].make_context("compare", call, parent=click.Context(main)).params
+    read = main.commands["compare"].make_context("compare", list(call), parent=click.Context(main)).params
     assert read["average"] == tuple(map(str, paths))
     assert sorted(read["settings"]) == sorted(expected)
     assert read["lora_merge_cache"] == ("some cache" if "some cache" in more else None)
-    shutil.copy(made["texts.txt"], tmp_path / "texts.jsonl")
     texts = [json.dumps({"text": line}) for line in made["texts.txt"].read_text("utf-8").splitlines()]
     (tmp_path / "texts.jsonl").write_text("\n".join(texts), "utf-8")
-    assert CliRunner().invoke(main, [name, *call]).exit_code == 0
+    compared = CliRunner().invoke(main, [name, *call])
+    assert compared.exit_code == 0, compared.output
 
 
 def test_inspect_of_encoders_ends_with_another_command(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def prepare(asked: Asked, options: MergeOptions) -> Prepared:
     merges, folders = sources(asked)
     configs = [validated(variant) for variant in merges]
     require_known(asked.settings, configs)
-    models = _models_of(configs)
+    models = _models_of(merges, configs)
     require_openable([*models, *folders], options)
     for variant, config in zip(merges, configs, strict=True):
         require_planned(variant, config, options)
@@ -90,11 +91,11 @@ def prepare(asked: Asked, options: MergeOptions) -> Prepared:
     )
 
 
-def _models_of(configs: Sequence[MergeConfiguration]) -> list[ModelReference]:
-    """Every model once, the base model of each config before its others."""
+def _models_of(merges: Sequence[Variant], configs: Sequence[MergeConfiguration]) -> list[ModelReference]:
+    """Every model once, the base model of each config before its others, which stand in the config's order."""
     found: dict[ModelReference, None] = {}
-    for config in configs:
-        text = config.to_yaml()
+    for variant, config in zip(merges, configs, strict=True):
+        text = json.dumps(variant.config, ensure_ascii=False, default=str)
         named = config.referenced_models()
         found |= dict.fromkeys(sorted(named, key=lambda m: (m != config.base_model, text.find(str(m)), str(m))))
     return list(found)
