@@ -27,15 +27,21 @@ def symmetry_share(totals: Mapping[str, Any]) -> float | None:
     return None if not before or after is None else 1 - (after / before) ** 0.5
 
 
+def nothing_to_align(totals: Mapping[str, Any]) -> bool:
+    """Whether a plain method will do."""
+    share = symmetry_share(totals)
+    return totals.get("distance_before") is not None if share is None else 0 <= share < _NOTHING
+
+
 def verdict(totals: Mapping[str, Any]) -> str:
     """One honest sentence on an alignment."""
     share = symmetry_share(totals)
     if share is None:
-        known = totals.get("distance_before") is not None
+        known = nothing_to_align(totals)
         return "nothing to align: the weights are equal" if known else "distances are not known: read from a file"
     if share < 0:
         return f"matched by something else than weights: their distance rises by {_percent(-share)}"
-    if share < _NOTHING:
+    if nothing_to_align(totals):
         return f"nothing to align: matching lowers the distance by {_percent(share)}; the plain method will do"
     if share < _LITTLE:
         return f"little to align: {_percent(share)} of the distance is symmetry"

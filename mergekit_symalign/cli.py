@@ -22,6 +22,7 @@ _COMMANDS = {
     "apply": "apply",
     "verify": "verify",
     "barrier": "barrier",
+    "compare": "compare",
     "families": "list_families",
     "check-family": "check_family",
     "push": "push",

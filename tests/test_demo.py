@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -74,7 +76,15 @@ def test_off_a_terminal_every_step_is_one_line(tmp_path: Path) -> None:
         f"… measuring {name} ({i} of 7)" for i, name in enumerate(MODELS, 1)
     ]
     assert done.stdout.startswith("Twin and target")
-    assert done.stdout.count("\n") == 4 + len(MODELS)
+    table, _, command = done.stdout.partition("\n\nThe command")
+    assert table.count("\n") == 3 + len(MODELS)
+    program, name, *arguments = shlex.split(command.splitlines()[-1])
+    assert (program, name) == ("mergekit-symalign", "compare")
+    asked = main.commands["compare"].make_context("compare", arguments, parent=click.Context(main)).params
+    assert all(path.exists() for path in (*map(Path, asked["configs"]), *asked["data"]))
+    answers = [json.loads(line) for line in asked["data"][1].read_text("utf-8").splitlines()]
+    assert len(answers) == run.PROBLEMS
+    assert all(answer.keys() == {"prompt", "answer"} for answer in answers)
 
 
 @pytest.mark.usefixtures("fast")
@@ -153,8 +163,8 @@ def test_counting_changes_no_number_and_counts_every_item() -> None:
     torch.manual_seed(0)
     assert answers(loaded, problems, 2, counted.append) == answers(loaded, problems, 2)
     assert matching_share(loaded, problems, 2, counted.append) == matching_share(loaded, problems, 2)
-    assert mean_loss(loaded, texts, 2, counted.append) == mean_loss(loaded, texts, 2)
-    assert counted == [2, 2, 1, 2, 2, 1, 2, 1]
+    assert mean_loss(loaded, texts, counted.append) == mean_loss(loaded, texts)
+    assert counted == [2, 2, 1, 2, 2, 1, 3]
 
 
 def test_a_bar_that_is_counted_to_its_end_is_full() -> None:

@@ -73,6 +73,7 @@ def _null(folder: Path) -> Path:
     return folder / "out\0.png"
 
 
+COMPARE = ["compare --json", "compare --plot", "compare --out"]
 PLACES = [_below_a_file, _too_long, _folder_too_long]
 
 
@@ -83,12 +84,17 @@ def _commands(models: tuple[Path, Path], solved: Path, out: Path, text: Path) ->
         "inspect --json": ("inspect", *models, "--json", out),
         "inspect --plot": ("inspect", *models, "--plot", out),
         "barrier --plot": ("barrier", *models, "--text", text, "--plot", out),
+        "compare --json": ("compare", "--average", *models, "--data", text, "--json", out),
+        "compare --plot": ("compare", "--average", *models, "--data", text, "--plot", out),
+        "compare --out": ("compare", "--average", *models, "--data", text, "--out", out),
         "demo": ("demo", "--out", out),
     }
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", ["solve", "apply", "inspect --json", "inspect --plot", "barrier --plot", "demo"])
+@pytest.mark.parametrize(
+    "name", ["solve", "apply", "inspect --json", "inspect --plot", "barrier --plot", *COMPARE, "demo"]
+)
 @pytest.mark.usefixtures("no_work")
 def test_commands_try_the_destination_first(
     name: str, place: Callable[[Path], Path], models: tuple[Path, Path], solved: Path, tmp_path: Path

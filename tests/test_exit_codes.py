@@ -34,6 +34,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "verify": ["a", "b"],
     "barrier": ["a", "b", "--text", "t"],
     "push": ["f", "me/files"],
+    "compare": ["--average", "a", "b", "--data", "t"],
 }
 """Each of our commands, with what it needs to be called; yaml is MergeKit's."""
 FINAL = {

@@ -57,11 +57,11 @@ class Calibration:
             yield [self.sequences[i] for i in group]
 
 
-def groups(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Which prompts run together: those of similar length, the longest first."""
+def groups(lengths: Sequence[int], most: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """Which prompts run together: those of similar length, the longest first, with so many tokens at most."""
     ordered = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while ordered:
-        count = max(1, BATCH_TOKENS // lengths[ordered[0]])
+        count = max(1, most // lengths[ordered[0]])
         yield ordered[:count]
         ordered = ordered[count:]
 
@@ -85,7 +85,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     if path.suffix not in (".jsonl", ".txt"):
         raise CalibrationError(f"calibration {path}", "it is neither .jsonl nor .txt", "Name a file of prompts")
     try:
-        lines = [(i, line) for i, line in enumerate(_lines(path), 1) if line.strip()]
+        lines = [(i, line) for i, line in enumerate(file_lines(path), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(
             f"calibration {path}", f"it cannot be read ({error})", "Name a file of prompts"
@@ -96,7 +96,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def _lines(path: Path) -> list[str]:
+def file_lines(path: Path) -> list[str]:
     r"""The lines of a UTF-8 file with or without byte order mark. Only ``\n`` and ``\r\n`` end a line: texts may hold
     other separators (U+2028, U+0085, form feeds), which `str.splitlines` would take for ends of lines."""
     return [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
@@ -155,7 +155,7 @@ def read_labels(path: Path) -> list[Any]:
     if path.suffix != ".jsonl":
         raise CalibrationError(f"calibration {path}", "only a .jsonl file can hold labels", "Give each line a label")
     labels = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(file_lines(path), 1):
         if line.strip():
             entry = json.loads(line)  # `read_prompts` found every line well formed
             if "label" not in entry:

@@ -43,6 +43,13 @@ def objective_of(architecture: str) -> Objective:
     return next((found for ending, found in _BY_ENDING.items() if architecture.endswith(ending)), Objective.nothing)
 
 
+def predicts_text(config: Any) -> bool:
+    """Whether a model continues a text, by its config: a language model, alone or behind a vision tower."""
+    name = next(iter(config.architectures or ()), "")
+    writes = objective_of(name) is Objective.next_token or name.endswith("ForConditionalGeneration")
+    return writes and not getattr(config, "is_encoder_decoder", False)
+
+
 @dataclass(frozen=True)
 class Samples:
     """Inputs, and what the model should say.

@@ -49,6 +49,12 @@ def alignment_options(
     return command
 
 
+def not_default(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that a user gave another value than the one they have anyway."""
+    usual = {p.name: p.default for p in _PARAMETERS}
+    return {name: x for name, x in parameters.items() if name in usual and x is not None and x != usual[name]}
+
+
 def alignment_config(anchor: str, model: str, parameters: Mapping[str, Any], **rest: Any) -> MergeConfiguration:
     """The merge that writes a model in the anchor's coordinates; parameters that are None were not given."""
     given = {name: value for name, value in parameters.items() if value is not None}

@@ -11,12 +11,10 @@ from typing import Any
 
 import click
 import torch
-import transformers
 from mergekit.common import ModelReference
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from torch.nn.functional import cross_entropy
-from transformers.utils import logging as transformers_logging
 
 from mergekit_symalign.activations.calibration import Calibration, calibrate
 from mergekit_symalign.activations.objectives import Objective
@@ -29,12 +27,13 @@ from mergekit_symalign.commands.models import StoredModel, require_comparable, u
 from mergekit_symalign.commands.names import short_names
 from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.commands.plots import require_plot
+from mergekit_symalign.commands.whole_models import load_whole
 from mergekit_symalign.errors import ArchitectureError, CalibrationError
 from mergekit_symalign.families.function import config_differences
-from mergekit_symalign.families.resolve import lookup, resolve
+from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.merge_report import REPORT
 from mergekit_symalign.graph.readers import require_embedded, tokenizer_of
-from mergekit_symalign.graph.untie import TIED, UNTIE, untie_config
+from mergekit_symalign.graph.untie import UNTIE
 from mergekit_symalign.whole_file import require_writable, written_whole
 
 DEFAULT_TOKENS = 8192
@@ -148,10 +147,10 @@ def run_barrier(
         run_merge(alignment_config(model_a, model_b, asked, dtype="float32"), scratch, crimes)
         aligned, stream = ModelReference.parse(scratch), _stream_of(Path(scratch))
         start, *ends = (
-            _loaded(weights, of.checkpoint.model, options)
+            _in_float32(weights, of.checkpoint.model, options)
             for weights, of in ((a.checkpoint.model, a), (b.checkpoint.model, b), (aligned, b))
         )
-    between = _loaded(a.checkpoint.model, a.checkpoint.model, options)
+    between = _in_float32(a.checkpoint.model, a.checkpoint.model, options)
     if asked.get(UNTIE):
         for model in (start, *ends, between):
             _give_own_head(model)
@@ -232,38 +231,9 @@ def _batches(a: StoredModel, b: StoredModel, text: Path, tokens: int, options: M
     return [Batch(x.ids.to(a.device), x.valid.to(a.device)) for x in found.batches()]
 
 
-def _loaded(weights: ModelReference, of: ModelReference, options: MergeOptions) -> Any:
-    """A model in float32: the weights of one, with the config of another (or of the same).
-
-    Whether the head is the embedding belongs to the weights.
-    """
-    config = of.config(trust_remote_code=options.trust_remote_code)
-    if not lookup(weights.config(trust_remote_code=options.trust_remote_code), TIED):
-        untie_config(config)
-    source = weights.merged(
-        cache_dir=options.lora_merge_cache,
-        trust_remote_code=options.trust_remote_code,
-        lora_merge_dtype=options.lora_merge_dtype,
-    ).model
-    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        kind = getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
-        found = kind.from_pretrained(
-            source.path,
-            revision=source.revision,
-            config=config,
-            cache_dir=options.transformers_cache,
-            trust_remote_code=options.trust_remote_code,
-            dtype=torch.float32,
-            attn_implementation="eager",  # others may lack soft caps
-        )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()
-    return found.eval().requires_grad_(False).to(options.device)
+def _in_float32(weights: ModelReference, of: ModelReference, options: MergeOptions) -> Any:
+    """The weights of one model with the config of another (or of the same); other attention may lack soft caps."""
+    return load_whole(weights, options, torch.float32, config_of=of, attention="eager")
 
 
 def _give_own_head(model: Any) -> None:

@@ -21,6 +21,7 @@ from mergekit_symalign.card import (
 from mergekit_symalign.commands.alignment import alignment_config, alignment_options, planned_task, run_tasks
 from mergekit_symalign.commands.common import require_alignable
 from mergekit_symalign.commands.names import in_a_table, short_names
+from mergekit_symalign.commands.next_step import next_step
 from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.commands.plots import plot_layers, require_plot
 from mergekit_symalign.families.towers import in_order
@@ -80,6 +81,19 @@ def inspect(
         if plot is not None:
             own = [block for block in entry["blocks"] if "tower" not in block]
             plot_layers(own, " against ".join(short_names((name, anchor))), plot)
+        differ = bool(report["config_differences"].get(name))
+        click.echo(
+            "\n".join(
+                next_step(
+                    anchor,
+                    model,
+                    entry.get("residual", entry["totals"]),
+                    merge_options,
+                    parameters,
+                    configs_differ=differ,
+                )
+            )
+        )
     if json_file is not None:
         with written_whole(json_file) as scratch:
             scratch.write_text(json.dumps(report, indent=1) + "\n", "utf-8")

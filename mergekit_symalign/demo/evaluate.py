@@ -13,7 +13,6 @@ from mergekit_symalign.demo.progress import Tick, silent
 from mergekit_symalign.demo.source import quiet
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Item = TypeVar("Item")
@@ -44,9 +43,9 @@ def exact_match(model_dir: Path, problems: Sequence[Problem], batch_size: int = 
     return matching_share(load(model_dir), problems, batch_size)
 
 
-def text_loss(model_dir: Path, texts: Sequence[str], batch_size: int = 10) -> float:
+def text_loss(model_dir: Path, texts: Sequence[str]) -> float:
     """Mean next-token cross entropy in nats per token of a model directory; see `mean_loss`."""
-    return mean_loss(load(model_dir), texts, batch_size)
+    return mean_loss(load(model_dir), texts)
 
 
 def logit_deviation(dir_a: Path, dir_b: Path, texts: Sequence[str], batch_size: int = 10) -> float:
@@ -93,28 +92,14 @@ def answers(loaded: Loaded, problems: Sequence[Problem], batch_size: int = 50, t
     return given
 
 
-def mean_loss(loaded: Loaded, texts: Sequence[str], batch_size: int = 10, tick: Tick = silent) -> float:
+def mean_loss(loaded: Loaded, texts: Sequence[str], tick: Tick = silent) -> float:
     """Mean next-token cross entropy over all tokens of all texts but the first of each, in nats per token."""
-    import torch
+    from mergekit_symalign.comparing import statistics
+    from mergekit_symalign.comparing.documents import Document, piece_of
+    from mergekit_symalign.comparing.losses import document_losses
 
-    model, tokenizer = loaded
-    loss, tokens = 0.0, 0
-    for chunk in _chunks(texts, batch_size):
-        batch = _encode(tokenizer, chunk, side="right")
-        with torch.inference_mode():
-            logits = model(**batch).logits
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        loss += _summed_cross_entropy(logits, labels)
-        tokens += int((labels[:, 1:] != -100).sum())
-        tick(len(chunk))
-    return loss / tokens
-
-
-def _summed_cross_entropy(logits: "Tensor", labels: "Tensor") -> float:
-    """Sum of −log p(next token); logits [texts, tokens, vocabulary], labels [texts, tokens], −100 skipped."""
-    from torch.nn.functional import cross_entropy
-
-    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum").item()
+    pieces = [piece_of(Document("", text), loaded.tokenizer) for text in texts]
+    return statistics.mean_loss(document_losses(loaded.model, pieces, tick), [piece.counted for piece in pieces])
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], side: str) -> "BatchEncoding":

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-import click
 from tqdm import tqdm
+
+from mergekit_symalign.commands.console import say
 
 
 class Tick(Protocol):
@@ -19,11 +20,6 @@ class Tick(Protocol):
 
 def silent(n: int) -> None:
     """Nobody watches."""
-
-
-def say(what: str) -> None:
-    """One line for one step, beside the table that goes to standard output."""
-    click.echo(f"… {what}", err=True)
 
 
 @contextmanager

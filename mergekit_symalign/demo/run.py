@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import shutil
-import subprocess
-import sys
-import sysconfig
-import time
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,13 +13,16 @@ from typing import Any
 import click
 import yaml
 
+from mergekit_symalign.commands.console import say
+from mergekit_symalign.comparing import merging
 from mergekit_symalign.demo.data import arithmetic_problems, style_texts
 from mergekit_symalign.demo.evaluate import load, logit_deviation, matching_share, mean_loss
-from mergekit_symalign.demo.progress import Tick, measuring, say
+from mergekit_symalign.demo.progress import Tick, measuring
 from mergekit_symalign.demo.source import quiet, unpack_smollm2
 from mergekit_symalign.whole_file import require_writable_folder
 
 PROBLEMS, TEXTS, SEED = 300, 40, 1
+LOG, ARITHMETIC = "ships-log.txt", "arithmetic.jsonl"
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -55,6 +54,7 @@ def run_demo(out: Path, *, bar: bool = False) -> None:
     """
     with quiet():
         click.echo(_table(out, bar=bar))
+    click.echo(f"\nThe command for your own models, on the demo's:\n\n    {compare_command(out)}")
 
 
 def _table(out: Path, *, bar: bool) -> str:
@@ -79,6 +79,7 @@ def _table(out: Path, *, bar: bool) -> str:
             rows.append(_measured(name, folder, watched.begin(name), *costs.get(name, (None, None))))
     results = {"logit_deviation_twin": deviation, "rows": [asdict(row) for row in rows]}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    write_data(out)
     return render(rows, deviation)
 
 
@@ -119,6 +120,21 @@ def write_configs(out: Path, anchor: Path) -> dict[str, Path]:
     for name, content in configs.items():
         (out / f"{name}.yml").write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
     return {name: out / f"{name}.yml" for name in configs}
+
+
+def write_data(out: Path) -> None:
+    """What the table is measured on, as files for `mergekit-symalign compare`."""
+    problems = [asdict(problem) for problem in arithmetic_problems(PROBLEMS, SEED)]
+    (out / ARITHMETIC).write_text("".join(json.dumps(problem) + "\n" for problem in problems), "utf-8")
+    (out / LOG).write_text("".join(f"{text}\n" for text in style_texts(TEXTS, SEED)), "utf-8")
+
+
+def compare_command(out: Path) -> str:
+    """The plain merge with the twin against the aligned one, ready to paste."""
+    configs = [out / f"{name}.yml" for name in ("plain-twin", "aligned-twin")]
+    call = ["mergekit-symalign", "compare", *configs, "--data", out / LOG, "--data", out / ARITHMETIC]
+    call += ["--lora-merge-cache", out / "lora-cache", "--out", out / "compare"]
+    return shlex.join(map(str, call))
 
 
 def write_twin(model: Path, out: Path, seed: int) -> Path:
@@ -170,29 +186,16 @@ def _merge(config: Path, out: Path, cache: Path) -> tuple[float, float | None]:
     command = [*_mergekit_yaml(), str(config), str(out), "--quiet", "--lora-merge-cache", str(cache)]
     log = out.with_suffix(".log")
     say(f"merging {out.name} (mergekit-yaml {config.name} {out.name})")
-    start = time.perf_counter()
-    with log.open("wb") as said, subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT) as process:
-        peak = _peak_mib(process)
-    if process.returncode != 0:
+    cost = merging.run_alone(command, log)
+    if cost.exit_code != 0:
         click.echo(log.read_text("utf-8", "replace"), err=True)
-        raise click.ClickException(f"mergekit-yaml {config} failed with exit code {process.returncode}")
-    return time.perf_counter() - start, peak
+        raise click.ClickException(f"mergekit-yaml {config} failed with exit code {cost.exit_code}")
+    return cost.seconds, cost.peak_mib
 
 
 def _mergekit_yaml() -> list[str]:
     """The command of this environment."""
-    return [shutil.which("mergekit-yaml", path=sysconfig.get_path("scripts")) or "mergekit-yaml"]
-
-
-def _peak_mib(process: subprocess.Popen[bytes]) -> float | None:
-    """Wait for a process; its peak resident memory in MiB, where the operating system says it."""
-    if not hasattr(os, "wait4"):
-        process.wait()
-        return None
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
-    return usage.ru_maxrss / unit
+    return merging.command("mergekit-yaml")
 
 
 def _measured(name: str, folder: Path, tick: Tick, seconds: float | None, peak_mib: float | None) -> Row:
