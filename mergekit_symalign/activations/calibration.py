@@ -57,8 +57,9 @@ class Calibration:
             yield [self.sequences[i] for i in group]
 
 
-def groups(lengths: Sequence[int], most: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """Which prompts run together: those of similar length, the longest first, with so many tokens at most."""
+def groups(lengths: Sequence[int], most: int | None = None) -> Iterator[list[int]]:
+    """Which prompts run together: those of similar length, the longest first, with so many tokens (4096) at most."""
+    most = BATCH_TOKENS if most is None else most
     ordered = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while ordered:
         count = max(1, most // lengths[ordered[0]])

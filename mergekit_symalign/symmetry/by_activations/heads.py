@@ -86,16 +86,23 @@ class HeadCovariances:
         return squares.unflatten(0, (self.shape.kv_heads, -1, self.shape.head_dim)).sum(1)
 
 
-def in_units(of_axes: Covariances, shape: HeadShape) -> dict[str, Covariance]:
+def units_of_activations(seen: Covariances, shape: HeadShape) -> dict[str, Covariance]:
     """In units in which activations and weights can be weighed against each other.
 
-    Values and outputs are taken relative to the norm of each KV head of either model, which takes their scale out of
-    the problem; relative to the norm of each coordinate where coordinates have factors of their own. Queries and keys
-    are taken relative to the anchor's in the layer, as their scale trades one against the other.
+    Values and what they become are taken relative to the norm of each KV head of either model, which takes their scale
+    out of the problem; relative to the norm of each coordinate where coordinates have factors of their own. Queries and
+    keys are taken relative to the anchor's in the layer, as their scale trades one against the other.
     """
-    sizes = [value_sizes(of_axes, side, shape) for side in (0, 1)]
-    values = {axis: _in_units_of(sizes, of_axes[axis], shape) for axis in VALUES}
-    return values | {axis: of_axes[axis].per_layer() for axis in QUERIES}
+    sizes = [value_sizes(seen, side, shape) for side in (0, 1)]
+    values = {axis: _in_units_of(sizes, seen[axis], shape) for axis in VALUES}
+    return values | {axis: seen[axis].per_layer() for axis in QUERIES}
+
+
+def units_of_weights(rows: Covariances, shape: HeadShape) -> dict[str, Covariance]:
+    """The same of weights: what writes the values is multiplied by their scale, what reads them is divided by it, so
+    each is taken relative to its own norm."""
+    values = {axis: _in_units_of([2 * x for x in _sizes_of(rows[axis], shape)], rows[axis], shape) for axis in VALUES}
+    return values | {axis: rows[axis].per_layer() for axis in QUERIES}
 
 
 def blended(one: Covariances, other: Covariances, shares: Mapping[tuple[str, ...], float]) -> dict[str, Covariance]:
@@ -135,6 +142,7 @@ def value_ratio(of_axes: Covariances, shape: HeadShape, *, divided: bool) -> Ten
 
 
 def _sizes_of(c: Covariance, shape: HeadShape) -> tuple[Tensor, Tensor]:
+    """Squared norms of anchor and model, as `value_sizes`, of one axis."""
     anchor, model = (_by_kv_head(x, shape) for x in (c.anchor, c.model))
     return (anchor, model) if shape.gated else (anchor.sum(-1, keepdim=True), model.sum(-1, keepdim=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,26 @@ from mergekit_symalign.symmetry.options import MlpShape, NeuronScale, Pair, Side
 from mergekit_symalign.symmetry.solved import Solved
 
 _NEURONS = "neurons"
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What each pair of neurons adds to the correlation of both models when matched.
+
+    Attributes:
+        matrix: [neurons, neurons], to be multiplied by ``unit``.
+    """
+
+    matrix: Tensor
+    unit: float
+
+    def of(self, index: Tensor) -> float:
+        """The correlation under a permutation."""
+        return float(self.matrix.gather(1, index.unsqueeze(1)).double().sum()) * self.unit
+
+    def blended(self, other: _Scores, share: float) -> Tensor:
+        """Both, the other one with this share; one new matrix is made."""
+        return (self.matrix * ((1 - share) * self.unit)).add_(other.matrix, alpha=share * other.unit)
 
 
 def align_mlp_by(seen: Covariance, weights: Sides, shape: MlpShape, use: Symmetries) -> Solved:
@@ -62,15 +83,14 @@ def match_neurons_by(
 ) -> tuple[Permutation, AxisAction]:
     """The actions on gate rows and on up rows of the neurons of one MLP or expert (`align_mlp_by`)."""
     pairs = NeuronPairs(*(weights.get(axis, ()) for axis in ("gate", "up", "down")))
-    scores = (_activation_scores(seen, scale), _weight_scores(NeuronCosts(pairs, scale)))
+    of_activations, of_weights = _activation_scores(seen, scale), _weight_scores(NeuronCosts(pairs, scale))
     standing = torch.arange(len(seen.anchor), device=seen.cross.device)
 
     def solved(shares: Shares) -> Tensor:
-        share = shares[_NEURONS]
-        return best_assignment(torch.lerp(*scores, share)) if permute else standing
+        return best_assignment(of_activations.blended(of_weights, shares[_NEURONS])) if permute else standing
 
     def agreement(index: Tensor) -> dict[str, Agreement]:
-        return {_NEURONS: Agreement(*(float(x.gather(1, index.unsqueeze(1)).double().sum()) for x in scores))}
+        return {_NEURONS: Agreement(of_activations.of(index), of_weights.of(index))}
 
     index, shares = most_likely(solved, agreement, (_NEURONS,))
     gate = Permutation(index)
@@ -80,17 +100,18 @@ def match_neurons_by(
     return gate, Chain((gate, Scaling(factor).snapped(TOLERANCE)))
 
 
-def _activation_scores(seen: Covariance, scale: NeuronScale) -> Tensor:
-    """What each pair adds to the correlation of the activations when matched [neurons, neurons], float32."""
+def _activation_scores(seen: Covariance, scale: NeuronScale) -> _Scores:
+    """What each pair adds to the correlation of the activations when matched."""
     if scale is NeuronScale.none:
-        unit = inverse_root(seen.anchor.sum() * seen.model.sum())
-        return (seen.cross * unit).float()
+        return _Scores(seen.cross, float(inverse_root(seen.anchor.sum() * seen.model.sum())))
     score = seen.cross.abs() if scale is NeuronScale.signed else seen.cross
-    unit = inverse_root(seen.anchor.sum()).square()  # the model's neurons become as large as the anchor's
-    return (score * (unit * seen.anchor.sqrt()).unsqueeze(1) * inverse_root(seen.model)).float()
+    score = (
+        score * seen.anchor.sqrt().unsqueeze(1) * inverse_root(seen.model)
+    )  # the model's become as large as the anchor's
+    return _Scores(score, float(inverse_root(seen.anchor.sum()).square()))
 
 
-def _weight_scores(costs: NeuronCosts) -> Tensor:
+def _weight_scores(costs: NeuronCosts) -> _Scores:
     """The same of their weights: 1 less the squared distance, in units of what it would be if nothing agreed."""
     pairs, score = costs.pairs, costs.scores().float()
     of_anchor = [(b, a) for a, b in pairs.all]
@@ -101,7 +122,7 @@ def _weight_scores(costs: NeuronCosts) -> Tensor:
     else:  # factors leave the product of both norms
         size = size + 2 * (b * o).sqrt().sum()
         score = score - ((b + o) / 2 - (b * o).sqrt())
-    return (score * 2 * inverse_root(size).square()).float()
+    return _Scores(score, float(2 * inverse_root(size).square()))
 
 
 def _squares(side: Sequence[Pair]) -> Tensor:
