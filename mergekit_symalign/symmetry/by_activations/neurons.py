@@ -36,15 +36,15 @@ class _Scores:
     """
 
     matrix: Tensor
-    unit: float
+    unit: Tensor
 
     def of(self, index: Tensor) -> float:
         """The correlation under a permutation."""
-        return float(self.matrix.gather(1, index.unsqueeze(1)).double().sum()) * self.unit
+        return float(self.matrix.gather(1, index.unsqueeze(1)).double().sum() * self.unit)
 
     def blended(self, other: _Scores, share: float) -> Tensor:
         """Both, the other one with this share; one new matrix is made."""
-        return (self.matrix * ((1 - share) * self.unit)).add_(other.matrix, alpha=share * other.unit)
+        return (self.matrix * ((1 - share) * self.unit)).addcmul_(other.matrix, other.unit, value=share)
 
 
 def align_mlp_by(seen: Covariance, weights: Sides, shape: MlpShape, use: Symmetries) -> Solved:
@@ -103,12 +103,12 @@ def match_neurons_by(
 def _activation_scores(seen: Covariance, scale: NeuronScale) -> _Scores:
     """What each pair adds to the correlation of the activations when matched."""
     if scale is NeuronScale.none:
-        return _Scores(seen.cross, float(inverse_root(seen.anchor.sum() * seen.model.sum())))
+        return _Scores(seen.cross, inverse_root(seen.anchor.sum() * seen.model.sum()))
     score = seen.cross.abs() if scale is NeuronScale.signed else seen.cross
     score = (
         score * seen.anchor.sqrt().unsqueeze(1) * inverse_root(seen.model)
     )  # the model's become as large as the anchor's
-    return _Scores(score, float(inverse_root(seen.anchor.sum()).square()))
+    return _Scores(score, inverse_root(seen.anchor.sum()).square())
 
 
 def _weight_scores(costs: NeuronCosts) -> _Scores:
@@ -122,7 +122,7 @@ def _weight_scores(costs: NeuronCosts) -> _Scores:
     else:  # factors leave the product of both norms
         size = size + 2 * (b * o).sqrt().sum()
         score = score - ((b + o) / 2 - (b * o).sqrt())
-    return _Scores(score, float(2 * inverse_root(size).square()))
+    return _Scores(score, 2 * inverse_root(size).square())
 
 
 def _squares(side: Sequence[Pair]) -> Tensor:
