@@ -32,7 +32,7 @@ from mergekit_symalign.graph import activations, readers
 from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, SolveActivations
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.symmetry import solve as kernel
-from mergekit_symalign.symmetry.by_activations import attention, neurons
+from mergekit_symalign.symmetry.by_activations import attention, neurons, orders
 from mergekit_symalign.symmetry.by_activations import experts as expert_covariance
 from mergekit_symalign.symmetry.heads.match import MatchedHeads
 
@@ -73,7 +73,7 @@ def test_the_run_on_prompts_stays_on_a_fake_gpu(family: str, tmp_path: Path, mon
     flipped = lambda score: torch.arange(score.shape[0], device=score.device).flip(0)  # noqa: E731
     monkeypatch.setattr(neurons, "best_assignment", flipped)
     monkeypatch.setattr(attention, "match_heads", lambda problem: MatchedHeads(None, None))
-    for module in (attention, neurons):
+    for module in (attention, orders):
         monkeypatch.setattr(module, "most_likely", _first)
     monkeypatch.setattr(expert_covariance, "_match_experts", lambda *_: [3, 2, 1, 0])
     monkeypatch.setattr(expert_covariance, "_tokens_of", lambda routing, i, j: torch.arange(20, device=GPU))
