@@ -74,8 +74,8 @@ def align_experts_by(
     """Match the experts of a layer, and the neurons in each pair of them.
 
     Experts: maximises the sum of the covariances of the pairs' router logits over all tokens; router rows count with
-    the likeliest share (`likeliest_order`). Neurons: as `align_mlp_by`, expert by expert, on the tokens that are sent to
-    the expert in either model. An expert that no token reaches is matched by its weights.
+    the likeliest share (`likeliest_order`). Neurons: as `align_mlp_by`, expert by expert, on the tokens that are sent
+    to the expert in either model. An expert that no token reaches is matched by its weights.
 
     Args:
         routing: of the anchor and of the model, the same tokens.
