@@ -379,7 +379,7 @@ dtype: float32
 
 
 def test_commands_start_without_the_parts_of_huggingface_hub_that_upload() -> None:
-    code = "import mergekit_symalign.hub.address, mergekit_symalign.hub.fetch, sys; "
+    code = "import mergekit_symalign.hub.address, mergekit_symalign.sharing.fetch, sys; "
     code += "assert not {m for m in sys.modules if m.startswith('huggingface_hub')}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BIN)
     assert done.returncode == 0, done.stderr

@@ -23,8 +23,8 @@ from whole_statistics import measure
 from mergekit_symalign.alignment_file import AlignmentFile, renamed
 from mergekit_symalign.cli import main
 from mergekit_symalign.hub.address import parsed
-from mergekit_symalign.hub.public import role_of
-from mergekit_symalign.hub.sections import plain, with_section
+from mergekit_symalign.sharing.public import role_of
+from mergekit_symalign.sharing.sections import plain, with_section
 from mergekit_symalign.statistics.file import StatisticsFile
 from mergekit_symalign.statistics.writer import write_statistics
 
