@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mergekit_symalign"
 NAME = "mergekit_symalign"
-GROUND = "symmetry/options symmetry/rows symmetry/threads"
+GROUND = "symmetry/options symmetry/rows symmetry/devices symmetry/threads"
 ELEMENTS = f"{GROUND} symmetry/fitting symmetry/groups symmetry/element"
 
 # From the ground up: each room, and what it may import.
@@ -25,7 +25,8 @@ ROOMS: dict[str, str] = {
     "hub": "errors sealed",
     "statistics": "errors whole_file sealed hub",
     "symmetry/options": "",
-    "symmetry/threads": "",
+    "symmetry/devices": "",
+    "symmetry/threads": "symmetry/devices",
     "symmetry/rows": "",
     "symmetry/fitting": "errors symmetry/options symmetry/rows",
     "symmetry/groups": "errors symmetry/rows",
@@ -33,10 +34,11 @@ ROOMS: dict[str, str] = {
     "symmetry/solved": "symmetry/element",
     "symmetry/statistics": "errors symmetry/element",
     "symmetry/scale": "symmetry/threads",
+    "symmetry/quartic": "symmetry/devices symmetry/scale",
     "symmetry/distance": f"{GROUND} symmetry/groups",
-    "symmetry/assignment": "errors symmetry/rows symmetry/threads symmetry/fitting",
+    "symmetry/assignment": "errors symmetry/rows symmetry/devices symmetry/threads symmetry/fitting",
     "symmetry/neurons": f"errors {ELEMENTS} symmetry/scale symmetry/distance symmetry/assignment",
-    "symmetry/heads": f"errors {ELEMENTS} symmetry/scale symmetry/distance symmetry/assignment",
+    "symmetry/heads": f"errors {ELEMENTS} symmetry/scale symmetry/quartic symmetry/distance symmetry/assignment",
     "symmetry/by_activations": f"errors {ELEMENTS} symmetry/solved symmetry/assignment symmetry/neurons symmetry/heads",
     "symmetry/blocks": f"{ELEMENTS} symmetry/solved symmetry/distance symmetry/neurons symmetry/heads",
     "symmetry/steps": "errors symmetry/groups",

@@ -85,7 +85,7 @@ class SolveBlock(Task[Dict[str, Any]]):
 
 
 class SolveTogether(Task[Dict[str, Any]]):
-    """Aligns the same block of several models to the anchor's, side by side.
+    """Aligns the same block of several models to the anchor's, side by side. Each tensor goes to the device once.
 
     Attributes:
         solvers: one for each model.
@@ -94,7 +94,14 @@ class SolveTogether(Task[Dict[str, Any]]):
     solvers: Tuple[SolveBlock, ...]
 
     def arguments(self) -> Dict[str, Task]:
-        return {f"solver{i}_{name}": load for i, s in enumerate(self.solvers) for name, load in s.arguments().items()}
+        return {name: load for load, name in self._names().items()}
+
+    def _names(self) -> Dict[Task, str]:
+        """A name for each load; models share those of the anchor."""
+        names: Dict[Task, str] = {}
+        for load in (load for solver in self.solvers for load in solver.arguments().values()):
+            names.setdefault(load, f"load{len(names)}")
+        return names
 
     def group_label(self) -> Optional[str]:
         return max(solver.group_label() or "" for solver in self.solvers)
@@ -103,9 +110,11 @@ class SolveTogether(Task[Dict[str, Any]]):
         return True
 
     def execute(self, **tensors: torch.Tensor) -> Dict[str, Any]:
+        names = self._names()
+
         def solve(i: int) -> Dict[str, Any]:
             solver = self.solvers[i]
-            return solver.execute(**{name: tensors[f"solver{i}_{name}"] for name in solver.arguments()})
+            return solver.execute(**{name: tensors[names[load]] for name, load in solver.arguments().items()})
 
         numbers = range(len(self.solvers))
         solved = two_at_a_time(solve, numbers, next(iter(tensors.values())).device)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.groups import AxisAction, Permutation
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.rows import compute_dtype, select_last
@@ -24,18 +25,19 @@ def squared_distance(pair: Pair, rows: Tensor, columns: Tensor) -> Tensor:
     Works through the tensors in the order in which they are stored, a block at a time.
     """
     anchor, model = pair
+    piece = _PIECE if devices.on_cpu(rows.device) else max(1, *anchor.shape, len(rows))
     if anchor.stride(0) < anchor.stride(1):  # stored with the neurons last
         at, to = _selection(rows), _selection(columns)
-        pieces = list(zip(anchor.mT.split(_PIECE), model.mT.split(_PIECE), strict=True))
+        pieces = list(zip(anchor.mT.split(piece), model.mT.split(piece), strict=True))
         return torch.stack(in_parallel(lambda piece: _of_columns(piece, at, to, len(rows)), pieces, rows.device)).sum(0)
-    pieces = list(zip(rows.split(_PIECE), columns.split(_PIECE), strict=True))
+    pieces = list(zip(rows.split(piece), columns.split(piece), strict=True))
     return torch.cat(in_parallel(lambda piece: _of_rows(pair, *piece), pieces, rows.device))
 
 
 def _of_rows(pair: Pair, rows: Tensor, columns: Tensor) -> Tensor:
     """Squared distances of some rows."""
     anchor, model = pair
-    height = min(len(rows), max(1, _BLOCK // anchor.shape[1]))
+    height = min(len(rows), max(1, _block(anchor) // anchor.shape[1]))
     scratch = torch.empty(height, anchor.shape[1], dtype=compute_dtype(anchor.dtype), device=anchor.device)
     found = []
     for at, to in zip(rows.split(height), columns.split(height), strict=True):
@@ -48,7 +50,7 @@ def _of_rows(pair: Pair, rows: Tensor, columns: Tensor) -> Tensor:
 def _of_columns(piece: Pair, at: Selection, to: Selection, width: int) -> Tensor:
     """What some coordinates [coordinates, neurons] add to the squared distances."""
     dtype = compute_dtype(piece[0].dtype)
-    height = max(1, _BLOCK // max(1, width))
+    height = max(1, _block(piece[0]) // max(1, width))
     scratch = torch.empty(height, width, dtype=dtype, device=piece[0].device)
     total = torch.zeros(width, dtype=dtype, device=piece[0].device)
     for a, b in zip(piece[0].split(height), piece[1].split(height), strict=True):
@@ -71,7 +73,7 @@ def total_distance(pair: Pair, action: AxisAction | None = None) -> float:
         a, b = block
         return (moved(b, 0) - a.to(dtype)).square_().sum().double()
 
-    width = max(1, _BLOCK // len(anchor))
+    width = max(1, _block(anchor) // len(anchor))
     blocks = list(zip(anchor.split(width, dim=1), model.split(width, dim=1), strict=True))
     return float(torch.stack(in_parallel(of_block, blocks, anchor.device)).sum())
 
@@ -94,11 +96,18 @@ def _pieces(x: Tensor, like: Tensor) -> Sequence[Tensor]:
     if x.ndim == 0 or x.numel() == 0:
         return (x,)
     dim = max(range(x.ndim), key=lambda i: (x.shape[i] > 1, like.stride(i)))
-    return x.split(max(1, _BLOCK * x.shape[dim] // x.numel()), dim=dim)
+    return x.split(max(1, _block(x) * x.shape[dim] // x.numel()), dim=dim)
+
+
+def _block(x: Tensor) -> int:
+    """Numbers that are held in the compute dtype at once."""
+    return devices.at_once(x.device, _BLOCK)
 
 
 def _selection(index: Tensor) -> Selection:
-    """A slice where the index counts through."""
+    """A slice where the index counts through; other devices are not asked whether it does."""
+    if not devices.on_cpu(index.device):
+        return index
     first = int(index[0])
     through = torch.arange(first, first + len(index), device=index.device)
     return slice(first, first + len(index)) if torch.equal(index, through) else index

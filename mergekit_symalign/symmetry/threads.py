@@ -17,6 +17,8 @@ from typing import TypeVar
 
 import torch
 
+from mergekit_symalign.symmetry import devices
+
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
@@ -50,7 +52,7 @@ def in_parallel(
         pieces: of about the same size.
         device: where the work is done; anything but the CPU has its own parallelism, and gets the pieces in turn.
     """
-    if device is not None and device.type != "cpu":
+    if device is not None and not devices.on_cpu(device):
         return [work(piece) for piece in pieces]
     threads = _threads()
     with one_thread():
@@ -64,28 +66,38 @@ def two_at_a_time(
 ) -> list[Result]:
     """``[work(piece) for piece in pieces]`` for work that is itself divided by `in_parallel`, two pieces at a time.
 
-    Both share the threads: while one does what cannot be divided, the other has them all.
+    Both share the threads: while one does what cannot be divided, the other has them all. On a CUDA device both put
+    their steps on this thread's stream: while the CPU assigns the neurons of one, the device works for the other.
 
     Args:
         work, pieces, device: as for `in_parallel`.
     """
-    if (device is not None and device.type != "cpu") or min(_threads(), len(pieces)) <= 1:
+    stream = _shared_stream(device)
+    alone = _threads() <= 1 if device is None or devices.on_cpu(device) else stream is None
+    if alone or len(pieces) <= 1:
         return [work(piece) for piece in pieces]
     with one_thread(), ThreadPoolExecutor(_AT_ONCE, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        contexts, run = [copy_context() for _ in pieces], _as_here(work)
+        contexts, run = [copy_context() for _ in pieces], _as_here(work, stream)
         return list(pool.map(lambda context, piece: context.run(run, piece), contexts, pieces))
+
+
+def _shared_stream(device: torch.device | None) -> torch.cuda.Stream | None:
+    """The stream on which this thread's steps go, which other threads can take up; None if this is no CUDA device."""
+    if device is None or device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.current_stream(device)
 
 
 def _threads() -> int:
     return _SHARED.get() or torch.get_num_threads()
 
 
-def _as_here(work: Callable[[Piece], Result]) -> Callable[[Piece], Result]:
-    """The same work in another thread, with the gradient modes of this one."""
+def _as_here(work: Callable[[Piece], Result], stream: torch.cuda.Stream | None = None) -> Callable[[Piece], Result]:
+    """The same work in another thread, with the gradient modes of this one, and on a stream if there is one."""
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def run(piece: Piece) -> Result:
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.cuda.stream(stream):
             return work(piece)
 
     return run

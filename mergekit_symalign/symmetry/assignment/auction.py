@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.rows import two_lowest
 from mergekit_symalign.symmetry.threads import in_parallel
 
@@ -53,6 +54,7 @@ def _bids(score: Tensor, price: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         column, second = two_lowest(cost)
         return column, second - cost.gather(1, column.unsqueeze(1)).squeeze(1)
 
-    parts = in_parallel(bid, rows.split(max(1, _BLOCK // len(score))), rows.device)
+    height = max(1, devices.at_once(rows.device, _BLOCK) // len(score))
+    parts = in_parallel(bid, rows.split(height), rows.device)
     column, surplus = (torch.cat(x) for x in zip(*parts, strict=True))
     return column, price[column] + surplus

@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.assignment.auction import auction_prices
 from mergekit_symalign.symmetry.fitting import require_shape, require_square
 from mergekit_symalign.symmetry.rows import in_chunks
@@ -277,11 +278,12 @@ def _exceeding(scores: Scores, price: Tensor, limit: Callable[[int, Tensor], Ten
     n, column = len(price), price.to(scores.wide)
     of_rows, of_columns = (x.to(scores.wide) for x in scores.error)
     factors = list(zip(of_rows.mT.unsqueeze(2), of_columns.mT.contiguous(), strict=True)) if errors else []
-    height = max(1, _BLOCK // n)
+    height = max(1, devices.at_once(price.device, _BLOCK) // n)
+    piece = max(_PIECE, height) if not devices.on_cpu(price.device) else _PIECE
 
     def of_piece(start: int) -> Tensor:
         scratch = torch.empty(height, n, dtype=scores.wide, device=price.device)
-        rows, found = scores.stored.narrow(0, start, min(_PIECE, n - start)), []
+        rows, found = scores.stored.narrow(0, start, min(piece, n - start)), []
         for i, block in enumerate(rows.split(height)):
             first = start + i * height
             worth = scratch.narrow(0, 0, len(block)).copy_(block).sub_(column)
@@ -295,4 +297,4 @@ def _exceeding(scores: Scores, price: Tensor, limit: Callable[[int, Tensor], Ten
             found.append((row[hit] + first) * n + chunk[hit] * chunks.shape[2] + place)
         return torch.cat(found)
 
-    return torch.cat(in_parallel(of_piece, range(0, n, _PIECE), price.device))
+    return torch.cat(in_parallel(of_piece, range(0, n, piece), price.device))

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.assignment.linear import lazy_assignment
 from mergekit_symalign.symmetry.heads.gated import GATE
 from mergekit_symalign.symmetry.heads.moments import Moments
@@ -139,7 +140,7 @@ class HeadProblem:
 
     def cost(self, i: Tensor, j: Tensor) -> Tensor:
         """Distance that remains between anchor's KV head ``i[n]`` and model's ``j[n]``, less the anchor's norms."""
-        few = _PAIRS if i.device.type == "cpu" else len(i)
+        few = _PAIRS if devices.on_cpu(i.device) else len(i)
         parts = in_parallel(
             lambda some: self._cost(*some), list(zip(i.split(few), j.split(few), strict=True)), i.device
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.fitting import require_pair, require_shape
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.threads import in_parallel
@@ -80,7 +81,7 @@ def moments(
         seen = _plane_products(x, y, planes) if planes else _products(x, y)
         return seen, torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y)
 
-    few = 1 if anchor.device.type == "cpu" else heads
+    few = 1 if devices.on_cpu(anchor.device) else heads
     beside = number if order is None else order
     parts = in_parallel(of_heads, list(zip(number.split(few), beside.split(few), strict=True)), anchor.device)
     seen, own, norms = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -89,7 +90,7 @@ def moments(
 
 def _selected(heads: Tensor, at: Tensor) -> Tensor:
     """Some heads; on the CPU a single one as it is stored: a copy of columns as rows takes longer than all the rest."""
-    if len(at) > 1 or at.device.type != "cpu":
+    if len(at) > 1 or not devices.on_cpu(at.device):
         return heads.index_select(0, at)
     head = heads.narrow(0, int(at), 1)
     return head if head.stride(-1) == 1 else head.mT.contiguous().mT

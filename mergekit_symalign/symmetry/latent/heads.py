@@ -15,6 +15,7 @@ from operator import add
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.assignment.linear import identity_is_optimal, lazy_assignment
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, PerHead, Permutation, PlaneRotation, rotary_action
 from mergekit_symalign.symmetry.heads.bounds import whole_bounds
@@ -139,7 +140,7 @@ def _order(sides: Sides, shape: LatentShape, use: Symmetries, planes: PlaneRotat
         return None, "identity"
 
     def cost(i: Tensor, j: Tensor) -> Tensor:
-        few = _PAIRS if i.device.type == "cpu" else len(i)
+        few = _PAIRS if devices.on_cpu(i.device) else len(i)
         some = list(zip(i.split(few), j.split(few), strict=True))
         inside = in_parallel(lambda at: _pair_costs(sides, shape, use, *at), some, i.device)
         return torch.cat(inside) + turning[i, j]

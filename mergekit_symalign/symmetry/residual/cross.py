@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.distance import squared_difference, squared_norm
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes
 from mergekit_symalign.symmetry.fitting import require_shape
@@ -126,7 +127,7 @@ def add_product(total: Tensor, anchor: Tensor, model: Tensor) -> None:
         total: what is added to.
         anchor, model: [hidden, columns].
     """
-    few = len(total) if total.device.type != "cpu" else _ROWS
+    few = _ROWS if devices.on_cpu(total.device) else len(total)
 
     for a, b in zip(anchor.split(_COLUMNS, dim=1), model.split(_COLUMNS, dim=1), strict=True):
         wide = b.to(compute_dtype(b.dtype))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.element import BlockElement, TensorAxes
 from mergekit_symalign.symmetry.groups import Rotation
 from mergekit_symalign.symmetry.residual.scope import VOCABULARY, Scope, Tensors
@@ -45,7 +46,7 @@ def moved_in_pieces(element: BlockElement, x: Tensor, axes: TensorAxes) -> Tenso
     Each axis in turn, along ranges of the other one. The result does not depend on the number of threads.
     """
     moved = element.moves(axes)
-    if x.ndim != 2 or x.device.type != "cpu" or x.numel() <= _PIECE or axes.joined is not None:
+    if x.ndim != 2 or not devices.on_cpu(x.device) or x.numel() <= _PIECE or axes.joined is not None:
         return element(x, axes)
     if not element.calculates(axes):
         return element(x, axes)
