@@ -1,6 +1,7 @@
 """Linear assignment, exactly: which column belongs to which row. Knows no neurons and no heads.
 
-The algorithms run on the CPU (scipy); this module is the only one of the mathematics that moves a tensor there.
+The algorithms run on the CPU (scipy); this module is the only one of the mathematics that moves a tensor there. Small
+problems go there as wholes, all of a batch at once, and only their answers come back.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite_matching
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.assignment.shortlist import Scores, shortlist_assignment
 from mergekit_symalign.symmetry.fitting import require_shape, require_square
 
@@ -39,6 +41,13 @@ def best_assignment(score: Tensor) -> Tensor:
     [0, 1]
     """
     require_square("scores", score)
+    if len(score) >= LARGE or devices.on_cpu(score.device):
+        return _assigned(score)
+    return _assigned(_host(score)).to(score.device)
+
+
+def _assigned(score: Tensor) -> Tensor:
+    """The same on the device of ``score``, but for scipy's part."""
     identity = torch.arange(score.shape[0], device=score.device)
     rows, columns = score.max(1), score.max(0)
     if bool((rows.values <= score.diagonal()).all()):
@@ -49,6 +58,17 @@ def best_assignment(score: Tensor) -> Tensor:
     if index is None:
         index = _on_cpu(lambda s: linear_sum_assignment(s, maximize=True)[1], score)
     return without_idle_cycles(index, score)
+
+
+def best_assignments(scores: Tensor) -> Tensor:
+    """`best_assignment` of each of several small problems [problems, n, n]: int64 [problems, n].
+
+    Raises:
+        ShapeError: if problems are not square.
+    """
+    require_shape("scores", scores, (*scores.shape[:2], *scores.shape[1:2]))
+    host = scores if devices.on_cpu(scores.device) else _host(scores)
+    return torch.stack([_assigned(score) for score in host]).to(scores.device)
 
 
 def identity_is_optimal(unmoved: Tensor, bounds: Tensor) -> bool:
@@ -90,10 +110,25 @@ def lazy_assignment(
     [1, 0]
     """
     require_square("bounds", bounds)
+    if devices.on_cpu(bounds.device):
+        return _lazily_assigned(bounds, cost, tighter)
+    device = bounds.device
+
+    def asked(rows: Tensor, columns: Tensor) -> Tensor:
+        return _host(cost(rows.to(device), columns.to(device)))
+
+    better = None if tighter is None else lambda: _host(tighter())
+    return _lazily_assigned(_host(bounds), asked, better).to(device)
+
+
+def _lazily_assigned(
+    bounds: Tensor, cost: Callable[[Tensor, Tensor], Tensor], tighter: Callable[[], Tensor] | None
+) -> Tensor:
+    """The same for bounds and costs on the CPU."""
     costs = bounds.clone()
     known = torch.zeros_like(costs, dtype=torch.bool)
     rows = torch.arange(len(costs), device=costs.device)
-    index = rows if tighter is None else best_assignment(-costs)
+    index = rows if tighter is None else _assigned(-costs)
     for turn in itertools.count():
         missing = rows[~known[rows, index]]
         if len(missing) == 0:
@@ -104,7 +139,7 @@ def lazy_assignment(
             pairs = _asked(costs, known, missing, index, 2 ** max(0, turn - 2))
             costs[pairs] = cost(*pairs).to(costs.dtype)
             known[pairs] = True
-        index = best_assignment(-costs)
+        index = _assigned(-costs)
     return index
 
 
@@ -143,5 +178,9 @@ def _asked(costs: Tensor, known: Tensor, rows: Tensor, index: Tensor, many: int)
 
 def _on_cpu(solve: Callable[..., Any], *given: Tensor) -> Tensor:
     """What one of scipy's solvers finds, int64, on the device of what it is given: the only move to the CPU."""
-    found: Tensor = torch.from_numpy(solve(*(x.cpu().numpy() for x in given))).long()
+    found: Tensor = torch.from_numpy(solve(*(_host(x).numpy() for x in given))).long()
     return found.to(given[0].device)
+
+
+def _host(x: Tensor) -> Tensor:
+    return x.cpu()

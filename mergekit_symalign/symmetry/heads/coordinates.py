@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment.linear import best_assignment
+from mergekit_symalign.symmetry.assignment.linear import best_assignments
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.moments import Moments, plane_correlation
 from mergekit_symalign.symmetry.heads.procrustes import align_gains
@@ -128,7 +128,7 @@ def _places(score: Tensor, gains: Tensor | None, *, reorder: bool) -> Tensor:
     n, r, _ = score.shape
     if not reorder or r < 2:
         return torch.arange(r, device=score.device).expand(n, r)
-    return torch.stack([best_assignment(one) for one in (score if gains is None else score + gains)])
+    return best_assignments(score if gains is None else score + gains)
 
 
 def _taken(x: Tensor, place: Tensor) -> Tensor:

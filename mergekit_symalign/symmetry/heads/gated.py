@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment.linear import best_assignment
+from mergekit_symalign.symmetry.assignment.linear import best_assignments
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.coordinates import within_heads
 from mergekit_symalign.symmetry.heads.moments import Moments
-from mergekit_symalign.symmetry.scale import best_saving, neuron_factors, quartic_scale
+from mergekit_symalign.symmetry.quartic import best_scale
+from mergekit_symalign.symmetry.scale import best_saving, neuron_factors
 
 GATE = "attended_gate"
 
@@ -40,12 +41,12 @@ def align_gated(
     b, o = value.model, attended.model
     if not rotate:
         p, q = (x.cross.diagonal(dim1=-2, dim2=-1) for x in (value, attended))
-        return Scaling(quartic_scale(b, o, p, q).flatten())
+        return Scaling(best_scale(b, o, p, q).flatten())
     if scale:
         score = best_saving(value.cross, b.unsqueeze(1), attended.cross, o.unsqueeze(1), signed=True)
     else:
         score = (value.cross + attended.cross).abs()
-    place = torch.stack([best_assignment(one) for one in (score if gate is None else score + gate.cross)])
+    place = best_assignments(score if gate is None else score + gate.cross)
     p, q = (x.cross.gather(2, place.unsqueeze(2)).squeeze(2) for x in (value, attended))
     if scale:
         factor = neuron_factors((p, b.gather(1, place)), (q, o.gather(1, place)), signed=True)

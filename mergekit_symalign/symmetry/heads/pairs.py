@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.assignment.linear import best_assignment
+from mergekit_symalign.symmetry.assignment.linear import best_assignments
 from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.heads.gated import gate_matrix
 from mergekit_symalign.symmetry.heads.moments import Moments, of_planes, plane_correlation
@@ -95,7 +94,7 @@ class HeadPairs:
         score = self.attended.along(dense(dual, self.value)) + self.query.along(dense(found.query, self.key))
         if self.gate is not None:
             score = score + self.gate.along(gate_matrix(found.value, self.value.model))
-        return torch.stack([best_assignment(pair) for pair in score])
+        return best_assignments(score)
 
 
 def _of_partners(x: Tensor, order: Tensor) -> Tensor:
