@@ -31,6 +31,7 @@ from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph import activations, readers
 from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, SolveActivations
 from mergekit_symalign.graph.load import LoadFinite
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry import solve as kernel
 from mergekit_symalign.symmetry.by_activations import attention, neurons, orders
 from mergekit_symalign.symmetry.by_activations import experts as expert_covariance
@@ -71,6 +72,7 @@ def test_the_run_on_prompts_stays_on_a_fake_gpu(family: str, tmp_path: Path, mon
     tasks = [handle.task() for handle in schedule.tasks]
     # The assignment runs on the CPU, and some questions are asked of the device: not here.
     flipped = lambda score: torch.arange(score.shape[0], device=score.device).flip(0)  # noqa: E731
+    monkeypatch.setattr(devices, "are_all", lambda _: True)
     monkeypatch.setattr(neurons, "best_assignment", flipped)
     monkeypatch.setattr(attention, "match_heads", lambda problem: MatchedHeads(None, None))
     for module in (attention, orders):

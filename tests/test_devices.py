@@ -29,7 +29,7 @@ from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.graph.solve import OneOf, SolveTogether
-from mergekit_symalign.symmetry import blocks
+from mergekit_symalign.symmetry import blocks, devices
 from mergekit_symalign.symmetry import solve as kernel
 from mergekit_symalign.symmetry.heads.match import MatchedHeads
 from mergekit_symalign.symmetry.heads.order import HeadOrder
@@ -107,6 +107,7 @@ def test_solve_and_apply_stay_on_fake_cuda(
     order = lambda problem: MatchedHeads(_reversed_heads(problem.source.shape) if found else None, None)  # noqa: E731
     monkeypatch.setattr(blocks, "match_heads", order)
     monkeypatch.setattr(experts, "match_experts", lambda problem, _: list(range(problem.experts))[::-1])
+    monkeypatch.setattr(devices, "are_all", lambda _: True)  # asked of the device
     identities = (lambda element: element) if found else (lambda element: type(element)({}))
     for name in ("heads_distance", "neurons_distance"):
         monkeypatch.setattr(blocks, name, lambda *_: 0.0)  # plain numbers: asked of the device

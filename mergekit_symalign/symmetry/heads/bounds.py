@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.heads.moments import Moments, plane_correlation, plane_norm
 from mergekit_symalign.symmetry.options import Pair
+from mergekit_symalign.symmetry.quartic import best_scale
 from mergekit_symalign.symmetry.rows import SLACK, compute_dtype
-from mergekit_symalign.symmetry.scale import quartic_scale
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _BLOCK = 1 << 19  # numbers that are held in a wider dtype at once: small enough to stay in the cache
@@ -145,5 +145,5 @@ def _nuclear_bound(m: Tensor) -> Tensor:
 
 def _least(b: Tensor, o: Tensor, p: Tensor, q: Tensor, *, scale: bool) -> Tensor:
     """``min_s s²b + o/s² − 2(s p + q/s)``, or its value at ``s = 1`` where scales are not admitted."""
-    s = quartic_scale(b, o, p, q) if scale else torch.ones_like(b)
+    s = best_scale(b, o, p, q) if scale else torch.ones_like(b)
     return s**2 * b + o / s**2 - 2 * (s * p + q / s)

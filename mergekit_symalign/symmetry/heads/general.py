@@ -20,6 +20,7 @@ from operator import add
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.groups import HeadMatrix
 from mergekit_symalign.symmetry.options import GREATEST_CONDITION, HeadShape, Pair, Sides
@@ -138,8 +139,8 @@ def align_general(
         still = (fall <= _STILL * best) & (better | (damping >= _STRONG))
         resting = still | (best <= _NOTHING * whole)
         damping = torch.where(better, damping / 10, damping * 10).clamp(_FAINT, _STRONG)
-        if g.device.type == "cpu" and bool(resting.all()):
-            break  # elsewhere a step costs less than asking the device
+        if devices.are_all(resting):
+            break
     nothing = standing - best <= torch.finfo(torch.float32).eps ** 2 * whole
     g = torch.where(nothing.reshape(-1, 1, 1), start.double(), g)
     return GeneralOptimum(HeadMatrix(g), torch.where(nothing, standing, best), torch.linalg.cond(g))

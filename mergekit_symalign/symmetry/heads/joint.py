@@ -22,8 +22,8 @@ from torch import Tensor
 from mergekit_symalign.symmetry.scale import PROVEN, newton_step, quartic_scale
 
 _STEPS = 4  # at most
-_LAST = 1e-7  # a step after which there is nothing to gain: the distance changes by its square
-_FLOOR = 1e-8  # of the norms: what singular values next to zero may cost the bound
+LAST = 1e-7  # a step after which there is nothing to gain: the distance changes by its square
+FLOOR = 1e-8  # of the norms: what singular values next to zero may cost the bound
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _Point:
         """Whether ``f`` is nowhere lower than here, up to `PROVEN` of the norms."""
         b, o, (p, q) = self.problem.b, self.problem.o, self.along
         up, down = torch.exp(self.t), torch.exp(-self.t)
-        w = torch.maximum(self.s, (_FLOOR / self.s.shape[-1] * (b + o)).unsqueeze(-1))
+        w = torch.maximum(self.s, (FLOOR / self.s.shape[-1] * (b + o)).unsqueeze(-1))
         m, n = self.u.mT @ self.problem.m, self.u.mT @ self.problem.n
         free_b, free_o = (x - (y.square().sum(-1) / w).sum(-1) for x, y in ((b, m), (o, n)))
         rest = (2 * (m * n).sum(-1) / w + w).sum(-1)
@@ -112,11 +112,11 @@ def joint_optimum(m: Tensor, n: Tensor, b: Tensor, o: Tensor) -> JointOptimum:
     for _ in range(_STEPS):
         point = problem.at(t)
         step = point.step()
-        if bool((step.abs() <= _LAST).all()):
+        if bool((step.abs() <= LAST).all()):
             break
         t = t + step
     scale = torch.exp(newton_step(point.t, b, o, *point.along))
-    return JointOptimum(point.rotation, scale, (step.abs() <= _LAST) & point.proven())
+    return JointOptimum(point.rotation, scale, (step.abs() <= LAST) & point.proven())
 
 
 def towards_identity(m: Tensor) -> Tensor:

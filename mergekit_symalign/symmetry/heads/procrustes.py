@@ -13,11 +13,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.groups import HeadRotation, PlaneRotation, Scaling
 from mergekit_symalign.symmetry.heads.joint import joint_optimum, towards_identity
+from mergekit_symalign.symmetry.heads.joint_polar import joint_optimum_by_polar
 from mergekit_symalign.symmetry.heads.moments import Moments, plane_correlation, plane_norm
-from mergekit_symalign.symmetry.scale import joint_log_scale, quartic_scale
+from mergekit_symalign.symmetry.heads.polar import nuclear_norm, polar_factor
+from mergekit_symalign.symmetry.quartic import best_scale
+from mergekit_symalign.symmetry.scale import joint_log_scale
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _MATRICES = 4  # that are decomposed at once
@@ -89,9 +93,9 @@ def align_planes(first: Moments, second: Moments, *, rotate: bool, scale: bool) 
     s = torch.ones_like(b)
     if scale and rotate:
         s = torch.exp(_joint_planes(b, o, c_q, c_k))
-        s = _alternate(s, lambda s: quartic_scale(b, o, *_along(_mixed(c_q, c_k, s), c_q, c_k)))
+        s = _alternate(s, lambda s: best_scale(b, o, *_along(_mixed(c_q, c_k, s), c_q, c_k)))
     elif scale:
-        s = quartic_scale(b, o, c_q.real, c_k.real)
+        s = best_scale(b, o, c_q.real, c_k.real)
     angle = torch.angle(_mixed(c_q, c_k, s)) if rotate else torch.zeros_like(b)
     return PlaneRotation(angle, s)
 
@@ -138,10 +142,10 @@ def align_gains(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], *, sig
     b, o = plane_norm(q_b.square().sum(1)), plane_norm(k_b.square().sum(1))
     p, q = plane_norm((q_a * q_b).sum(1)), plane_norm((k_a * k_b).sum(1))
     if not signed:
-        s = quartic_scale(b, o, p, q)
+        s = best_scale(b, o, p, q)
     else:
         s = torch.exp(_joint_planes(b, o, p, q))
-        s = _alternate(s, lambda s: quartic_scale(b, o, *_along(_mixed(p, q, s), p, q)))
+        s = _alternate(s, lambda s: best_scale(b, o, *_along(_mixed(p, q, s), p, q)))
         s = s * _sign(_mixed(p, q, s))
     return torch.cat((s, s), dim=-1)
 
@@ -160,19 +164,19 @@ def _in_turn(first: Moments, second: Moments, *, rotate: bool, scale: bool) -> H
     b, o = first.model.sum(-1), second.model.sum(-1)
     eye = torch.eye(first.cross.shape[-1], dtype=b.dtype, device=b.device).expand_as(first.cross)
     r = _polar(first.cross + second.cross) if rotate else eye
-    return HeadRotation(r, quartic_scale(b, o, *_inner(r, first, second)) if scale else torch.ones_like(b))
+    return HeadRotation(r, best_scale(b, o, *_inner(r, first, second)) if scale else torch.ones_like(b))
 
 
 def _jointly(first: Moments, second: Moments) -> HeadRotation:
     """By Newton's method; heads for which it does not prove what it finds are swept."""
-    if first.cross.device.type != "cpu":
-        return _swept(first, second)  # to ask which are left would make the device wait
+    cpu = devices.on_cpu(first.cross.device)
     sides = (first.cross, second.cross, first.model.sum(-1), second.model.sum(-1))
-    pieces = list(zip(*(x.split(_MATRICES) for x in sides), strict=True))
-    parts = in_parallel(lambda piece: joint_optimum(*piece), pieces)
+    pieces = list(zip(*(x.split(_MATRICES if cpu else len(x)) for x in sides), strict=True))
+    optimum = joint_optimum if cpu else joint_optimum_by_polar
+    parts = in_parallel(lambda piece: optimum(*piece), pieces, first.cross.device)
     matrix, s, proven = (torch.cat(x) for x in zip(*((x.matrix, x.scale, x.proven) for x in parts), strict=True))
-    left = (~proven).nonzero().flatten()
-    if len(left):
+    if not devices.are_all(proven):
+        left = (~proven).nonzero().flatten()
         swept = _swept(first.some(left), second.some(left))
         matrix, s = matrix.index_copy(0, left, swept.matrix), s.index_copy(0, left, swept.scale)
     return HeadRotation(matrix, s)
@@ -187,7 +191,7 @@ def _swept(first: Moments, second: Moments) -> HeadRotation:
 
     peaks = (_nuclear(first.cross), _nuclear(second.cross))
     start = joint_log_scale(b, o, peaks, _nuclear_path(first, second)).log_scale
-    s = _alternate(torch.exp(start), lambda s: quartic_scale(b, o, *_inner(rotation(s), first, second)))
+    s = _alternate(torch.exp(start), lambda s: best_scale(b, o, *_inner(rotation(s), first, second)))
     return HeadRotation(rotation(s), s)
 
 
@@ -198,8 +202,8 @@ def _inner(r: Tensor, first: Moments, second: Moments) -> tuple[Tensor, Tensor]:
 def _alternate(s: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
     for _ in range(_POLISH):
         previous, s = s, step(s)
-        if s.device.type == "cpu" and bool(((s - previous).abs() <= _STILL * s).all()):
-            break  # elsewhere a step costs less than asking the device
+        if devices.are_all((s - previous).abs() <= _STILL * s):
+            break
     return s
 
 
@@ -211,13 +215,7 @@ def _mixed(m: Tensor, n: Tensor, s: Tensor) -> Tensor:
 
 def _polar(m: Tensor) -> Tensor:
     """The orthogonal matrix nearest to ``m`` [*, d, d]; where ``m`` says nothing, the one nearest to the identity."""
-    flat = towards_identity(m).reshape(-1, *m.shape[-2:])
-    return torch.cat(in_parallel(_rotation_of, flat.split(_MATRICES), m.device)).reshape(m.shape)
-
-
-def _rotation_of(m: Tensor) -> Tensor:
-    u, _, vh = torch.linalg.svd(m)
-    return u @ vh
+    return polar_factor(towards_identity(m))
 
 
 def _unless_noise(g: HeadRotation, first: Moments, second: Moments) -> HeadRotation:
@@ -238,9 +236,7 @@ def _unless_noise(g: HeadRotation, first: Moments, second: Moments) -> HeadRotat
 
 
 def _nuclear(m: Tensor) -> Tensor:
-    flat = m.reshape(-1, *m.shape[-2:])
-    sums = in_parallel(lambda x: torch.linalg.svdvals(x).sum(-1), flat.split(_MATRICES), m.device)
-    return torch.cat(sums).reshape(m.shape[:-2])
+    return nuclear_norm(m if devices.on_cpu(m.device) else towards_identity(m))
 
 
 def _nuclear_path(first: Moments, second: Moments) -> Callable[[Tensor], Tensor]:

@@ -16,6 +16,7 @@ from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import require_shape, require_square
 from mergekit_symalign.symmetry.groups import Chain, Permutation, Rotation, Scaling
 from mergekit_symalign.symmetry.heads.joint import towards_identity
+from mergekit_symalign.symmetry.heads.polar import polar_factor
 from mergekit_symalign.symmetry.threads import one_thread
 
 STREAM, GAIN = "residual", "residual_gain"  # axes: gains of norms move as the stream does, without its signs
@@ -92,7 +93,7 @@ def _rotation(cross: Tensor, gains: Tensor) -> BlockElement:
 
 def _mean_keeping_rotation(cross: Tensor, gains: Tensor) -> BlockElement:
     """A rotation of what is orthogonal to the mean, in an orthonormal basis of it."""
-    basis = centred_basis(len(cross)).to(cross)
+    basis = centred_basis(len(cross), cross.device).to(cross.dtype)
     inside = basis @ _polar(basis.mT @ cross @ basis) @ basis.mT
     return BlockElement({STREAM: Rotation(inside + torch.full_like(cross, 1 / len(cross)))})
 
@@ -106,10 +107,10 @@ _SOLVERS: Mapping[ResidualKind, Callable[[Tensor, Tensor], BlockElement]] = {
 }
 
 
-def centred_basis(size: int) -> Tensor:
+def centred_basis(size: int, device: torch.device | None = None) -> Tensor:
     """An orthonormal basis [size, size − 1] of the vectors whose coordinates sum to 0, float64 (Helmert's)."""
-    rows = torch.arange(size, dtype=torch.float64).unsqueeze(1)
-    k = torch.arange(1, size, dtype=torch.float64)
+    rows = torch.arange(size, dtype=torch.float64, device=device).unsqueeze(1)
+    k = torch.arange(1, size, dtype=torch.float64, device=device)
     below = torch.where(rows < k, 1.0, torch.where(rows == k, -k, 0.0))
     return below / torch.sqrt(k * (k + 1))
 
@@ -117,5 +118,4 @@ def centred_basis(size: int) -> Tensor:
 def _polar(cross: Tensor) -> Tensor:
     """The orthogonal matrix with the largest inner product; where ``cross`` says nothing, near the identity."""
     with one_thread():  # a second thread would wait more than it works
-        u, _, vh = torch.linalg.svd(towards_identity(cross))
-        return u @ vh
+        return polar_factor(towards_identity(cross))
