@@ -36,8 +36,10 @@ def joint_optimum_by_polar(m: Tensor, n: Tensor, b: Tensor, o: Tensor) -> JointO
         r = newton_polar(_mixed(t, m, n))
         p, q = (r * m).sum((-2, -1)), (r * n).sum((-2, -1))
         slope = _slope(t, b, o, p, q)
-        still = torch.log(best_scale(b, o, p, q)) - t  # to where this rotation has its best scale
-        step = still if before is None else _secant(t, slope, *before, still)
+        if before is None:
+            step = torch.where(usable, torch.log(best_scale(b, o, p, q)) - t, 0.0)  # the best for this rotation
+        else:
+            step = torch.where(usable, _secant(t, slope, *before, newton_step(t, b, o, p, q) - t), 0.0)
         if devices.are_all(step.abs() <= LAST):
             break
         before, t = (t, slope), t + step
@@ -49,7 +51,7 @@ def joint_optimum_by_polar(m: Tensor, n: Tensor, b: Tensor, o: Tensor) -> JointO
 
 
 def _secant(t: Tensor, slope: Tensor, last_t: Tensor, last_slope: Tensor, still: Tensor) -> Tensor:
-    """A step from two slopes; where they say nothing, the one that leaves the rotation as it is."""
+    """A step from two slopes; where they say nothing, Newton's, as if the rotation stayed."""
     bend = (slope - last_slope) / torch.where(t == last_t, 1.0, t - last_t)
     told = (t != last_t) & (bend > 0) & bend.isfinite()
     step = (-slope / torch.where(told, bend, 1.0)).clamp(-_LONGEST, _LONGEST)

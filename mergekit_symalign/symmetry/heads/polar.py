@@ -44,7 +44,7 @@ def newton_polar(m: Tensor) -> Tensor:
     x = m
     for _ in range(_STEPS):
         inverse = torch.linalg.inv_ex(x).inverse
-        scale = (_size(inverse) / _size(x)) ** 0.25
+        scale = (torch.linalg.matrix_norm(inverse, keepdim=True) / torch.linalg.matrix_norm(x, keepdim=True)).sqrt()
         x = (scale * x + inverse.mT / scale) / 2
     return (3 * x - x @ (x.mT @ x)) / 2
 
@@ -54,12 +54,6 @@ def are_orthogonal(m: Tensor) -> Tensor:
     d = m.shape[-1]
     eye = torch.eye(d, dtype=m.dtype, device=m.device)
     return (m.mT @ m - eye).abs().amax((-2, -1)) <= d * _ORTHOGONAL
-
-
-def _size(m: Tensor) -> Tensor:
-    """The product of the largest sum of a row and of a column [*, 1, 1]."""
-    size = m.abs()
-    return size.sum(-1, keepdim=True).amax(-2, keepdim=True) * size.sum(-2, keepdim=True).amax(-1, keepdim=True)
 
 
 def _rotation_of(m: Tensor) -> Tensor:

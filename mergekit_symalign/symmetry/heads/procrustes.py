@@ -20,7 +20,7 @@ from mergekit_symalign.symmetry.heads.joint import joint_optimum, towards_identi
 from mergekit_symalign.symmetry.heads.joint_polar import joint_optimum_by_polar
 from mergekit_symalign.symmetry.heads.moments import Moments, plane_correlation, plane_norm
 from mergekit_symalign.symmetry.heads.polar import nuclear_norm, polar_factor
-from mergekit_symalign.symmetry.quartic import best_scale
+from mergekit_symalign.symmetry.quartic import best_scale, better_scale
 from mergekit_symalign.symmetry.scale import joint_log_scale
 from mergekit_symalign.symmetry.threads import in_parallel
 
@@ -93,7 +93,7 @@ def align_planes(first: Moments, second: Moments, *, rotate: bool, scale: bool) 
     s = torch.ones_like(b)
     if scale and rotate:
         s = torch.exp(_joint_planes(b, o, c_q, c_k))
-        s = _alternate(s, lambda s: best_scale(b, o, *_along(_mixed(c_q, c_k, s), c_q, c_k)))
+        s = _alternate(s, lambda s: better_scale(s, b, o, *_along(_mixed(c_q, c_k, s), c_q, c_k)))
     elif scale:
         s = best_scale(b, o, c_q.real, c_k.real)
     angle = torch.angle(_mixed(c_q, c_k, s)) if rotate else torch.zeros_like(b)
@@ -145,7 +145,7 @@ def align_gains(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], *, sig
         s = best_scale(b, o, p, q)
     else:
         s = torch.exp(_joint_planes(b, o, p, q))
-        s = _alternate(s, lambda s: best_scale(b, o, *_along(_mixed(p, q, s), p, q)))
+        s = _alternate(s, lambda s: better_scale(s, b, o, *_along(_mixed(p, q, s), p, q)))
         s = s * _sign(_mixed(p, q, s))
     return torch.cat((s, s), dim=-1)
 
@@ -191,7 +191,7 @@ def _swept(first: Moments, second: Moments) -> HeadRotation:
 
     peaks = (_nuclear(first.cross), _nuclear(second.cross))
     start = joint_log_scale(b, o, peaks, _nuclear_path(first, second)).log_scale
-    s = _alternate(torch.exp(start), lambda s: best_scale(b, o, *_inner(rotation(s), first, second)))
+    s = _alternate(torch.exp(start), lambda s: better_scale(s, b, o, *_inner(rotation(s), first, second)))
     return HeadRotation(rotation(s), s)
 
 
