@@ -9,7 +9,7 @@ INSTALL = $(PIP) install --quiet $(UPGRADE) --constraint $(CONSTRAINTS)
 SOURCES := pyproject.toml $(CONSTRAINTS) $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
 .PHONY: demo test tests test-oldest test-newest lint types suite fuzz host-names host-names-tried timings architectures methods
-.PHONY: bench bench-statistics bench-stream study study-again study-skills study-apart study-small docs clean
+.PHONY: bench bench-statistics bench-stream gpu-check gpu-page study study-again study-skills study-apart study-small docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -50,6 +50,15 @@ fuzz: $(VENV)/installed
 # docs/performance.md, measured: about an hour and 45 GB of disk. BENCH passes options, e.g. BENCH="--only siblings --runs 1".
 bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/run.py $(BENCH)
+
+# What a GPU has to do as the CPU does, and what merges take there: at most 8 minutes, and no network.
+# On the CPU: make gpu-check GPU="--device cpu --small". A file for the page: GPU="--out tests/gpu/results/h100.json".
+gpu-check: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m gpu.check $(GPU)
+
+# Its tables in docs/performance.md
+gpu-page: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m gpu.write_page
 
 # docs/statistics.md, measured: a few minutes.
 bench-statistics: $(VENV)/installed

@@ -30,7 +30,7 @@ def best_scale(b: Tensor, o: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 
 def better_scale(s: Tensor, b: Tensor, o: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """The same next to a scale that is nearly the best: elsewhere than on the CPU, some of Newton's steps from there."""
+    """The same next to a scale that is nearly the best: elsewhere than on the CPU, by Newton's steps from there."""
     if devices.on_cpu(b.device):
         return quartic_scale(b, o, p, q)
     t = torch.log(s)

@@ -90,12 +90,12 @@ def checkpoint(cache: Path, shape: Shape, recipe: Recipe) -> Path:
     return folder
 
 
-def weights(recipe: Recipe, name: str, size: torch.Size) -> Tensor:
-    """One tensor of a recipe, float32, in the base's coordinates."""
+def weights(recipe: Recipe, name: str, size: torch.Size, device: torch.device | None = None) -> Tensor:
+    """One tensor of a recipe, float32, in the base's coordinates. Each device draws numbers of its own."""
     std, mean = (0.1, 1.0) if name.endswith("norm.weight") else (STD, 0.0)
     own = recipe.seed if recipe.noise is None else BASE_SEED
-    x = mean + std * _normal(own, name, size)
-    return x if recipe.noise is None else x + recipe.noise * std * _normal(recipe.seed, name, size)
+    x = mean + std * _normal(own, name, size, device)
+    return x if recipe.noise is None else x + recipe.noise * std * _normal(recipe.seed, name, size, device)
 
 
 def _write(folder: Path, shape: Shape, recipe: Recipe) -> None:
@@ -119,10 +119,10 @@ def foreign(config: LlamaConfig, seed: int) -> Callable[[str, Tensor], Tensor]:
     return lambda name, x: transform({name: x}, layout, elements)[name].bfloat16().contiguous()
 
 
-def _normal(seed: int, name: str, size: torch.Size) -> Tensor:
+def _normal(seed: int, name: str, size: torch.Size, device: torch.device | None) -> Tensor:
     # torch's generator takes 32 bits of a seed: seed and name have to be mixed within them
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    return torch.randn(size, generator=generator)
+    generator = torch.Generator(device or "cpu").manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    return torch.randn(size, generator=generator, device=device)
 
 
 def load(folder: Path) -> dict[str, Tensor]:
