@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.heads.moments import Moments, plane_correlation, plane_norm
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.quartic import best_scale
@@ -35,7 +36,7 @@ def plane_bounds(norms: Norms, shown: Norms, correlations: Mapping[str, Tensor],
         turning: the coordinates that only turn with their plane.
     """
     first, _ = norms["key"]
-    k, at = len(first), torch.tensor(turning, device=first.device)
+    k, at = len(first), devices.whole_numbers(turning, first.device)
     bound = -torch.stack([anchor.sum(-1) for anchor, _ in norms.values()]).sum(0).unsqueeze(1).expand(k, k)
     for axis, c in correlations.items():
         a, b = (plane_norm(x.index_select(-1, at)) for x in shown[axis])
@@ -52,7 +53,7 @@ def plane_correlations(side: Sequence[Pair], head_dim: int, turning: Sequence[in
         head_dim: coordinates of a head.
         turning: first the first coordinates of all planes, then their partners.
     """
-    total, at = None, torch.tensor(turning, device=side[0][0].device)
+    total, at = None, devices.whole_numbers(turning, side[0][0].device)
     for pair in side:
         anchor, model = (x.unflatten(0, (-1, head_dim)) for x in pair)
         few = max(1, _BLOCK // (2 * anchor.shape[0] * anchor.shape[2]))
@@ -101,14 +102,14 @@ def whole_bounds(
         bound = _least(*values, scale=scale_values)
     rest = [i for i in range(q_a.shape[-1]) if i not in set(turning)]
     if turning:
-        at = torch.tensor(turning, device=q_a.device)
+        at = devices.whole_numbers(turning, q_a.device)
         a, b = (plane_norm(x.index_select(-1, at)) for x in (q_a, q_b))
         queries, keys = (a.unsqueeze(1) * b).sqrt(), key.at(turning)
         correlation = plane_correlation(keys.cross).abs()
         planes = _least(b.expand_as(queries), plane_norm(keys.model), queries, correlation, scale=scale_queries)
         bound = bound + planes.sum(-1)
     if rest:
-        at = torch.tensor(rest, device=q_a.device)
+        at = devices.whole_numbers(rest, q_a.device)
         a, b = (x.index_select(-1, at).sum(-1) for x in (q_a, q_b))
         queries, keys = (a.unsqueeze(1) * b).sqrt(), key.at(rest)
         of_keys = (keys.model.sum(-1), queries, _nuclear_bound(keys.cross))

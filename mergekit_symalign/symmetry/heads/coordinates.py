@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.assignment.linear import best_assignments
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.moments import Moments, plane_correlation
@@ -33,7 +34,7 @@ def align_coordinates(
         What query and key rows carry; its own dual.
     """
     cross = query.cross + key.cross
-    planes, rest = (torch.tensor(x, dtype=torch.int64, device=cross.device) for x in (shape.planes(), shape.rest()))
+    planes, rest = (devices.whole_numbers(x, cross.device) for x in (shape.planes(), shape.rest()))
     turning = plane_correlation(_at(cross, planes)).real
     still = _at(cross, rest)
     if shape.norm is GainScope.centred:
@@ -53,7 +54,7 @@ def align_coordinates(
 def rest_scores(query: Moments, key: Moments, shape: HeadShape) -> Tensor:
     """What every two coordinates that do not turn contribute when matched, each with its best sign [n, rest, rest]."""
     cross = query.cross + key.cross
-    return _at(cross, torch.tensor(shape.rest(), device=cross.device)).abs()
+    return _at(cross, devices.whole_numbers(shape.rest(), cross.device)).abs()
 
 
 def gain_scores(query: Pair, key: Pair, shape: HeadShape, *, scale: bool, signed: bool) -> Tensor:
@@ -68,7 +69,7 @@ def gain_scores(query: Pair, key: Pair, shape: HeadShape, *, scale: bool, signed
     Returns:
         [n, rest, rest]: anchor's coordinate, model's.
     """
-    rest = torch.tensor(shape.rest(), device=query[0].device)
+    rest = devices.whole_numbers(shape.rest(), query[0].device)
     (q_a, q_b), (k_a, k_b) = ([x.index_select(-1, rest).double() for x in pair] for pair in (query, key))
     p, q = q_a.mT @ q_b, k_a.mT @ k_b
     b, o = (x.square().sum(1, keepdim=True) for x in (q_b, k_b))
@@ -87,7 +88,7 @@ def gain_factors(query: Pair, key: Pair, shape: HeadShape, *, signed: bool) -> T
         [n, d]; the key gain carries its inverse.
     """
     device = query[0].device
-    planes, rest = (torch.tensor(x, dtype=torch.int64, device=device) for x in (shape.planes(), shape.rest()))
+    planes, rest = (devices.whole_numbers(x, device) for x in (shape.planes(), shape.rest()))
     factors = []
     for at, alone in ((planes, False), (rest, True)):
         if len(at):

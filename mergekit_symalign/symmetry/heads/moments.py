@@ -44,7 +44,7 @@ class Moments:
 
     def at(self, coordinates: Sequence[int]) -> Moments:
         """The same for some coordinates of each head, in this order."""
-        index = torch.tensor(coordinates, device=self.cross.device)
+        index = devices.whole_numbers(coordinates, self.cross.device)
         cross = self.cross.index_select(-1, index).index_select(-2, index)
         return Moments(cross, self.model.index_select(-1, index))
 
@@ -103,7 +103,7 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 def _plane_products(a: Tensor, b: Tensor, planes: Sequence[int]) -> Tensor:
     """`plane_correlation` of the same, from the rows [heads, d, columns]: [heads, d/2]."""
-    order = torch.tensor(planes, device=a.device)
+    order = devices.whole_numbers(planes, a.device)
     (a_i, a_j), (b_i, b_j) = (x.index_select(1, order).chunk(2, dim=1) for x in (a, b))
     dot = torch.linalg.vecdot
     return torch.complex(dot(a_i, b_i) + dot(a_j, b_j), dot(a_j, b_i) - dot(a_i, b_j))
@@ -126,7 +126,7 @@ def of_planes(correlation: Tensor, planes: Sequence[int]) -> Tensor:
     """
     real, imaginary = torch.diag_embed(correlation.real / 2), torch.diag_embed(correlation.imag / 2)
     cross = torch.cat((torch.cat((real, -imaginary), dim=-1), torch.cat((imaginary, real), dim=-1)), dim=-2)
-    place = torch.argsort(torch.tensor(planes, device=cross.device))
+    place = torch.argsort(devices.whole_numbers(planes, cross.device))
     return cross.index_select(-1, place).index_select(-2, place)
 
 
