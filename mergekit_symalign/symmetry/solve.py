@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
+
 from mergekit_symalign.symmetry.blocks import align_attention, align_mlp
 from mergekit_symalign.symmetry.consensus import Rows, find_consensus, require_alike, rows_of_both
 from mergekit_symalign.symmetry.describe import describe_block, describe_distances
@@ -91,5 +93,7 @@ def without_identities(element: BlockElement) -> BlockElement:
 
     Asks the device for values, as the assignment and the facts do.
     """
-    moving = {axis: g for axis, g in element.actions.items() if not bool(g.is_identity())}
+    still = [g.is_identity() for g in element.actions.values()]
+    asked = torch.stack(still).tolist() if still else []  # all at once
+    moving = {axis: g for (axis, g), is_still in zip(element.actions.items(), asked, strict=True) if not is_still}
     return BlockElement({axis: g.simplified() for axis, g in moving.items()})

@@ -46,6 +46,12 @@ def main(config: Path, out: Path, options: dict[str, Any]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "solving": seconds[0], "peak": float(peak)}
 
 
+def release(device: torch.device) -> None:
+    """Give back what this process keeps of the device's memory for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def wait(device: torch.device) -> None:
     """For all that the device has been given."""
     if device.type == "cuda":

@@ -137,6 +137,7 @@ def _merge(method: str, paths: list[Path], folder: Path, setting: Setting) -> di
         found = one_merge.main(file, folder / "out", options)
         shutil.rmtree(folder / "out")
         return found
+    one_merge.release(setting.device)
     command = [sys.executable, "-m", one_merge.__name__, str(file), str(folder / "out"), json.dumps(options)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT)))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=max(10, setting.left))
@@ -172,6 +173,7 @@ def profile_layer(setting: Setting, rows: list[Row]) -> None:
 
 
 def _reset(device: torch.device) -> None:
+    one_merge.release(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

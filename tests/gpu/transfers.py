@@ -1,7 +1,7 @@
 """What a kernel makes a device send to the CPU, and how many steps it starts there.
 
 On a CUDA device torch's profiler tells. Elsewhere calls are counted: tensors stand for those of a device, and whatever
-reads them on the CPU is noted.
+reads them on the CPU is noted. Tensors that a kernel makes of nothing are not known there, so the profiler finds more.
 """
 
 from __future__ import annotations

@@ -228,9 +228,10 @@ def moved_distance(m: AttentionMoments, norms: HeadNorms, found: HeadActions) ->
         norms: the anchor's.
         found: what the model is moved by.
     """
-    own = sum(float(x.sum()) for x in norms.values())
     left = apart(m, found)
-    total = own + float(left.sum())
+    *parts, change = torch.stack([x.sum() for x in (*norms.values(), left)]).tolist()  # asks the device once
+    own = sum(parts)
+    total = own + change
     return total if total > 64 * torch.finfo(left.dtype).eps * own else 0.0
 
 
