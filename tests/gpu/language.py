@@ -41,7 +41,7 @@ class Pair:
 
 
 def pair(setting: Setting) -> Pair:
-    """The first layers of SmolLM2-135M where its package is installed; else, and in a small run, a tiny random model."""
+    """First layers of SmolLM2-135M where its package is installed; else, and in a small run, a tiny random model."""
     folder = setting.scratch / "language"
     if not setting.small:
         try:
