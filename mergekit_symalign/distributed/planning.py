@@ -1,0 +1,71 @@
+"""A worker's own plan of the merge: everything that MergeKit and this package do before the first task runs."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Task
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import run_merge
+
+from mergekit_symalign import hook
+from mergekit_symalign.distributed.job import Job, digest_of
+from mergekit_symalign.distributed.parts import Graph
+from mergekit_symalign.distributed.sizes import LoadSizes
+from mergekit_symalign.errors import WorkerError
+
+
+class _Planned(Exception):  # noqa: N818 - no error: it ends MergeKit's function where the tasks would run
+    def __init__(self, targets: Sequence[Task]) -> None:
+        self.targets = targets
+
+
+def planned(job: Job) -> Graph:
+    """
+    Raises:
+        WorkerError: if the plan is not the driver's.
+        SymalignError: for whatever is wrong with the merge on this machine.
+    """
+    graph = Graph(_targets(job))
+    if digest_of(graph, graph.components(LoadSizes())) != job.digest:
+        raise WorkerError(
+            f"node {platform.node()}",
+            "it plans another merge than the machine that started it: it sees other files under the same names, or has "
+            "other versions of mergekit-symalign, mergekit, torch or transformers",
+            "Give all nodes the same files and versions",
+        )
+    return graph
+
+
+def _targets(job: Job) -> Sequence[Task]:
+    config = MergeConfiguration.model_validate(yaml.safe_load(job.config))
+    options = job.options.model_copy(update={"quiet": True})
+    hook.install()
+    LoaderCache().loaders.clear()  # they may be of an earlier merge
+    try:
+        with hook.executed_by(_stop), _silent():
+            run_merge(config, job.out, options)
+    except _Planned as end:
+        return end.targets
+    raise AssertionError("MergeKit merged without its executor")
+
+
+def _stop(targets: Sequence[Task], **_: Any) -> Any:
+    raise _Planned(targets)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the warnings that the driver has shown."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

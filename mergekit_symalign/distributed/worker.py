@@ -1,0 +1,87 @@
+"""What a worker does: it plans the merge, executes its part of it, and writes shards into a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from mergekit.graph import Executor
+from mergekit.io.tensor_writer import TensorWriter
+
+from mergekit_symalign.distributed.job import Done, Job
+from mergekit_symalign.distributed.parts import Component, Graph, Part
+from mergekit_symalign.distributed.planning import planned
+from mergekit_symalign.errors import WorkerError
+
+
+def run_part(job: Job, part: Part) -> Done:
+    """Execute a part. Doing so again is right at any time: every attempt has a folder that nothing else writes to.
+
+    Raises:
+        WorkerError: if this machine does not see a path, or plans another merge.
+        SymalignError: what a merge in one process raises.
+    """
+    if Path(job.folder).is_dir():
+        os.chdir(job.folder)
+    _require_seen(job)
+    torch.set_num_threads(job.threads)
+    graph = _plan(job)
+    folder = Path(job.scratch) / f"{part.number:05d}-{secrets.token_hex(4)}"
+    folder.mkdir()
+    writer = _writer(graph, folder)
+    told: dict[Any, Any] = {}
+    for component in part.components:
+        told |= _execute(graph, component, writer, job)
+    writer.finalize()
+    return Done(folder.name, _shards(writer, folder), writer.total_size, told)
+
+
+def _shards(writer: TensorWriter, folder: Path) -> dict[str, str]:
+    """The shard of each tensor. MergeKit's writer keeps the first name of a shard that it renames to be the only one."""
+    only = [path.name for path in folder.iterdir()] if writer.shards_written == 1 else None
+    return {tensor: only[0] if only else shard for tensor, shard in writer.weight_map.items()}
+
+
+_plan = lru_cache(maxsize=1)(planned)  # a worker does several parts of a merge
+
+
+def _require_seen(job: Job) -> None:
+    for path, what in ((job.scratch, "the output folder"), *((path, "the model") for path in job.seen)):
+        if not Path(path).exists():
+            shown = job.out if path == job.scratch else path
+            raise WorkerError(
+                f"node {platform.node()}",
+                f"it does not see {what} {shown}",
+                "Put models and output on a file system that all nodes share, or name models of the Hugging Face hub",
+            )
+
+
+def _writer(graph: Graph, folder: Path) -> TensorWriter:
+    """MergeKit's own, with the settings of the merge and another folder."""
+    return graph.writer.model_copy(update={"out_path": str(folder)}).execute()
+
+
+def _execute(graph: Graph, component: Component, writer: TensorWriter, job: Job) -> dict[Any, Any]:
+    """Save the tensors of a component; gives its values for the end of the merge."""
+    if job.options.random_seed is not None:
+        transformers.trainer_utils.set_seed(seed_of(component, job.options.random_seed))
+    told = {graph.told[value]: value for value in component.told}
+    executor = Executor(
+        [*(graph.saves[name] for name in component.saves), *told],
+        math_device=torch.device(job.options.device or "cpu"),
+        storage_device=torch.device((job.options.device if job.options.low_cpu_memory else None) or "cpu"),
+        cached_values={graph.handle(graph.writer): writer},
+    )
+    return {told[handle]: value for handle, value in executor._run(quiet=True) if handle in told}
+
+
+def seed_of(component: Component, seed: int) -> int:
+    """A seed for a component that does not depend on which worker draws, nor on what it did before."""
+    return (seed + zlib.crc32("\n".join(component.saves).encode())) % 2**32
