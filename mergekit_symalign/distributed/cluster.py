@@ -43,11 +43,12 @@ def require_ray() -> None:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[None]:
+def connected(address: str, *, log: bool = False) -> Iterator[None]:
     """Join a cluster, or start one on this machine; a connection that is there already is used and kept.
 
     Args:
         address: of a cluster; ``auto`` joins a running one, or starts one.
+        log: whether to show what workers write to their consoles.
 
     Raises:
         ConfigError: if there is none at this address.
@@ -60,7 +61,7 @@ def connected(address: str) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        ray.init(address=None if address == "auto" else address, logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(address=None if address == "auto" else address, logging_level=logging.ERROR, log_to_driver=log)
     except Exception as error:  # it has errors of its own, and those of gRPC
         raise ConfigError(
             f"--ray {address}",
@@ -121,12 +122,13 @@ def run_parts(job: Job, parts: Sequence[Part], workers: int, needs: Needs, work:
     remote = ray.remote(work).options(
         num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=RETRIES, scheduling_strategy="SPREAD"
     )
+    shared = ray.put(job)
     waiting = deque(sorted(parts, key=lambda part: -part.size))
     running: list[Any] = []
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                running.append(remote.remote(job, waiting.popleft()))
+                running.append(remote.remote(shared, waiting.popleft()))
             ready, running = ray.wait(running, num_returns=1, timeout=_LOOK)
             if not ready:
                 _require_nodes(needs)

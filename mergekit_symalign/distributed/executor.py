@@ -67,15 +67,25 @@ class RayExecutor:
     def run(self, quiet: bool = False) -> Iterator[tuple[Task, Any]]:
         """As MergeKit's: the values of the targets that write no tensor."""
         components = self.graph.components(LoadSizes())
+        built = self._tokenizer()
         needs = cluster.Needs(torch.get_num_threads(), self.request.gpus)
-        with cluster.connected(self.request.address), _scratch(Path(self.request.out)) as scratch:
+        ray = cluster.connected(self.request.address, log=self.request.options.verbosity > 0)
+        with ray, _scratch(Path(self.request.out)) as scratch:
             workers = self._workers(needs, components)
             parts = balanced(components, workers * PARTS)
-            work = cluster.run_parts(self._job(scratch, components, needs), parts, workers, needs, self.request.work)
+            work = cluster.run_parts(
+                self._job(scratch, components, needs, built), parts, workers, needs, self.request.work
+            )
             bar = tqdm(work, total=len(parts), desc=f"Executing parts on {workers} workers", disable=quiet)
             done = sorted(bar, key=lambda one: one.folder)
             join(self.graph.writer, scratch, done)
+        yield from built.items()
         yield from self._end(done)
+
+    def _tokenizer(self) -> dict[Task, Any]:
+        """The output's tokenizer, by the task that builds it; nothing if there is none to build."""
+        task = self.graph.tokenizer.task() if self.graph.tokenizer is not None else None
+        return {} if task is None else {task: task.execute()}
 
     def _workers(self, needs: cluster.Needs, components: Sequence[Component]) -> int:
         room = cluster.workers_at_once(needs)
@@ -91,7 +101,7 @@ class RayExecutor:
             )
         return workers
 
-    def _job(self, scratch: Path, components: Sequence[Component], needs: cluster.Needs) -> Job:
+    def _job(self, scratch: Path, components: Sequence[Component], needs: cluster.Needs, built: dict[Task, Any]) -> Job:
         return Job(
             config=self.request.config,
             options=self.request.options,
@@ -101,6 +111,7 @@ class RayExecutor:
             threads=needs.cpus,
             seen=local_paths(self.graph),
             digest=digest_of(self.graph, components),
+            tokenizer=next(iter(built.values()), None),
         )
 
     def _end(self, done: Sequence[Done]) -> Iterator[tuple[Task, Any]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
+from mergekit.tokenizer import TokenizerInfo
 
 from mergekit_symalign.distributed.parts import Component, Graph, Told
 from mergekit_symalign.graph.merge_report import WriteReport
@@ -30,6 +31,7 @@ class Job:
         threads: of each worker.
         seen: paths that every worker has to see as well.
         digest: of the driver's plan.
+        tokenizer: of the output, if it is built: MergeKit numbers the tokens of a union anew in every process.
     """
 
     config: str
@@ -40,6 +42,7 @@ class Job:
     threads: int
     seen: tuple[str, ...]
     digest: str
+    tokenizer: TokenizerInfo | None = field(default=None, hash=False, compare=False)
 
 
 @dataclass(frozen=True)

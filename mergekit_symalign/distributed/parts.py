@@ -77,7 +77,7 @@ class Graph:
         for position, i in enumerate(self._numbers):
             for name, argument in self.universe.task_arguments[i].items() if i in self._ends else ():
                 task = self.universe.tasks[argument]
-                if argument not in self._ends and not isinstance(task, SaveTensor) and not _is_repeated(task):
+                if argument not in self._ends and not isinstance(task, SaveTensor) and not _is_given(task):
                     found[position, name] = TaskHandle(self.universe, argument)
         return found
 
@@ -87,10 +87,15 @@ class Graph:
         return next(task.writer_task for task in self.targets if isinstance(task, SaveTensor))
 
     @property
+    def tokenizer(self) -> TaskHandle | None:
+        """The task that builds the output's tokenizer, if any."""
+        built = (i for i, task in enumerate(self.universe.tasks) if isinstance(task, BuildTokenizer))
+        return next((TaskHandle(self.universe, i) for i in built), None)
+
+    @property
     def ends(self) -> list[TaskHandle]:
-        """The targets that save no tensor."""
-        targets = zip(self._numbers, self.targets, strict=True)
-        return [TaskHandle(self.universe, i) for i, task in targets if not isinstance(task, SaveTensor)]
+        """The targets that follow when all tensors are saved."""
+        return [TaskHandle(self.universe, i) for i in self._numbers if i in self._ends]
 
     def handle(self, task: Task) -> TaskHandle:
         return TaskHandle(self.universe, self.universe.task_to_index[task])
@@ -115,8 +120,8 @@ class Graph:
         return tuple(Component(tuple(saves[at]), tuple(told[at]), sizes[at]) for at in dict.fromkeys([*saves, *told]))
 
     def _roots(self) -> dict[int, int]:
-        """For each task that is neither at the end nor repeated: one that stands for all that hang together with it."""
-        inner = [i for i, task in enumerate(self.universe.tasks) if i not in self._ends and not _is_repeated(task)]
+        """For each task that is neither at the end nor given: one that stands for all that hang together with it."""
+        inner = [i for i, task in enumerate(self.universe.tasks) if i not in self._ends and not _is_given(task)]
         parent = {i: i for i in inner}
 
         def root(i: int) -> int:
@@ -134,11 +139,11 @@ class Graph:
 
 def _is_at_the_end(task: Task) -> bool:
     """Whether a target follows when all else is done: the index, reports, and alignments that are saved."""
-    return not isinstance(task, SaveTensor) and not _is_repeated(task)
+    return not isinstance(task, SaveTensor) and not _is_given(task)
 
 
-def _is_repeated(task: Task) -> bool:
-    """Whether it costs less to repeat a task than to keep together all that need it."""
+def _is_given(task: Task) -> bool:
+    """Whether every worker is given its value, or repeats what costs less than to keep together all that need it."""
     return isinstance(task, TensorWriterTask | BuildTokenizer) or task.duplicate_per_gpu()
 
 

@@ -32,7 +32,7 @@ def planned(job: Job) -> Graph:
         WorkerError: if the plan is not the driver's.
         SymalignError: for whatever is wrong with the merge on this machine.
     """
-    graph = Graph(_targets(job))
+    graph = Graph(targets(job))
     if digest_of(graph, graph.components(LoadSizes())) != job.digest:
         raise WorkerError(
             f"node {platform.node()}",
@@ -43,7 +43,8 @@ def planned(job: Job) -> Graph:
     return graph
 
 
-def _targets(job: Job) -> Sequence[Task]:
+def targets(job: Job) -> Sequence[Task]:
+    """What MergeKit's planner makes of a job, none of it executed."""
     config = MergeConfiguration.model_validate(yaml.safe_load(job.config))
     options = job.options.model_copy(update={"quiet": True})
     hook.install()

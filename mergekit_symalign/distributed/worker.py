@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import secrets
@@ -28,6 +29,7 @@ def run_part(job: Job, part: Part) -> Done:
         WorkerError: if this machine does not see a path, or plans another merge.
         SymalignError: what a merge in one process raises.
     """
+    logging.basicConfig(level=logging.INFO if job.options.verbosity else logging.WARNING)
     if Path(job.folder).is_dir():
         os.chdir(job.folder)
     _require_seen(job)
@@ -44,7 +46,7 @@ def run_part(job: Job, part: Part) -> Done:
 
 
 def _shards(writer: TensorWriter, folder: Path) -> dict[str, str]:
-    """The shard of each tensor. MergeKit's writer keeps the first name of a shard that it renames to be the only one."""
+    """The shard of each tensor. MergeKit's writer does not note the last name of a shard that is the only one."""
     only = [path.name for path in folder.iterdir()] if writer.shards_written == 1 else None
     return {tensor: only[0] if only else shard for tensor, shard in writer.weight_map.items()}
 
@@ -73,11 +75,14 @@ def _execute(graph: Graph, component: Component, writer: TensorWriter, job: Job)
     if job.options.random_seed is not None:
         transformers.trainer_utils.set_seed(seed_of(component, job.options.random_seed))
     told = {graph.told[value]: value for value in component.told}
+    given: dict[Any, Any] = {graph.handle(graph.writer): writer}
+    if graph.tokenizer is not None:
+        given[graph.tokenizer] = job.tokenizer
     executor = Executor(
         [*(graph.saves[name] for name in component.saves), *told],
         math_device=torch.device(job.options.device or "cpu"),
         storage_device=torch.device((job.options.device if job.options.low_cpu_memory else None) or "cpu"),
-        cached_values={graph.handle(graph.writer): writer},
+        cached_values=given,
     )
     return {told[handle]: value for handle, value in executor._run(quiet=True) if handle in told}
 
