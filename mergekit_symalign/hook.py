@@ -61,12 +61,7 @@ def executed_by(executor: Callable[..., Any]) -> Iterator[None]:
 
     Args:
         executor: takes the arguments of MergeKit's `Executor`, and gives something that has its ``run``.
-
-    Raises:
-        HostError: if the installed MergeKit is not known.
     """
-    if (found := problem()) is not None:
-        raise HostError("--ray", *host_error(found))
     merge: Any = importlib.import_module("mergekit.merge")
     original = merge.Executor
     merge.Executor = executor
@@ -74,6 +69,15 @@ def executed_by(executor: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         merge.Executor = original
+
+
+def require_known(where: str) -> None:
+    """
+    Raises:
+        HostError: if the installed MergeKit is not known.
+    """
+    if (found := problem()) is not None:
+        raise HostError(where, *host_error(found))
 
 
 def problem() -> str | None:

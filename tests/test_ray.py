@@ -328,7 +328,7 @@ def test_a_wrong_option_is_refused(options: list[str], said: str, file: str, tmp
 def test_ray_that_is_not_installed_is_named(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "find_spec", lambda _: None)
     done = CliRunner().invoke(main, ["yaml", file, str(tmp_path / "out"), "--ray"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert done.output.strip().splitlines()[-1] == (
         "Error: --ray: it needs the Python package ray, which is not installed. pip install 'mergekit-symalign[ray]'."
     )

@@ -8,6 +8,9 @@ from typing import Any
 import click
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
+from mergekit_symalign import hook
+from mergekit_symalign.commands.outcome import readable
+
 _AUTO = "auto"
 
 
@@ -46,6 +49,8 @@ def _merge(**arguments: Any) -> None:
     """MergeKit's own function, on Ray if that is asked for."""
     own = {option.name: arguments.pop(option.name) for option in _OPTIONS if option.name is not None}
     if own["ray"] is not None:
+        with readable():
+            hook.require_known("--ray")
         from mergekit_symalign.distributed.command import merge_on_ray
 
         merge_on_ray(_run, arguments, address=own["ray"], workers=own["workers"], gpus=own["gpus_per_worker"])

@@ -11,9 +11,9 @@ import torch
 from mergekit.options import MergeOptions
 
 from mergekit_symalign import hook
+from mergekit_symalign.commands.outcome import readable
 from mergekit_symalign.distributed.cluster import require_ray
 from mergekit_symalign.distributed.executor import Request
-from mergekit_symalign.graph.error_translation import readable_errors
 
 _ON_THE_DRIVER = {"cuda": False, "device": "cpu", "low_cpu_memory": False, "read_to_gpu": False}
 """It plans, and may have no GPU."""
@@ -45,18 +45,18 @@ def merge_on_ray(
         raise click.UsageError("--multi-gpu and --gpu-rich exclude --ray, whose workers have --gpus-per-worker each")
     if uses_gpus and gpus == 0:
         raise click.UsageError(f"--gpus-per-worker 0 leaves workers without a GPU, but --device is {options.device}")
-    with readable_errors():
+    with readable():
         require_ray()
-        request = Request(
-            config=Path(arguments["config_file"]).read_text("utf-8"),
-            options=options,
-            out=arguments["out_path"],
-            address=address,
-            workers=workers,
-            gpus=float(uses_gpus) if gpus is None else gpus,
-        )
-        with hook.executed_by(request.executor):
-            merge(arguments | _ON_THE_DRIVER)
+    request = Request(
+        config=Path(arguments["config_file"]).read_text("utf-8"),
+        options=options,
+        out=arguments["out_path"],
+        address=address,
+        workers=workers,
+        gpus=float(uses_gpus) if gpus is None else gpus,
+    )
+    with hook.executed_by(request.executor):
+        merge(arguments | _ON_THE_DRIVER)
 
 
 def _device(options: MergeOptions) -> torch.device:
