@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import load, merge_config
+from conftest import OFFLINE, load, merge_config
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -304,6 +305,15 @@ def file(models: list[Path], tmp_path: Path) -> str:
     path = tmp_path / "config.yml"
     path.write_text(yaml.safe_dump(config_of("plain", models)), "utf-8")
     return str(path)
+
+
+def test_without_the_option_nothing_of_it_is_imported() -> None:
+    code = (
+        "import sys; import mergekit_symalign.commands.merge_yaml; "
+        "assert not [m for m in sys.modules if m == 'ray' or m.startswith('mergekit_symalign.distributed')]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=OFFLINE)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -58,8 +58,7 @@ def connected(address: str, *, log: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that is started here reports to nobody
     try:
         ray.init(address=None if address == "auto" else address, logging_level=logging.ERROR, log_to_driver=log)
     except Exception as error:  # it has errors of its own, and those of gRPC
@@ -103,7 +102,7 @@ def _fitting(node: dict[str, float], needs: Needs) -> int:
     return int(min(rooms))
 
 
-def run_parts(job: Job, parts: Sequence[Part], workers: int, needs: Needs, work: Work) -> Iterator[Done]:
+def run_parts(job: Job, parts: Sequence[Part], workers: int, needs: Needs, work: Work) -> Generator[Done]:
     """What was done by each part, as they end. If this is left before the last of them, all others are stopped.
 
     Args:

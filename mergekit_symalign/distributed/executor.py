@@ -6,7 +6,7 @@ import logging
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,10 @@ class RayExecutor:
         with ray, _scratch(Path(self.request.out)) as scratch:
             workers = self._workers(needs, components)
             parts = balanced(components, workers * PARTS)
-            work = cluster.run_parts(
-                self._job(scratch, components, needs, built), parts, workers, needs, self.request.work
-            )
-            bar = tqdm(work, total=len(parts), desc=f"Executing parts on {workers} workers", disable=quiet)
-            done = sorted(bar, key=lambda one: one.folder)
+            job = self._job(scratch, components, needs, built)
+            with closing(cluster.run_parts(job, parts, workers, needs, self.request.work)) as work:
+                bar = tqdm(work, total=len(parts), desc=f"Executing parts on {workers} workers", disable=quiet)
+                done = sorted(bar, key=lambda one: one.folder)
             join(self.graph.writer, scratch, done)
         yield from built.items()
         yield from self._end(done)
