@@ -31,18 +31,19 @@ from safetensors.torch import load_file, save_file
 from mergekit_symalign import hook
 from mergekit_symalign.cli import main
 from mergekit_symalign.distributed import cluster, worker
-from mergekit_symalign.distributed.executor import Request
+from mergekit_symalign.distributed.executor import RayExecutor, Request
 from mergekit_symalign.distributed.job import Done, Job, digest_of, local_paths
 from mergekit_symalign.distributed.join import join
 from mergekit_symalign.distributed.parts import Component, Graph, Part, balanced, share_of_largest
 from mergekit_symalign.distributed.planning import targets
 from mergekit_symalign.distributed.sizes import LoadSizes
 from mergekit_symalign.distributed.worker import run_part, seed_of
-from mergekit_symalign.errors import ValueInTensorError, WorkerError
+from mergekit_symalign.errors import ConfigError, ValueInTensorError, WorkerError
 from mergekit_symalign.whole_file import written_whole
 
 OPTIONS = MergeOptions(quiet=True, random_seed=None)
 SPOILT = "model.layers.1.mlp.up_proj.weight"
+NO_RAY = "Ray is not installed: pip install 'mergekit-symalign[ray]'"
 MERGES = ("plain", "aligned", "slices", "tokenizer", "shared")
 
 
@@ -360,13 +361,85 @@ def test_a_config_is_refused_before_ray_starts(
     assert not (tmp_path / "out").exists()
 
 
+# What Ray says
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "said"),
+    [
+        ("residual", 2, ["--ray: 100 % of the merge hangs together and runs on one worker"]),
+        ("plain", 3, ["--workers 3: the cluster has room for 2 with 1 threads each"]),
+        ("plain", 2, []),
+    ],
+)
+def test_workers_that_help_nothing_are_told(
+    name: str,
+    asked: int,
+    said: list[str],
+    models: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(cluster, "workers_at_once", lambda _: 2)
+    config = config_of(name, models)
+    _, graph, components = planned(config, tmp_path)
+    request = Request(yaml.safe_dump(config), OPTIONS, str(tmp_path), "auto", asked, 0.0)
+    caplog.clear()
+    assert RayExecutor(request, graph)._workers(cluster.Needs(1, 0.0), components) == asked
+    assert len(caplog.messages) == len(said)
+    assert all(message.startswith(start) for message, start in zip(caplog.messages, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("needs", "room"), [((1, 0.0), 6), ((2, 0.0), 3), ((1, 1.0), 2), ((1, 0.5), 4), ((4, 0.0), 1), ((4, 1.0), 1)]
+)
+def test_room_is_what_each_node_has(needs: tuple[int, float], room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_nodes", lambda: [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 2.0}, {}])
+    assert cluster.workers_at_once(cluster.Needs(*needs)) == room
+
+
+def test_a_cluster_without_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_nodes", lambda: [{"CPU": 4.0}])
+    with pytest.raises(ConfigError, match=r"no node of the cluster has 1 CPUs and 0\.5 GPUs for a worker"):
+        cluster.workers_at_once(cluster.Needs(1, 0.5))
+    with pytest.raises(WorkerError, match="no node is left that a worker fits on"):
+        cluster._require_nodes(cluster.Needs(8, 0.0))
+
+
+def test_an_address_that_nobody_answers_at_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason=NO_RAY)
+
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nTry again")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ConfigError) as error, cluster.connected("10.0.0.1:1"):
+        pass
+    assert str(error.value).startswith(
+        "--ray 10.0.0.1:1: there is no cluster that answers (Could not find any running Ray instance). Start one"
+    )
+
+
+def test_a_part_whose_workers_always_die_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason=NO_RAY)
+
+    def die(_: Any) -> None:
+        raise ray.exceptions.WorkerCrashedError
+
+    monkeypatch.setattr(ray, "get", die)
+    with pytest.raises(WorkerError, match="a part of the merge failed 4 times because its worker died"):
+        cluster._result(None)
+
+
 # On a cluster of two nodes
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
     """Two nodes with a CPU each, on this machine."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'mergekit-symalign[ray]'")
+    ray = pytest.importorskip("ray", reason=NO_RAY)
     if sys.platform != "linux":
         pytest.skip("Ray runs clusters of several nodes on one machine on Linux only")
     from ray.cluster_utils import Cluster
@@ -471,6 +544,6 @@ def test_a_part_that_fails_is_one_line_and_leaves_nothing(models: list[Path], tm
 @pytest.mark.usefixtures("nodes")
 def test_a_worker_that_fits_nowhere_is_refused(models: list[Path], tmp_path: Path) -> None:
     torch.set_num_threads(4)
-    with pytest.raises(cluster.ConfigError, match="no node of the cluster has 4 CPUs for a worker"):
+    with pytest.raises(ConfigError, match="no node of the cluster has 4 CPUs for a worker"):
         merged_on_ray(config_of("plain", models), tmp_path / "out")
     assert not (tmp_path / "out").exists()
