@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import click
 
 from mergekit_symalign import hook
-from mergekit_symalign.commands.console import show_any_name
 from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.commands.versions import show_versions
+from mergekit_symalign.console import show_any_name
 from mergekit_symalign.errors import HostError
 
 _COMMANDS = {

@@ -32,7 +32,7 @@ from mergekit_symalign.graph import activations, readers
 from mergekit_symalign.graph.activations import EmbedPrompts, Part, RunLayer, SolveActivations
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.symmetry import solve as kernel
-from mergekit_symalign.symmetry.by_activations import covariance
+from mergekit_symalign.symmetry.by_activations import attention, neurons, orders
 from mergekit_symalign.symmetry.by_activations import experts as expert_covariance
 from mergekit_symalign.symmetry.heads.match import MatchedHeads
 
@@ -71,9 +71,10 @@ def test_the_run_on_prompts_stays_on_a_fake_gpu(family: str, tmp_path: Path, mon
     tasks = [handle.task() for handle in schedule.tasks]
     # The assignment runs on the CPU, and some questions are asked of the device: not here.
     flipped = lambda score: torch.arange(score.shape[0], device=score.device).flip(0)  # noqa: E731
-    monkeypatch.setattr(covariance, "best_assignment", flipped)
-    monkeypatch.setattr(covariance, "match_heads", lambda problem: MatchedHeads(None, None))
-    monkeypatch.setattr(covariance, "_silent", lambda squares: None)
+    monkeypatch.setattr(neurons, "best_assignment", flipped)
+    monkeypatch.setattr(attention, "match_heads", lambda problem: MatchedHeads(None, None))
+    for module in (attention, orders):
+        monkeypatch.setattr(module, "most_likely", _first)
     monkeypatch.setattr(expert_covariance, "_match_experts", lambda *_: [3, 2, 1, 0])
     monkeypatch.setattr(expert_covariance, "_tokens_of", lambda routing, i, j: torch.arange(20, device=GPU))
     monkeypatch.setattr(kernel, "finished", lambda solved, *_: solved)  # identities and plain numbers are asked for
@@ -96,6 +97,12 @@ def test_the_run_on_prompts_stays_on_a_fake_gpu(family: str, tmp_path: Path, mon
                 assert all(x.device == GPU for x in tensors)
     for kind, count in ((EmbedPrompts, 1), (RunLayer, 1), (SolveActivations, 2)):
         assert sum(isinstance(task, kind) for task in done) == count
+
+
+def _first(solved: Any, agreement: Any, of: tuple[str, ...]) -> tuple[Any, Any]:
+    """One round: how well the models agree is asked of the device."""
+    shares = dict.fromkeys(of, 0.5)
+    return solved(shares), shares
 
 
 def _fake_runner(model: Any, digest: str, trust_remote_code: bool) -> LayerRunner:

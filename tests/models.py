@@ -13,6 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from mergekit_symalign.families.resolve import resolve
+from mergekit_symalign.planting import random_elements, transform
 from mergekit_symalign.trial.models import EverythingInFloat64, relative_deviation
 
 __all__ = ["EverythingInFloat64", "relative_deviation"]  # the package's own, for the tests that take them from here
@@ -161,6 +163,12 @@ def with_weights(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreT
     copy = type(model)(model.config).to(next(iter(state.values())).dtype).eval()
     copy.load_state_dict(state)
     return copy
+
+
+def planted_twin(model: PreTrainedModel, seed: int = 3) -> PreTrainedModel:
+    """The same function in other coordinates: a random symmetry in every block."""
+    layout = resolve(model.config, model="m")
+    return with_weights(model, transform(model.state_dict(), layout, random_elements(layout, seed)))
 
 
 def save(model: PreTrainedModel, path: Path, dtype: torch.dtype = torch.float32, **kwargs: object) -> Path:

@@ -46,8 +46,9 @@ from mergekit_symalign.graph import readers
 from mergekit_symalign.graph.activations import RunLayer
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.planting import Planted, random_elements, transform
-from mergekit_symalign.symmetry.by_activations import neurons as by_neurons
+from mergekit_symalign.symmetry.by_activations import evidence
 from mergekit_symalign.symmetry.by_activations.covariance import Covariance
+from mergekit_symalign.symmetry.by_activations.neurons import align_mlp_by
 from mergekit_symalign.symmetry.options import MlpShape, Symmetries
 
 RUNNABLE = [family for family in FAMILIES if not family.startswith("vit")]  # which reads no text
@@ -125,7 +126,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Twins:
 def test_a_twin_is_recovered_from_activations_alone(
     twins: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(covariance, "PRIOR", 0.0)
+    monkeypatch.setattr(evidence, "GRAIN", 1e-9)  # enough for neurons that no prompt wakes
+    monkeypatch.setattr(evidence.Agreement, "share", 1e-9)
     twins.match("anchor-twin", tmp_path)
     out, anchor, planted = (twins.loaded(p) for p in (tmp_path, twins.paths["anchor"], twins.paths["anchor-twin"]))
     assert off_by(out, anchor) * EPS < _turned_by_rounding(twins.anchor)
@@ -295,7 +297,7 @@ def test_silent_neurons_are_matched_by_their_weights() -> None:
     sides = {axis: [(x, x[order])] for axis, x in rows.items()}
     seen = Covariance.of_rows([(hidden, hidden[order])])
     for scale in (False, True):
-        element = covariance.align_mlp_by(seen, sides, MlpShape(12), Symmetries(neuron_scaling=scale)).element
+        element = align_mlp_by(seen, sides, MlpShape(12), Symmetries(neuron_scaling=scale)).element
         for axis, x in rows.items():
             torch.testing.assert_close(element.actions[axis](x[order], 0), x, rtol=1e-9, atol=0)
 

@@ -11,12 +11,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from matplotlib.figure import Figure
-from models import make_model, perturbed, save, with_weights, word_tokenizer
+from models import make_model, perturbed, planted_twin, save, with_weights, word_tokenizer
 
 from mergekit_symalign.cli import main
 from mergekit_symalign.commands.barrier import Curve
-from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.planting import random_elements, transform
 
 WORDS = word_tokenizer(97)
 
@@ -30,9 +28,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model and a twin of its near sibling, both with tokenizers, and a text that the model itself would write."""
     folder = tmp_path_factory.mktemp("pair")
     model = make_model("llama", 0)
-    layout = resolve(model.config, model="m")
     sibling = perturbed(model, 0.02, 1)
-    twin = with_weights(model, transform(sibling.state_dict(), layout, random_elements(layout, 3)))
+    twin = planted_twin(sibling)
     paths = {name: save(m, folder / name) for name, m in (("a", model), ("sibling", sibling), ("twin", twin))}
     for path in paths.values():
         WORDS.save_pretrained(path)

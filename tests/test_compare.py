@@ -16,15 +16,13 @@ import yaml
 from click.testing import CliRunner, Result
 from conftest import load, merge_config, merged
 from mergekit.options import MergeOptions
-from models import make_model, perturbed, save, with_weights, word_tokenizer
+from models import make_model, perturbed, planted_twin, save, word_tokenizer
 from transformers import AutoModelForCausalLM
 
 from mergekit_symalign.cli import main
 from mergekit_symalign.commands import compare_merges
 from mergekit_symalign.commands.compare_merges import arguments
 from mergekit_symalign.comparing import merging
-from mergekit_symalign.families.resolve import resolve
-from mergekit_symalign.planting import random_elements, transform
 
 WORDS = word_tokenizer(97)
 Files = dict[str, Path]
@@ -35,9 +33,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """An anchor, its near sibling, the sibling's twin, and what the anchor itself would write."""
     folder = tmp_path_factory.mktemp("models")
     anchor = make_model("llama", 0)
-    layout = resolve(anchor.config, model="m")
     sibling = perturbed(anchor, 0.05, 1)
-    twin = with_weights(anchor, transform(sibling.state_dict(), layout, random_elements(layout, 3)))
+    twin = planted_twin(sibling)
     paths = {name: save(m, folder / name) for name, m in (("anchor", anchor), ("sibling", sibling), ("twin", twin))}
     for path in paths.values():
         WORDS.save_pretrained(path)
@@ -473,8 +470,7 @@ def test_inspect_ends_with_a_command_that_runs(
 
 def test_inspect_of_encoders_ends_with_another_command(tmp_path: Path) -> None:
     model = make_model("bert", 0)
-    layout = resolve(model.config, model="m")
-    twin = with_weights(model, transform(model.state_dict(), layout, random_elements(layout, 3)))
+    twin = planted_twin(model)
     paths = [str(save(m, tmp_path / name)) for name, m in (("a", model), ("b", twin))]
     shown = CliRunner().invoke(main, ["inspect", *paths, "--no-scaling"]).stdout.splitlines()
     program, *call = shlex.split(shown[-1])

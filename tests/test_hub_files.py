@@ -18,15 +18,13 @@ from hub_server import TOKEN, Hub, as_the_hub, environment, hub_server, nowhere
 from huggingface_hub import file_download
 from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.options import MergeOptions
-from models import make_model, perturbed, save, with_weights
+from models import make_model, perturbed, planted_twin, save
 from whole_statistics import measure
 
 from mergekit_symalign.cli import main
 from mergekit_symalign.errors import AlignmentFileError, HubError, HubFailureError, StatisticsFileError
-from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.shared_files import SharedFiles
 from mergekit_symalign.hub.address import address_of, called, parsed, published, written_again
-from mergekit_symalign.planting import random_elements, transform
 from mergekit_symalign.statistics.file import StatisticsFile
 from mergekit_symalign.statistics.writer import write_statistics
 
@@ -39,8 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An anchor, a planted twin, the alignment between them, and statistics of both."""
     folder = tmp_path_factory.mktemp("models")
     model = make_model("llama", 0, num_hidden_layers=1)
-    layout = resolve(model.config, model="m")
-    twin = with_weights(model, transform(perturbed(model, 0.1, 1).state_dict(), layout, random_elements(layout, 3)))
+    twin = planted_twin(perturbed(model, 0.1, 1))
     paths = {"anchor": save(model, folder / "anchor"), "twin": save(twin, folder / "twin")}
     paths["file"] = folder / "twin.safetensors"
     done = CliRunner().invoke(main, ["solve", *map(str, (paths["anchor"], paths["twin"])), "-o", str(paths["file"])])
@@ -382,7 +379,7 @@ dtype: float32
 
 
 def test_commands_start_without_the_parts_of_huggingface_hub_that_upload() -> None:
-    code = "import mergekit_symalign.hub.address, mergekit_symalign.hub.fetch, sys; "
+    code = "import mergekit_symalign.hub.address, mergekit_symalign.sharing.fetch, sys; "
     code += "assert not {m for m in sys.modules if m.startswith('huggingface_hub')}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BIN)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from mergekit_symalign.activations.images import spread
 from mergekit_symalign.errors import CalibrationError
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.planting import Planted, random_elements, transform
-from mergekit_symalign.symmetry.by_activations import covariance
+from mergekit_symalign.symmetry.by_activations import evidence
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -59,7 +59,8 @@ def _loaded(model: PreTrainedModel, path: Path) -> State:
 def test_a_twin_is_recovered_from_images_alone(
     anchor: PreTrainedModel, paths: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(covariance, "PRIOR", 0.0)
+    monkeypatch.setattr(evidence, "GRAIN", 1e-9)
+    monkeypatch.setattr(evidence.Agreement, "share", 1e-9)
     _match(paths, images, tmp_path)
     out, wanted, planted = (_loaded(anchor, p) for p in (tmp_path, paths["anchor"], paths["twin"]))
     head_dim = resolve(anchor.config, model="vit").geometry.head_dim

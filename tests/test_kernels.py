@@ -18,8 +18,10 @@ import mergekit_symalign.symmetry
 from mergekit_symalign.errors import ShapeError, ValueInTensorError
 from mergekit_symalign.symmetry.assignment.linear import best_assignment, identity_is_optimal, lazy_assignment
 from mergekit_symalign.symmetry.assignment.shortlist import Scores
-from mergekit_symalign.symmetry.by_activations.covariance import Covariance, align_attention_by, align_mlp_by
+from mergekit_symalign.symmetry.by_activations.attention import align_attention_by
+from mergekit_symalign.symmetry.by_activations.covariance import Covariance
 from mergekit_symalign.symmetry.by_activations.experts import Routing, align_experts_by
+from mergekit_symalign.symmetry.by_activations.neurons import align_mlp_by
 from mergekit_symalign.symmetry.consensus import find_consensus
 from mergekit_symalign.symmetry.fitting import Values
 from mergekit_symalign.symmetry.heads.moments import Moments, moments
@@ -50,8 +52,8 @@ SOLVERS = {
     "heads.procrustes.align_heads",
     "heads.procrustes.align_planes",
     "consensus.find_consensus",
-    "by_activations.covariance.align_attention_by",
-    "by_activations.covariance.align_mlp_by",
+    "by_activations.attention.align_attention_by",
+    "by_activations.neurons.align_mlp_by",
     "by_activations.experts.align_experts_by",
 }
 HEADS = HeadShape(query_heads=4, kv_heads=2, head_dim=4, rotary=4)

@@ -18,10 +18,12 @@ ELEMENTS = f"{GROUND} symmetry/fitting symmetry/groups symmetry/element"
 ROOMS: dict[str, str] = {
     "errors": "",
     "host": "",
+    "console": "",
     "method_names": "errors",
     "whole_file": "errors",
     "sealed": "",
-    "statistics": "errors whole_file sealed",
+    "hub": "errors sealed",
+    "statistics": "errors whole_file sealed hub",
     "symmetry/options": "",
     "symmetry/threads": "",
     "symmetry/rows": "",
@@ -57,22 +59,24 @@ ROOMS: dict[str, str] = {
     "activations": "errors families fusion symmetry/element symmetry/by_activations symmetry/residual",
     "learning": f"errors whole_file sealed activations {ELEMENTS} symmetry/assignment symmetry/heads symmetry/solve "
     "symmetry/admitted symmetry/residual",
-    "alignments": f"errors families whole_file sealed {ELEMENTS} symmetry/admitted symmetry/membership "
+    "alignments": f"errors families whole_file sealed hub {ELEMENTS} symmetry/admitted symmetry/membership "
     "symmetry/residual",
+    "sharing": "errors hub sealed statistics alignments",
     "planned_methods": "errors families activations",
     "data_methods": "planned_methods",
     "aligned_methods": "activations data_methods planned_methods symmetry/options",
     "methods": "aligned_methods data_methods planned_methods",
-    "graph": f"errors families whole_file sealed statistics activations alignments methods fusion {ELEMENTS} "
-    "symmetry/heads symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved symmetry/consensus "
-    "symmetry/statistics symmetry/membership symmetry/residual symmetry/latent",
-    "card": "methods graph",
+    "graph": f"errors families whole_file sealed hub statistics activations alignments sharing methods fusion "
+    f"{ELEMENTS} symmetry/heads symmetry/neurons symmetry/by_activations symmetry/solve symmetry/solved "
+    "symmetry/consensus symmetry/statistics symmetry/membership symmetry/residual symmetry/latent",
+    "card": "hub methods graph",
     "hook": "errors host method_names aligned_methods data_methods graph card",
-    "demo": "errors families planting whole_file",
-    "commands": "errors host method_names families whole_file sealed statistics activations alignments learning "
-    "methods graph card hook demo trial symmetry/options symmetry/element symmetry/describe symmetry/membership "
-    "symmetry/residual",
-    "cli": "errors hook commands",
+    "comparing": "errors whole_file activations",
+    "demo": "errors console families planting whole_file comparing",
+    "commands": "errors host console method_names families whole_file sealed hub statistics activations alignments "
+    "sharing learning planned_methods methods graph card hook comparing demo trial symmetry/options symmetry/element "
+    "symmetry/describe symmetry/membership symmetry/residual",
+    "cli": "errors console hook commands",
 }
 ONE_ROOM = {"alignment_file": "alignments", "autoload": "hook"}
 KNOWS_MERGEKIT = {

@@ -16,17 +16,15 @@ import yaml
 from click.testing import CliRunner, Result
 from conftest import load, merge_config, merged
 from hub_server import TOKEN, Hub, as_the_hub, hub_server
-from models import make_model, perturbed, save, with_weights
+from models import make_model, perturbed, planted_twin, save
 from safetensors.torch import load_file
 from whole_statistics import measure
 
 from mergekit_symalign.alignment_file import AlignmentFile, renamed
 from mergekit_symalign.cli import main
-from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.hub.address import parsed
-from mergekit_symalign.hub.public import role_of
-from mergekit_symalign.hub.sections import plain, with_section
-from mergekit_symalign.planting import random_elements, transform
+from mergekit_symalign.sharing.public import role_of
+from mergekit_symalign.sharing.sections import plain, with_section
 from mergekit_symalign.statistics.file import StatisticsFile
 from mergekit_symalign.statistics.writer import write_statistics
 
@@ -38,8 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An anchor, a planted twin, the alignment between them, and statistics of the twin."""
     folder = tmp_path_factory.mktemp("secret-folder")
     model = make_model("llama", 0, num_hidden_layers=1)
-    layout = resolve(model.config, model="m")
-    twin = with_weights(model, transform(perturbed(model, 0.1, 1).state_dict(), layout, random_elements(layout, 3)))
+    twin = planted_twin(perturbed(model, 0.1, 1))
     paths = {"anchor": save(model, folder / "anchor"), "twin": save(twin, folder / "twin")}
     paths |= {"file": folder / "solved.safetensors", "statistics": folder / "read.safetensors"}
     done = CliRunner().invoke(main, ["solve", *map(str, (paths["anchor"], paths["twin"])), "-o", str(paths["file"])])

@@ -57,8 +57,9 @@ class Calibration:
             yield [self.sequences[i] for i in group]
 
 
-def groups(lengths: Sequence[int], most: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """Which prompts run together: those of similar length, the longest first, with so many tokens at most."""
+def groups(lengths: Sequence[int], most: int | None = None) -> Iterator[list[int]]:
+    """Which prompts run together: those of similar length, the longest first, with so many tokens (4096) at most."""
+    most = BATCH_TOKENS if most is None else most
     ordered = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while ordered:
         count = max(1, most // lengths[ordered[0]])
@@ -84,19 +85,37 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     if path.suffix not in (".jsonl", ".txt"):
         raise CalibrationError(f"calibration {path}", "it is neither .jsonl nor .txt", "Name a file of prompts")
-    try:
-        lines = [(i, line) for i, line in enumerate(file_lines(path), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f"calibration {path}", f"it cannot be read ({error})", "Name a file of prompts"
-        ) from error
+    lines = numbered_lines(path, f"calibration {path}", "Name a file of prompts")
     prompts = [line if path.suffix == ".txt" else _prompt(path, i, line) for i, line in lines]
     if not prompts:
         raise CalibrationError(f"calibration {path}", "it holds no prompt", "Put one prompt on each line")
     return prompts
 
 
-def file_lines(path: Path) -> list[str]:
+def numbered_lines(path: Path, where: str, remedy: str) -> list[tuple[int, str]]:
+    """The lines of a file that are not empty, with their numbers from 1.
+
+    Raises:
+        CalibrationError: with ``where`` and ``remedy``, if the file cannot be read.
+    """
+    try:
+        return [(i, line) for i, line in enumerate(_lines(path), 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(where, f"it cannot be read ({error})", remedy) from error
+
+
+def parsed_line(line: str, where: str, remedy: str) -> Any:
+    """
+    Raises:
+        CalibrationError: with ``where`` and ``remedy``, if a line is not JSON.
+    """
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(where, f"it is not JSON ({error})", remedy) from error
+
+
+def _lines(path: Path) -> list[str]:
     r"""The lines of a UTF-8 file with or without byte order mark. Only ``\n`` and ``\r\n`` end a line: texts may hold
     other separators (U+2028, U+0085, form feeds), which `str.splitlines` would take for ends of lines."""
     return [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
@@ -155,7 +174,7 @@ def read_labels(path: Path) -> list[Any]:
     if path.suffix != ".jsonl":
         raise CalibrationError(f"calibration {path}", "only a .jsonl file can hold labels", "Give each line a label")
     labels = []
-    for number, line in enumerate(file_lines(path), 1):
+    for number, line in enumerate(_lines(path), 1):
         if line.strip():
             entry = json.loads(line)  # `read_prompts` found every line well formed
             if "label" not in entry:
@@ -176,10 +195,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def _prompt(path: Path, number: int, line: str) -> Prompt:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"calibration {path}, line {number}", f"it is not JSON ({error})", _FORMS) from error
+    entry = parsed_line(line, f"calibration {path}, line {number}", _FORMS)
     for key, kind in (("messages", list), ("prompt", str), ("text", str)):
         if isinstance(entry, dict) and isinstance(entry.get(key), kind):
             return entry[key]

@@ -32,7 +32,7 @@ from mergekit_symalign.graph.leftovers import shortened
 from mergekit_symalign.graph.load import LoadFinite, LoadStored
 from mergekit_symalign.graph.stream_alone import StreamAlone
 from mergekit_symalign.graph.untie import untie_config_file
-from mergekit_symalign.hub.fetch import ALIGNMENT, local_file
+from mergekit_symalign.sharing.fetch import ALIGNMENT, local_file
 from mergekit_symalign.whole_file import require_writable_folder
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")

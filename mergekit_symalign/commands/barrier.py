@@ -27,8 +27,8 @@ from mergekit_symalign.commands.models import StoredModel, require_comparable, u
 from mergekit_symalign.commands.names import short_names
 from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.commands.plots import require_plot
-from mergekit_symalign.commands.whole_models import load_whole
-from mergekit_symalign.errors import ArchitectureError, CalibrationError
+from mergekit_symalign.commands.whole_models import has_no_loss, load_whole
+from mergekit_symalign.errors import CalibrationError
 from mergekit_symalign.families.function import config_differences
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.graph.merge_report import REPORT
@@ -139,7 +139,8 @@ def run_barrier(
     a, b = StoredModel.open(model_a, options), StoredModel.open(model_b, options)
     require_comparable(a, b)
     for model in (a, b):
-        _require_next_token(model)
+        if model.objective() is not Objective.next_token:
+            raise has_no_loss(model.name, type(model.runner.model).__name__)
     batches = _batches(a, b, text, tokens, options)
     with tempfile.TemporaryDirectory(prefix="symalign-barrier-", ignore_cleanup_errors=True) as scratch:
         crimes = options.model_copy(update={"allow_crimes": True})  # Llama and Mistral: one family, so none to us
@@ -205,16 +206,6 @@ def config_note(model_a: str, model_b: str, options: MergeOptions) -> list[str]:
         "The configs differ: each end runs with its own, the points between with A's.",
         *(f"  {key} is {a!r} in A and {b!r} in B" for key, (a, b) in found.items()),
     ]
-
-
-def _require_next_token(model: StoredModel) -> None:
-    name = type(model.runner.model).__name__
-    if model.objective() is not Objective.next_token:
-        raise ArchitectureError(
-            f"model {model.name}",
-            f"{name} does not predict the next token, so it has no loss on text",
-            "Compare language models that write text",
-        )
 
 
 def _batches(a: StoredModel, b: StoredModel, text: Path, tokens: int, options: MergeOptions) -> list[Batch]:

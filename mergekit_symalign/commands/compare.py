@@ -12,7 +12,6 @@ from mergekit.options import MergeOptions, add_merge_options
 from mergekit_symalign.commands.compare_configs import DEFAULT_TOKENS, Asked
 from mergekit_symalign.commands.compare_inputs import DEFAULT_LENGTH, DTYPES, Prepared, prepare
 from mergekit_symalign.commands.comparison import Compared, compare_all
-from mergekit_symalign.commands.console import say
 from mergekit_symalign.commands.models import use_cache_of
 from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.commands.plots import require_plot
@@ -20,6 +19,7 @@ from mergekit_symalign.comparing.picture import draw
 from mergekit_symalign.comparing.table import numbers, sentences, table
 from mergekit_symalign.comparing.tasks import Harness, names
 from mergekit_symalign.comparing.variants import Setting
+from mergekit_symalign.console import say
 from mergekit_symalign.whole_file import require_writable, require_writable_folder, written_whole
 
 KEEP = ("none", "best", "all")

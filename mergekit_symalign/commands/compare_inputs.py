@@ -16,11 +16,12 @@ from mergekit.options import MergeOptions
 from mergekit_symalign.activations.objectives import predicts_text
 from mergekit_symalign.commands.compare_configs import Asked, require_known, require_planned, sources, validated
 from mergekit_symalign.commands.names import short_names
+from mergekit_symalign.commands.whole_models import has_no_loss
 from mergekit_symalign.comparing.documents import read_file
 from mergekit_symalign.comparing.selection import Selection, select
 from mergekit_symalign.comparing.tasks import require_tasks
 from mergekit_symalign.comparing.variants import Variant
-from mergekit_symalign.errors import ArchitectureError, CalibrationError, ConfigError
+from mergekit_symalign.errors import CalibrationError, ConfigError
 from mergekit_symalign.graph.headers import read_headers
 from mergekit_symalign.graph.opening import open_headers, require_config, require_openable
 from mergekit_symalign.graph.readers import tokenizer_of
@@ -109,8 +110,7 @@ def _require_next_token(model: ModelReference, options: MergeOptions) -> None:
     config = require_config(model, trust_remote_code=options.trust_remote_code)
     if not predicts_text(config):
         name = next(iter(config.architectures or ()), type(config).__name__)
-        reason = f"{name} does not predict the next token, so it has no loss on text"
-        raise ArchitectureError(f"model {model}", reason, "Compare language models that write text")
+        raise has_no_loss(str(model), name)
 
 
 def _files(asked: Asked, models: Sequence[ModelReference], options: MergeOptions) -> tuple[File, ...]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mergekit_symalign.commands.compare_inputs import File
 from mergekit_symalign.commands.outcome import bars
-from mergekit_symalign.commands.whole_models import load_whole
+from mergekit_symalign.commands.whole_models import load_whole, with_adapter
 from mergekit_symalign.comparing.documents import Piece, piece_of
 from mergekit_symalign.comparing.losses import document_losses
 from mergekit_symalign.comparing.tasks import Harness, Score, scores
@@ -62,11 +62,7 @@ def scores_of(
     model: ModelReference, tasks: Sequence[str], harness: Harness, dtype: torch.dtype, options: MergeOptions
 ) -> Iterator[tuple[str, Score]]:
     """What the model reaches in each task."""
-    source = model.merged(
-        cache_dir=options.lora_merge_cache,
-        trust_remote_code=options.trust_remote_code,
-        lora_merge_dtype=options.lora_merge_dtype,
-    ).model
+    source = with_adapter(model, options)
     arguments: dict[str, Any] = {"pretrained": source.path, "dtype": str(dtype).removeprefix("torch.")}
     arguments |= {"revision": source.revision} if source.revision else {}
     arguments |= {"trust_remote_code": True} if options.trust_remote_code else {}

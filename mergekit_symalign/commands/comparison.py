@@ -24,6 +24,7 @@ from mergekit_symalign.comparing.table import loss_column
 from mergekit_symalign.graph.alignments import package_versions
 from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.readers import tokenizer_of
+from mergekit_symalign.graph.shared_files import SharedFiles
 
 _MATTERS = ("allow_crimes", "unsafe_truncate_embeddings", "lora_merge_dtype", "random_seed")  # options of a merge
 
@@ -106,10 +107,11 @@ def _sources(prepared: Prepared, options: MergeOptions) -> Iterator[Source]:
         yield Source(label, keys[model], False, model)
     matters = {name: getattr(options, name) for name in _MATTERS}
     for variant in prepared.merges:
-        named = MergeConfiguration.model_validate(dict(variant.config)).referenced_models()
-        models = sorted((str(model), keys[model]) for model in named)
+        config = MergeConfiguration.model_validate(dict(variant.config))
+        models = sorted((str(model), keys[model]) for model in config.referenced_models())
+        shared = sorted(SharedFiles.of(config, options).commits.values())
         files = [file_digest(path) for path in _files_in(variant.config)]
-        key = digest("merge", variant.config, models, files, matters, package_versions())
+        key = digest("merge", variant.config, models, files, shared, matters, package_versions())
         yield Source(variant.label, key, True, merge=ToMerge(variant, key))
     for label, model in prepared.folders.items():
         yield Source(label, _key_of(model, options), True, model)

@@ -33,12 +33,12 @@ from mergekit_symalign.commands.outcome import Command, bars
 from mergekit_symalign.commands.solve import run_solve
 from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.untie import UNTIE
-from mergekit_symalign.hub.fetch import ALIGNMENT, local_file
 from mergekit_symalign.learning.between import Between
 from mergekit_symalign.learning.descent import Plan, State, descend, held_out_loss
 from mergekit_symalign.learning.descent import start as beginning
 from mergekit_symalign.learning.progress import load_state, save_state
 from mergekit_symalign.learning.texts import Data
+from mergekit_symalign.sharing.fetch import ALIGNMENT, local_file
 from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.whole_file import require_writable
 

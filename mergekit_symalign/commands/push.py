@@ -16,7 +16,6 @@ from mergekit_symalign.card import stream_distance, stream_moved, verdict
 from mergekit_symalign.commands.outcome import Command
 from mergekit_symalign.errors import ConfigError, HubError
 from mergekit_symalign.graph.merge_report import totals
-from mergekit_symalign.hub import card, publish
 from mergekit_symalign.hub.address import (
     FORM,
     INDEX,
@@ -26,9 +25,10 @@ from mergekit_symalign.hub.address import (
     problem_of_repo,
     problem_of_revision,
 )
-from mergekit_symalign.hub.fetch import ALIGNMENT, STATISTICS
-from mergekit_symalign.hub.public import Role, public_alignment, public_statistics, role_of
-from mergekit_symalign.hub.sections import with_section
+from mergekit_symalign.sharing import card, publish
+from mergekit_symalign.sharing.fetch import ALIGNMENT, STATISTICS
+from mergekit_symalign.sharing.public import Role, public_alignment, public_statistics, role_of
+from mergekit_symalign.sharing.sections import with_section
 from mergekit_symalign.statistics import schema
 from mergekit_symalign.statistics.file import StatisticsFile, stored_once
 from mergekit_symalign.statistics.places import index_path, plain_path

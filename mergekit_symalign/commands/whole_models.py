@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import transformers
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.options import MergeOptions
 from transformers.utils import logging as transformers_logging
 
+from mergekit_symalign.errors import ArchitectureError
 from mergekit_symalign.families.resolve import lookup
 from mergekit_symalign.graph.untie import TIED, untie_config
 
@@ -38,11 +39,7 @@ def load_whole(
     config = (config_of or weights).config(trust_remote_code=options.trust_remote_code)
     if not lookup(weights.config(trust_remote_code=options.trust_remote_code), TIED):
         untie_config(config)
-    source = weights.merged(
-        cache_dir=options.lora_merge_cache,
-        trust_remote_code=options.trust_remote_code,
-        lora_merge_dtype=options.lora_merge_dtype,
-    ).model
+    source = with_adapter(weights, options)
     kind = getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
     with silent():
         found = kind.from_pretrained(
@@ -55,6 +52,22 @@ def load_whole(
             attn_implementation=attention,
         )
     return found.eval().requires_grad_(False).to(options.device)
+
+
+def with_adapter(model: ModelReference, options: MergeOptions) -> ModelPath:
+    """Where the whole model is; one with an adapter is merged with it first."""
+    merged = model.merged(
+        cache_dir=options.lora_merge_cache,
+        trust_remote_code=options.trust_remote_code,
+        lora_merge_dtype=options.lora_merge_dtype,
+    )
+    return merged.model
+
+
+def has_no_loss(model: str, architecture: str) -> ArchitectureError:
+    """Of a model that is asked for its loss on texts."""
+    reason = f"{architecture} does not predict the next token, so it has no loss on text"
+    return ArchitectureError(f"model {model}", reason, "Compare language models that write text")
 
 
 @contextmanager

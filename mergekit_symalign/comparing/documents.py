@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_symalign.activations.calibration import file_lines
+from mergekit_symalign.activations.calibration import numbered_lines, parsed_line
 from mergekit_symalign.errors import CalibrationError
 
 ANSWERS = ("answer", "completion", "response")  # fields beside a prompt, by which of them a file may call it
@@ -64,10 +63,7 @@ def read_file(path: Path) -> list[Read]:
         raise CalibrationError(
             where, "it is neither .jsonl nor .txt", "Name a file of texts, or of prompts and answers"
         )
-    try:
-        lines = [(i, line) for i, line in enumerate(file_lines(path), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(where, f"it cannot be read ({error})", "Name a file of texts") from error
+    lines = numbered_lines(path, where, "Name a file of texts")
     if not lines:
         raise CalibrationError(where, "it holds no text", "Put one text on each line")
     if path.suffix == ".txt":
@@ -76,10 +72,7 @@ def read_file(path: Path) -> list[Read]:
 
 
 def _entry(where: str, line: str) -> Read:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(where, f"it is not JSON ({error})", _FORMS) from error
+    entry = parsed_line(line, where, _FORMS)
     if not isinstance(entry, dict):
         raise CalibrationError(where, "it is no object", _FORMS)
     if isinstance(messages := entry.get("messages"), list):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mergekit_symalign.comparing.documents import Document, Piece, Read, document_of, piece_of
+from mergekit_symalign.comparing.store import digest
 from mergekit_symalign.errors import CalibrationError
 
 
@@ -35,7 +34,7 @@ class Selection:
     def digest(self) -> str:
         """Of what models read, and of what is counted."""
         texts = [(x.prompt, x.answer, x.special) for x in self.documents]
-        return hashlib.sha256(json.dumps([texts, self.tokens]).encode()).hexdigest()
+        return digest(texts, self.tokens)
 
     @property
     def note(self) -> str | None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from mergekit_symalign.commands.console import say
+from mergekit_symalign.console import say
 
 
 class Tick(Protocol):

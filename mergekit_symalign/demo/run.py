@@ -13,8 +13,8 @@ from typing import Any
 import click
 import yaml
 
-from mergekit_symalign.commands.console import say
 from mergekit_symalign.comparing import merging
+from mergekit_symalign.console import say
 from mergekit_symalign.demo.data import arithmetic_problems, style_texts
 from mergekit_symalign.demo.evaluate import load, logit_deviation, matching_share, mean_loss
 from mergekit_symalign.demo.progress import Tick, measuring

@@ -32,7 +32,7 @@ from mergekit_symalign.graph.checkpoint_checks import Checkpoint
 from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.latent_gains import require_gains
 from mergekit_symalign.hub.address import published
-from mergekit_symalign.hub.fetch import ALIGNMENT, local_file
+from mergekit_symalign.sharing.fetch import ALIGNMENT, local_file
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.residual.kinds import Residual
 from mergekit_symalign.whole_file import require_writable

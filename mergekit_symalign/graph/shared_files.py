@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_symalign.graph.config_groups import all_settings, scalars
 from mergekit_symalign.hub.address import is_address
-from mergekit_symalign.hub.fetch import ALIGNMENT, STATISTICS, with_commit
+from mergekit_symalign.sharing.fetch import ALIGNMENT, STATISTICS, with_commit
 
 _PARAMETERS = (ALIGNMENT, STATISTICS)
 _BEFORE, _AFTER = r"(?<![\w/.:@-])", r"(?=[\s\"'\],}]|$)"  # an address in YAML, and no part of a longer one

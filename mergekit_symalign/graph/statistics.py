@@ -23,7 +23,7 @@ from mergekit_symalign.graph.fingerprint import fingerprint_of
 from mergekit_symalign.graph.readers import image_processor_of, tokenizer_of
 from mergekit_symalign.graph.ready import Ready
 from mergekit_symalign.hub.address import published
-from mergekit_symalign.hub.fetch import STATISTICS, local_file
+from mergekit_symalign.sharing.fetch import STATISTICS, local_file
 from mergekit_symalign.statistics.file import StatisticsFile
 from mergekit_symalign.symmetry.residual.kinds import STREAM
 

@@ -1,1 +1,1 @@
-"""Alignments and statistics on the Hugging Face Hub: what they are called there, how they come here and get there."""
+"""Addresses on the Hugging Face Hub, and what it answers when something is wrong."""

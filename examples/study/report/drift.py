@@ -115,9 +115,9 @@ then learns what the target of section 1 learns. *Another initialisation*: the t
 base, so that each base serves two seeds. *Hotter* multiplies the learning rate of that lesson by
 {settings["hot_factor"]}, *longer* its steps by {settings["long_factor"]}. *Removed* is by how much alignment lowers
 the Frobenius distance to the reference, over all tensors or over the query and key projections (*Q/K*). Negative
-numbers raise it: matching from activations does not look at the distance. *Barrier* is how far the loss on the base
-mixture rises above the straight line between reference and target, at the worst of {len(settings["mixing"])}
-averages."""
+numbers raise it: matching from activations looks at the weights only as far as they agree. *Barrier* is how far the
+loss on the base mixture rises above the straight line between reference and target, at the worst of
+{len(settings["mixing"])} averages."""
 
 
 def _distances(findings: Findings, arms: list[str]) -> str:

@@ -153,7 +153,9 @@ training again from almost the start, not a long continued training as large mod
         f"Fewer seeds than the others have: {listing(fewer)}." if fewer else "",
         f"Planned and not measured yet: {listing(missing)}." if missing else "",
         "" if "activations" in exact_variants(study.main) else "Matching from activations is not in these results.",
-        "Parts 4 to 6 are short trainings on a CPU.",
+        """\
+Parts 4 to 6 are short trainings on a CPU. Matching from activations in sections 6 and 9 was measured with version
+0.1.0, where weights counted 1e-5 beside them ([activations.md](activations.md#how-much-weights-count)).""",
         "" if _has_activations(study.smollm2) else "Matching from activations was not measured on SmolLM2.",
     ]
     return "## Limits\n\n" + " ".join(part for part in parts if part)

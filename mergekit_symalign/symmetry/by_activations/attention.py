@@ -22,9 +22,10 @@ from mergekit_symalign.symmetry.by_activations.heads import (
     VALUES,
     HeadCovariances,
     blended,
-    in_units,
     of_heads,
     reordered,
+    units_of_activations,
+    units_of_weights,
     value_ratio,
 )
 from mergekit_symalign.symmetry.element import BlockElement
@@ -126,7 +127,7 @@ class _Block:
 
     @cached_property
     def units(self) -> tuple[Covariances, Covariances]:
-        return in_units(self.seen, self.shape), in_units(self.rows, self.shape)
+        return units_of_activations(self.seen, self.shape), units_of_weights(self.rows, self.shape)
 
     def solved(self, shares: Shares) -> _Heads:
         """The best alignment when weights have these shares."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment.linear import best_assignment
-from mergekit_symalign.symmetry.by_activations.covariance import BY_ACTIVATIONS, Covariance, inverse_root
-from mergekit_symalign.symmetry.by_activations.evidence import Agreement, Shares, most_likely
+from mergekit_symalign.symmetry.by_activations.covariance import BY_ACTIVATIONS, Covariance
 from mergekit_symalign.symmetry.by_activations.neurons import match_neurons_by
+from mergekit_symalign.symmetry.by_activations.orders import Scores, likeliest_order
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.fitting import require_shape
 from mergekit_symalign.symmetry.groups import Permutation
@@ -25,7 +25,6 @@ from mergekit_symalign.symmetry.rows import compute_dtype
 from mergekit_symalign.symmetry.solved import Solved
 
 _NEURON_AXES = ("gate", "up", "down")
-_EXPERTS = "experts"
 _TOKENS = 4096  # that run through an expert at once
 
 
@@ -75,8 +74,8 @@ def align_experts_by(
     """Match the experts of a layer, and the neurons in each pair of them.
 
     Experts: maximises the sum of the covariances of the pairs' router logits over all tokens; router rows count with
-    the likeliest share (`most_likely`). Neurons: as `align_mlp_by`, expert by expert, on the tokens that are sent to
-    the expert in either model. An expert that no token reaches is matched by its weights.
+    the likeliest share (`likeliest_order`). Neurons: as `align_mlp_by`, expert by expert, on the tokens that are sent
+    to the expert in either model. An expert that no token reaches is matched by its weights.
 
     Args:
         routing: of the anchor and of the model, the same tokens.
@@ -132,20 +131,14 @@ def _axes_of(shape: MlpShape) -> tuple[str, ...]:
 def _match_experts(routing: tuple[Routing, Routing], weights: Sides, groups: int) -> list[int]:
     """The model's expert for each of the anchor's."""
     logits = Covariance.of_rows([(routing[0].logits.mT, routing[1].logits.mT)])
-    scores = [
-        c.cross * inverse_root(c.anchor.sum() * c.model.sum()) for c in (logits, Covariance.of_rows(weights["expert"]))
-    ]
 
-    def solved(shares: Shares) -> Tensor:
-        score = torch.lerp(scores[0], scores[1], shares[_EXPERTS])
+    def assign(score: Tensor) -> Tensor:
         if groups == 1:
             return best_assignment(score)
         return grouped_assignment(-score, lambda i, j: -score[i, j], groups)
 
-    def agreement(order: Tensor) -> dict[str, Agreement]:
-        return {_EXPERTS: Agreement(*(float(x.gather(1, order.unsqueeze(1)).sum()) for x in scores))}
-
-    order: list[int] = most_likely(solved, agreement, (_EXPERTS,))[0].tolist()
+    rows = Covariance.of_rows(weights["expert"])
+    order: list[int] = likeliest_order(Scores.of(logits), Scores.of(rows), assign)[0].tolist()
     return order
 
 

@@ -63,7 +63,10 @@ class HeadCovariances:
     def lower_bounds(self) -> Tensor:
         """Lower bounds of the pairs' costs [KV heads, KV heads]."""
         scale = self.use.scaling and not (self.shape.qk_norm or self.shape.unit)
-        norms = {axis: (self._of_groups(c.anchor), self._of_groups(c.model)) for axis, c in self.covariances.items()}
+        norms = {
+            axis: (_by_kv_head(c.anchor, self.shape), _by_kv_head(c.model, self.shape))
+            for axis, c in self.covariances.items()
+        }
         value, key = (self.all_pairs(axis) for axis in ("value", "key"))
         turning = self.shape.turning(self.use.rotation)
         return whole_bounds(norms, value, key, turning, scale_values=False, scale_queries=scale)
@@ -81,21 +84,24 @@ class HeadCovariances:
             pairs.flatten(0, 1).index_select(0, at), c.model.unflatten(0, (k, group, -1)).index_select(0, j)
         )
 
-    def _of_groups(self, squares: Tensor) -> Tensor:
-        """Sums over the query heads of each group [KV heads, d]."""
-        return squares.unflatten(0, (self.shape.kv_heads, -1, self.shape.head_dim)).sum(1)
 
-
-def in_units(of_axes: Covariances, shape: HeadShape) -> dict[str, Covariance]:
+def units_of_activations(seen: Covariances, shape: HeadShape) -> dict[str, Covariance]:
     """In units in which activations and weights can be weighed against each other.
 
-    Values and outputs are taken relative to the norm of each KV head of either model, which takes their scale out of
-    the problem; relative to the norm of each coordinate where coordinates have factors of their own. Queries and keys
-    are taken relative to the anchor's in the layer, as their scale trades one against the other.
+    Values and what they become are taken relative to the norm of each KV head of either model, which takes their scale
+    out of the problem; relative to the norm of each coordinate where coordinates have factors of their own. Queries and
+    keys are taken relative to the anchor's in the layer, as their scale trades one against the other.
     """
-    sizes = [value_sizes(of_axes, side, shape) for side in (0, 1)]
-    values = {axis: _in_units_of(sizes, of_axes[axis], shape) for axis in VALUES}
-    return values | {axis: of_axes[axis].per_layer() for axis in QUERIES}
+    sizes = _value_sizes(seen, shape)
+    values = {axis: _in_units_of(sizes, seen[axis], shape) for axis in VALUES}
+    return values | {axis: seen[axis].per_layer() for axis in QUERIES}
+
+
+def units_of_weights(rows: Covariances, shape: HeadShape) -> dict[str, Covariance]:
+    """The same of weights: what writes the values is multiplied by their scale, what reads them is divided by it, so
+    each is taken relative to its own norm."""
+    values = {axis: _in_units_of(2 * _sizes_of(rows[axis], shape), rows[axis], shape) for axis in VALUES}
+    return values | {axis: rows[axis].per_layer() for axis in QUERIES}
 
 
 def blended(one: Covariances, other: Covariances, shares: Mapping[tuple[str, ...], float]) -> dict[str, Covariance]:
@@ -111,16 +117,6 @@ def reordered(of_axes: Covariances, orders: Mapping[str, Permutation]) -> dict[s
     return {axis: c.reordered(orders[axis]) if axis in orders else c for axis, c in of_axes.items()}
 
 
-def value_sizes(of_axes: Covariances, side: int, shape: HeadShape) -> Tensor:
-    """Squared norm of values and attended values of each KV head, its query heads together [KV heads, 1].
-
-    Where each coordinate has a factor of its own, the squared norm of each of them [KV heads, d].
-    """
-    found = [_by_kv_head((c.anchor, c.model)[side], shape) for c in (of_axes[axis] for axis in VALUES)]
-    sizes = torch.stack(found).sum(0)
-    return sizes if shape.gated else sizes.sum(-1, keepdim=True)
-
-
 def value_ratio(of_axes: Covariances, shape: HeadShape, *, divided: bool) -> Tensor:
     """The factor that makes the model's values as large as the anchor's: of each KV head [KV heads, 1], or of each
     coordinate where each has a factor of its own [KV heads, d].
@@ -129,21 +125,31 @@ def value_ratio(of_axes: Covariances, shape: HeadShape, *, divided: bool) -> Ten
         divided: whether ``attended`` is what reads the values (rows of weights), not what the values become.
     """
     if not divided:
-        return size_ratio(*(value_sizes(of_axes, side, shape) for side in (0, 1)))
+        return size_ratio(*_value_sizes(of_axes, shape))
     value, attended = (size_ratio(*_sizes_of(of_axes[axis], shape)) for axis in VALUES)
     return (value / attended).sqrt()
 
 
-def _sizes_of(c: Covariance, shape: HeadShape) -> tuple[Tensor, Tensor]:
-    anchor, model = (_by_kv_head(x, shape) for x in (c.anchor, c.model))
-    return (anchor, model) if shape.gated else (anchor.sum(-1, keepdim=True), model.sum(-1, keepdim=True))
+def _value_sizes(of_axes: Covariances, shape: HeadShape) -> Tensor:
+    """Of values and attended values together, as `_sizes_of`."""
+    return torch.stack([_sizes_of(of_axes[axis], shape) for axis in VALUES]).sum(0)
+
+
+def _sizes_of(c: Covariance, shape: HeadShape) -> Tensor:
+    """Squared norms of anchor and model of each KV head, its query heads together [2, KV heads, 1].
+
+    Where each coordinate has a factor of its own, the squared norms of each of them [2, KV heads, d].
+    """
+    sizes = torch.stack([_by_kv_head(x, shape) for x in (c.anchor, c.model)])
+    return sizes if shape.gated else sizes.sum(-1, keepdim=True)
 
 
 def _by_kv_head(squares: Tensor, shape: HeadShape) -> Tensor:
+    """Sums over the query heads of each group [KV heads, d]."""
     return squares.unflatten(0, (shape.kv_heads, -1, shape.head_dim)).sum(1)
 
 
-def _in_units_of(sizes: list[Tensor], c: Covariance, shape: HeadShape) -> Covariance:
+def _in_units_of(sizes: Tensor, c: Covariance, shape: HeadShape) -> Covariance:
     anchor, model = (inverse_root(size) * size.numel() ** -0.5 for size in sizes)
     heads = len(c.anchor) // shape.head_dim // shape.kv_heads
     wide = (x.repeat_interleave(heads, dim=0).expand(-1, shape.head_dim).flatten() for x in (anchor, model))

@@ -16,14 +16,12 @@ from mergekit_symalign.symmetry.by_activations.covariance import (
     require_axis,
     size_ratio,
 )
-from mergekit_symalign.symmetry.by_activations.evidence import Agreement, Shares, most_likely
+from mergekit_symalign.symmetry.by_activations.orders import Scores, likeliest_order
 from mergekit_symalign.symmetry.element import BlockElement
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
 from mergekit_symalign.symmetry.neurons.costs import NeuronCosts, NeuronPairs, factors
 from mergekit_symalign.symmetry.options import MlpShape, NeuronScale, Pair, Sides, Symmetries
 from mergekit_symalign.symmetry.solved import Solved
-
-_NEURONS = "neurons"
 
 
 def align_mlp_by(seen: Covariance, weights: Sides, shape: MlpShape, use: Symmetries) -> Solved:
@@ -31,7 +29,7 @@ def align_mlp_by(seen: Covariance, weights: Sides, shape: MlpShape, use: Symmetr
 
     Maximises the sum over the matched pairs of ``(1 − w) a_ij + w b_ij``: ``a`` is their covariance, ``b`` what their
     rows of weights have in common, each in units of both models' norms. The share ``w`` of the weights is the likeliest
-    (`most_likely`). With ``neuron_scaling`` each pair has the factor that makes the model's neuron as large as the
+    (`likeliest_order`). With ``neuron_scaling`` each pair has the factor that makes the model's neuron as large as the
     anchor's, with the sign of their covariance. Neurons that no token wakes are matched by their weights.
 
     Args:
@@ -62,35 +60,27 @@ def match_neurons_by(
 ) -> tuple[Permutation, AxisAction]:
     """The actions on gate rows and on up rows of the neurons of one MLP or expert (`align_mlp_by`)."""
     pairs = NeuronPairs(*(weights.get(axis, ()) for axis in ("gate", "up", "down")))
-    scores = (_activation_scores(seen, scale), _weight_scores(NeuronCosts(pairs, scale)))
     standing = torch.arange(len(seen.anchor), device=seen.cross.device)
-
-    def solved(shares: Shares) -> Tensor:
-        share = shares[_NEURONS]
-        return best_assignment(torch.lerp(*scores, share)) if permute else standing
-
-    def agreement(index: Tensor) -> dict[str, Agreement]:
-        return {_NEURONS: Agreement(*(float(x.gather(1, index.unsqueeze(1)).double().sum()) for x in scores))}
-
-    index, shares = most_likely(solved, agreement, (_NEURONS,))
+    assign = best_assignment if permute else lambda _: standing
+    of_weights = _weight_scores(NeuronCosts(pairs, scale))
+    index, share = likeliest_order(_activation_scores(seen, scale), of_weights, assign)
     gate = Permutation(index)
     if scale is NeuronScale.none:
         return gate, gate
-    factor = _factors(seen, pairs, index, scale, shares[_NEURONS])
+    factor = _factors(seen, pairs, index, scale, share)
     return gate, Chain((gate, Scaling(factor).snapped(TOLERANCE)))
 
 
-def _activation_scores(seen: Covariance, scale: NeuronScale) -> Tensor:
-    """What each pair adds to the correlation of the activations when matched [neurons, neurons], float32."""
+def _activation_scores(seen: Covariance, scale: NeuronScale) -> Scores:
+    """What each pair adds to the correlation of the activations when matched."""
     if scale is NeuronScale.none:
-        unit = inverse_root(seen.anchor.sum() * seen.model.sum())
-        return (seen.cross * unit).float()
+        return Scores.of(seen)
     score = seen.cross.abs() if scale is NeuronScale.signed else seen.cross
-    unit = inverse_root(seen.anchor.sum()).square()  # the model's neurons become as large as the anchor's
-    return (score * (unit * seen.anchor.sqrt()).unsqueeze(1) * inverse_root(seen.model)).float()
+    score = score * seen.anchor.sqrt().unsqueeze(1) * inverse_root(seen.model)  # as large as the anchor's
+    return Scores(score, inverse_root(seen.anchor.sum()).square())
 
 
-def _weight_scores(costs: NeuronCosts) -> Tensor:
+def _weight_scores(costs: NeuronCosts) -> Scores:
     """The same of their weights: 1 less the squared distance, in units of what it would be if nothing agreed."""
     pairs, score = costs.pairs, costs.scores().float()
     of_anchor = [(b, a) for a, b in pairs.all]
@@ -101,7 +91,7 @@ def _weight_scores(costs: NeuronCosts) -> Tensor:
     else:  # factors leave the product of both norms
         size = size + 2 * (b * o).sqrt().sum()
         score = score - ((b + o) / 2 - (b * o).sqrt())
-    return (score * 2 * inverse_root(size).square()).float()
+    return Scores(score, 2 * inverse_root(size).square())
 
 
 def _squares(side: Sequence[Pair]) -> Tensor:

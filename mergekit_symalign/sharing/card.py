@@ -11,7 +11,7 @@ import yaml
 from mergekit_symalign.alignment_file import AlignmentFile
 from mergekit_symalign.alignments.fit import STREAM_BLOCK
 from mergekit_symalign.hub.address import Address
-from mergekit_symalign.hub.sections import plain, table
+from mergekit_symalign.sharing.sections import plain, table
 from mergekit_symalign.statistics.file import StatisticsFile
 
 _PLAIN_NAME = re.compile(r"[\w./@+-]+")
