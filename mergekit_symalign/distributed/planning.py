@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -19,6 +17,7 @@ from mergekit_symalign.distributed.job import Job, digest_of
 from mergekit_symalign.distributed.parts import Graph
 from mergekit_symalign.distributed.sizes import LoadSizes
 from mergekit_symalign.errors import WorkerError
+from mergekit_symalign.graph.silence import without_warnings
 
 
 class _Planned(Exception):  # noqa: N818 - no error: it ends MergeKit's function where the tasks would run
@@ -50,7 +49,7 @@ def targets(job: Job) -> Sequence[Task]:
     hook.install()
     LoaderCache().loaders.clear()  # they may be of an earlier merge
     try:
-        with hook.executed_by(_stop), _silent():
+        with hook.executed_by(_stop), without_warnings():  # the driver has shown them
             run_merge(config, job.out, options)
     except _Planned as end:
         return end.targets
@@ -59,14 +58,3 @@ def targets(job: Job) -> Sequence[Task]:
 
 def _stop(targets: Sequence[Task], **_: Any) -> Any:
     raise _Planned(targets)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the warnings that the driver has shown."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
