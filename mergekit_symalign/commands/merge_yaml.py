@@ -51,9 +51,12 @@ def _merge(**arguments: Any) -> None:
     if own["ray"] is not None:
         with readable():
             hook.require_known("--ray")
-        from mergekit_symalign.distributed.command import merge_on_ray
+        from mergekit_symalign.distributed import cluster, command
 
-        merge_on_ray(_run, arguments, address=own["ray"], workers=own["workers"], gpus=own["gpus_per_worker"])
+        request = command.requested(arguments, address=own["ray"], workers=own["workers"], gpus=own["gpus_per_worker"])
+        with readable():
+            cluster.require_ray()
+        command.merge_on_ray(_run, arguments, request)
     elif given := [option for option in _OPTIONS if own[str(option.name)] is not None]:
         raise click.UsageError(f"{given[0].opts[0]} is for --ray, which is not given")
     else:

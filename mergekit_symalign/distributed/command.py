@@ -11,27 +11,16 @@ import torch
 from mergekit.options import MergeOptions
 
 from mergekit_symalign import hook
-from mergekit_symalign.commands.outcome import readable
-from mergekit_symalign.distributed.cluster import require_ray
 from mergekit_symalign.distributed.executor import Request
 
 _ON_THE_DRIVER = {"cuda": False, "device": "cpu", "low_cpu_memory": False, "read_to_gpu": False}
 """It plans, and may have no GPU."""
 
 
-def merge_on_ray(
-    merge: Callable[[dict[str, Any]], None],
-    arguments: dict[str, Any],
-    *,
-    address: str,
-    workers: int | None,
-    gpus: float | None,
-) -> None:
-    """Run MergeKit's command with workers on Ray in the place of its executor.
-
+def requested(arguments: dict[str, Any], *, address: str, workers: int | None, gpus: float | None) -> Request:
+    """
     Args:
-        merge: MergeKit's command.
-        arguments: of it.
+        arguments: of MergeKit's command.
         address: of a cluster, or ``auto``.
         workers: how many at a time, or None.
         gpus: of each worker, or None.
@@ -45,9 +34,7 @@ def merge_on_ray(
         raise click.UsageError("--multi-gpu and --gpu-rich exclude --ray, whose workers have --gpus-per-worker each")
     if uses_gpus and gpus == 0:
         raise click.UsageError(f"--gpus-per-worker 0 leaves workers without a GPU, but --device is {options.device}")
-    with readable():
-        require_ray()
-    request = Request(
+    return Request(
         config=Path(arguments["config_file"]).read_text("utf-8"),
         options=options,
         out=arguments["out_path"],
@@ -55,6 +42,16 @@ def merge_on_ray(
         workers=workers,
         gpus=float(uses_gpus) if gpus is None else gpus,
     )
+
+
+def merge_on_ray(merge: Callable[[dict[str, Any]], None], arguments: dict[str, Any], request: Request) -> None:
+    """Run MergeKit's command with workers on Ray in the place of its executor.
+
+    Args:
+        merge: MergeKit's command.
+        arguments: of it.
+        request: made of them.
+    """
     with hook.executed_by(request.executor):
         merge(arguments | _ON_THE_DRIVER)
 
