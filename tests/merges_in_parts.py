@@ -16,6 +16,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from models import make_model, save, word_tokenizer
 
+from mergekit_symalign.distributed.draws import state_of
 from mergekit_symalign.distributed.job import Job, digest_of, local_paths
 from mergekit_symalign.distributed.parts import Component, Graph
 from mergekit_symalign.distributed.planning import targets
@@ -75,9 +76,11 @@ def job_of(config: dict[str, Any], out: Path, **options: Any) -> Job:
 def planned(config: dict[str, Any], out: Path, **options: Any) -> tuple[Job, Graph, tuple[Component, ...]]:
     """A job as the driver makes it, and its cut."""
     job = job_of(config, out, **options)
-    graph = Graph(targets(job))
+    graph, random = Graph(targets(job)), state_of(job.options.random_seed)
     components = graph.components(LoadSizes())
-    return replace(job, digest=digest_of(graph, components), seen=local_paths(graph)), graph, components
+    tokenizer = None if graph.tokenizer is None else graph.tokenizer.task().execute()
+    facts = {"digest": digest_of(graph, components), "seen": local_paths(graph), "random": random}
+    return replace(job, tokenizer=tokenizer, **facts), graph, components
 
 
 def merged(config: dict[str, Any], out: Path, **options: Any) -> Path:

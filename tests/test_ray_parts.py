@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import load
+from conftest import load, merge_config
 from merges_in_parts import MERGES, config_of, merged, models, one_thread, planned
 from safetensors.torch import load_file, save_file
 
+from mergekit_symalign.distributed import draws
 from mergekit_symalign.distributed.job import Done
 from mergekit_symalign.distributed.join import join
 from mergekit_symalign.distributed.parts import Component, Graph, balanced, share_of_largest
@@ -182,14 +183,42 @@ def test_a_node_with_other_files_under_the_same_name_is_refused(models: list[Pat
         run_part(job, balanced(components, 1)[0])
 
 
-def test_random_draws_do_not_depend_on_how_parts_are_made(models: list[Path], tmp_path: Path) -> None:
-    config = config_of("plain", models) | {"merge_method": "dare_linear"}
-    config["models"] = [m | {"parameters": {"weight": 0.5, "density": 0.5}} for m in config["models"]]
-    states = []
+def randomly(name: str, models: list[Path]) -> dict[str, Any]:
+    """A merge that draws random numbers: for each model, for some layers, or for a vocabulary that is made first."""
+    drawing: dict[str, Any] = {"weight": 0.5, "density": [0.5, 1.0, 0.7]}
+    method = "dare_linear" if name == "tokenizer" else name
+    drawing |= {"epsilon": 0.1} if "della" in name else {}
+    entries = [{"model": m, "parameters": drawing} for m in models[1:]]
+    more = {"tokenizer": {"source": "union"}} if name == "tokenizer" else {}
+    return merge_config(method, models[0], entries, dtype="float32" if name == "tokenizer" else "bfloat16", **more)
+
+
+def drawn(config: dict[str, Any], out: Path, most: int) -> tuple[dict[str, torch.Tensor], bool]:
+    """What the parts of a merge save, and whether any of them drew other numbers than one process."""
+    done = done_in_parts(config, out, most, random_seed=7)
+    state = {k: x for one in done for k, x in load(out / "scratch" / one.folder).items()}
+    return state, any(one.strayed for one in done)
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della", "aligned_dare_linear", "tokenizer"])
+def test_parts_draw_the_random_numbers_of_one_process(name: str, models: list[Path], tmp_path: Path) -> None:
+    config = randomly(name, models)
+    one = load(merged(config, tmp_path / "one", random_seed=7))
     for most in (1, 4):
-        out = tmp_path / str(most)
-        done = done_in_parts(config, out, most, random_seed=7)
-        states.append({k: x for one in done for k, x in load(out / "scratch" / one.folder).items()})
-    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+        state, strayed = drawn(config, tmp_path / str(most), most)
+        assert state.keys() == one.keys()
+        assert all(torch.equal(x, one[name]) for name, x in state.items())
+        assert not strayed
+    other = load(merged(config, tmp_path / "other", random_seed=8))
+    assert any(not torch.equal(x, one[name]) for name, x in other.items())
+
+
+def test_draws_of_unknown_length_are_told_and_still_come_from_the_seed(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draws, "_counts", lambda *_: [])
+    states = [drawn(randomly("dare_linear", models), tmp_path / str(most), most) for most in (1, 4)]
+    assert all(strayed for _, strayed in states)
+    assert all(torch.equal(x, states[1][0][name]) for name, x in states[0][0].items())
     seeds = [seed_of(component, 7) for component in _components(1, 1, 1)]
     assert all(a != b for a, b in pairwise(seeds))

@@ -18,6 +18,7 @@ from mergekit.options import MergeOptions
 from tqdm import tqdm
 
 from mergekit_symalign.distributed import cluster
+from mergekit_symalign.distributed.draws import state_of
 from mergekit_symalign.distributed.job import Done, Job, digest_of, local_paths
 from mergekit_symalign.distributed.join import join
 from mergekit_symalign.distributed.parts import Component, Graph, balanced, share_of_largest
@@ -28,6 +29,10 @@ LOG = logging.getLogger(__name__)
 
 PARTS = 4  # for each worker, so that one that is slow or dies is waited for a quarter of its time
 _HALF = 0.5
+_STRAYED = (
+    "--ray: the merge drew random numbers in a way that is not known here. They come from the seed, and are the same "
+    "for any number of workers, but they are not those of one process"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Request:
 
     def executor(self, targets: Sequence[Task], **_: Any) -> RayExecutor:
         """In the place of MergeKit's executor; its devices are those of the workers' options."""
-        return RayExecutor(self, Graph(targets))
+        return RayExecutor(self, Graph(targets), state_of(self.options.random_seed))
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class RayExecutor:
 
     request: Request
     graph: Graph
+    random: bytes | None = None
 
     def run(self, quiet: bool = False) -> Iterator[tuple[Task, Any]]:
         """As MergeKit's: the values of the targets that write no tensor."""
@@ -78,6 +84,8 @@ class RayExecutor:
                 bar = tqdm(work, total=len(parts), desc=f"Executing parts on {workers} workers", disable=quiet)
                 done = sorted(bar, key=lambda one: one.folder)
             join(self.graph.writer, scratch, done)
+        if any(one.strayed for one in done):
+            LOG.warning(_STRAYED)
         yield from built.items()
         yield from self._end(done)
 
@@ -110,6 +118,7 @@ class RayExecutor:
             threads=needs.cpus,
             seen=local_paths(self.graph),
             digest=digest_of(self.graph, components),
+            random=self.random,
             tokenizer=next(iter(built.values()), None),
         )
 

@@ -31,6 +31,7 @@ class Job:
         threads: of each worker.
         seen: paths that every worker has to see as well.
         digest: of the driver's plan.
+        random: state of torch's generator when the first task runs; None without a seed.
         tokenizer: of the output, if it is built: MergeKit numbers the tokens of a union anew in every process.
     """
 
@@ -42,6 +43,7 @@ class Job:
     threads: int
     seen: tuple[str, ...]
     digest: str
+    random: bytes | None = None
     tokenizer: TokenizerInfo | None = field(default=None, hash=False, compare=False)
 
 
@@ -54,12 +56,14 @@ class Done:
         weight_map: the shard of each tensor.
         size: bytes of all tensors.
         told: values for the end of the merge.
+        strayed: whether it drew other random numbers than one process, though there is a seed.
     """
 
     folder: str
     weight_map: Mapping[str, str]
     size: int
     told: Mapping[Told, Any]
+    strayed: bool = False
 
 
 def digest_of(graph: Graph, components: Sequence[Component]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mergekit.graph import Task, TaskHandle, TaskUniverse
+from mergekit.graph import Task, TaskHandle, TaskUniverse, build_schedule
 from mergekit.io.tasks import LoadTensor, SaveTensor, TensorWriterTask
 from mergekit.tokenizer import BuildTokenizer
 
@@ -96,6 +96,11 @@ class Graph:
     def ends(self) -> list[TaskHandle]:
         """The targets that follow when all tensors are saved."""
         return [TaskHandle(self.universe, i) for i in self._numbers if i in self._ends]
+
+    @property
+    def order(self) -> list[TaskHandle]:
+        """All tasks, as one process executes them."""
+        return list(build_schedule([TaskHandle(self.universe, i) for i in self._numbers], {}).tasks)
 
     def handle(self, task: Task) -> TaskHandle:
         return TaskHandle(self.universe, self.universe.task_to_index[task])

@@ -22,11 +22,15 @@ class LoadSizes:
 
     def __call__(self, load: LoadTensor) -> int:
         """Bytes of the tensor as it is stored. One byte where that is not known: such loads count the same."""
+        header = self.header(load)
+        return 1 if header is None else header.size
+
+    def header(self, load: LoadTensor) -> Header | None:
+        """Of the tensor as it is stored; None where that is not known."""
         loader = LoaderCache().get(load.model)
         if load.model not in self._headers:
             self._headers[load.model] = _headers(Path(loader.index.base_path))
-        header = self._headers[load.model].get(load._resolve_name(loader) or "")
-        return 1 if header is None else header.size
+        return self._headers[load.model].get(load._resolve_name(loader) or "")
 
 
 def _headers(folder: Path) -> Mapping[str, Header]:
