@@ -24,7 +24,7 @@ from mergekit_symalign.distributed.sizes import LoadSizes
 
 OPTIONS = MergeOptions(quiet=True, random_seed=None)
 NO_RAY = "Ray is not installed: pip install 'mergekit-symalign[ray]'"
-MERGES = ("plain", "aligned", "slices", "tokenizer", "shared")
+MERGES = ("plain", "aligned", "slices", "tokenizer", "drawing", "shared")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,9 @@ def config_of(name: str, models: list[Path], saved: Path | None = None) -> dict[
     if name == "shared":  # one layer of a model in two layers of the output
         slices = [{"sources": [{"model": str(models[0]), "layer_range": [0, end]}]} for end in (2, 1)]
         return {"merge_method": "passthrough", "slices": slices, "dtype": "float32"}
+    if name == "drawing":
+        drawn = [entry | {"parameters": {"weight": 0.5, "density": 0.6}} for entry in weighed]
+        return merge_config("dare_ties", models[0], drawn)
     if name == "residual":
         return merge_config("aligned_linear", models[0], weighed, parameters={"residual": "permutation"})
     return merge_config("task_arithmetic", models[0], weighed)

@@ -95,19 +95,22 @@ def nodes() -> Iterator[Any]:
                     process.kill()
 
 
-def merged_on_ray(config: dict[str, Any], out: Path, work: cluster.Work = run_part, workers: int = 2) -> Path:
-    request = Request(yaml.safe_dump(config), OPTIONS, str(out), "auto", workers, 0.0, work)
+def merged_on_ray(
+    config: dict[str, Any], out: Path, work: cluster.Work = run_part, workers: int = 2, seed: int | None = None
+) -> Path:
+    options = OPTIONS.model_copy(update={"random_seed": seed})
+    request = Request(yaml.safe_dump(config), options, str(out), "auto", workers, 0.0, work)
     with within(LONG), hook.executed_by(request.executor):
-        return merged(config, out)
+        return merged(config, out, random_seed=seed)
 
 
-@pytest.mark.parametrize("name", MERGES[:4])
+@pytest.mark.parametrize("name", MERGES[:5])
 @pytest.mark.usefixtures("nodes")
 def test_two_nodes_merge_what_one_process_merges(name: str, models: list[Path], tmp_path: Path) -> None:
     config = config_of(name, models, tmp_path / "saved")
-    one = merged(config, tmp_path / "one" / "out")
+    one = merged(config, tmp_path / "one" / "out", random_seed=7)
     saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").glob("*")}
-    two = merged_on_ray(config, tmp_path / "two" / "out")
+    two = merged_on_ray(config, tmp_path / "two" / "out", seed=7)
     assert_same(one, two)
     assert {path.name: path.read_bytes() for path in (tmp_path / "saved").glob("*")} == saved
     assert len(saved) == (2 if name == "aligned" else 0)

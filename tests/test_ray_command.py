@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from conftest import OFFLINE
-from merges_in_parts import NO_RAY, OPTIONS, config_of, models, one_thread, planned
+from merges_in_parts import NO_RAY, OPTIONS, config_of, merged, models, one_thread, planned
 
+from mergekit_symalign import hook
 from mergekit_symalign.cli import main
-from mergekit_symalign.distributed import cluster
+from mergekit_symalign.distributed import cluster, draws
 from mergekit_symalign.distributed.executor import RayExecutor, Request
+from mergekit_symalign.distributed.job import Done, Job
+from mergekit_symalign.distributed.parts import Part
+from mergekit_symalign.distributed.worker import run_part
 from mergekit_symalign.errors import ConfigError, WorkerError
 
 __all__ = ["models", "one_thread"]  # fixtures
@@ -113,6 +119,26 @@ def test_workers_that_help_nothing_are_told(
     assert RayExecutor(request, graph)._workers(cluster.Needs(1, 0.0), components) == asked
     assert len(caplog.messages) == len(said)
     assert all(message.startswith(start) for message, start in zip(caplog.messages, said, strict=True))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_random_numbers_that_one_process_does_not_draw_are_told(
+    known: bool, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run_parts(job: Job, parts: Sequence[Part], *_: Any) -> Iterator[Done]:
+        yield from (run_part(job, part) for part in parts)
+
+    monkeypatch.setattr(cluster, "connected", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(cluster, "workers_at_once", lambda _: 2)
+    monkeypatch.setattr(cluster, "run_parts", run_parts)
+    if not known:
+        monkeypatch.setattr(draws, "_counts", lambda *_: [])
+    config, options = config_of("drawing", models), OPTIONS.model_copy(update={"random_seed": 7})
+    request = Request(yaml.safe_dump(config), options, str(tmp_path / "out"), "auto", 2, 0.0)
+    with hook.executed_by(request.executor):
+        merged(config, tmp_path / "out", random_seed=7)
+    told = [message for message in caplog.messages if "not those of one process" in message]
+    assert len(told) == (0 if known else 1)
 
 
 @pytest.mark.parametrize(
