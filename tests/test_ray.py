@@ -133,25 +133,6 @@ def test_workers_yield_the_cores_to_nobody() -> None:
     assert ray.get(ray.remote(lambda: os.nice(0)).remote(), timeout=LONG) == os.nice(0)
 
 
-@pytest.mark.usefixtures("nodes")
-def test_a_part_that_fails_is_one_line_and_leaves_nothing(models: list[Path], tmp_path: Path) -> None:
-    state = load_file(models[1] / "model.safetensors")
-    state[SPOILT][3, 5] = float("nan")
-    spoilt = save(make_model("llama", 1), tmp_path / "spoilt")
-    save_file(state, spoilt / "model.safetensors", metadata={"format": "pt"})
-    config = config_of("aligned", [models[0], spoilt, models[2]])
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(config), "utf-8")
-    arguments = ["yaml", str(tmp_path / "config.yml"), str(tmp_path / "out"), "--quiet", "--ray", "--workers", "2"]
-    with within(LONG):
-        done = CliRunner().invoke(main, arguments)
-    assert done.exit_code == 1, done.output
-    # Ray tells of killed workers from a thread of its own, which the cluster of these tests outlives the command with.
-    (line,) = [line for line in done.output.splitlines() if line.startswith("Error: ")]
-    assert line.startswith(f"Error: tensor {SPOILT} of model {spoilt}: it holds NaN")
-    assert "Traceback" not in done.output
-    assert not (tmp_path / "out").exists()
-
-
 def waiting(node: str | None, marker: Path) -> Callable[[Job, Part], Done]:
     """Work that does not end on one node (on any, if None), once its shards are written; others begin after that."""
 
@@ -194,14 +175,33 @@ def soon(happened: Callable[[], bool]) -> bool:
 
 def test_a_node_that_dies_in_the_middle_changes_nothing(nodes: Any, models: list[Path], tmp_path: Path) -> None:
     config = config_of("aligned", models)
-    victim = nodes.add_node(num_cpus=1)
+    (victim,) = nodes.worker_nodes
     dies = when_there(tmp_path / "marker", lambda: nodes.remove_node(victim, allow_graceful=False))
     work = waiting(victim.node_id, tmp_path / "marker")
-    out = merged_on_ray(config, tmp_path / "ray" / "out", work, workers=3)
+    out = merged_on_ray(config, tmp_path / "ray" / "out", work)
     dies.join(LONG)
     assert (tmp_path / "marker").exists()
     assert_same(merged(config, tmp_path / "one" / "out"), out)
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.usefixtures("nodes")
+def test_a_part_that_fails_is_one_line_and_leaves_nothing(models: list[Path], tmp_path: Path) -> None:
+    state = load_file(models[1] / "model.safetensors")
+    state[SPOILT][3, 5] = float("nan")
+    spoilt = save(make_model("llama", 1), tmp_path / "spoilt")
+    save_file(state, spoilt / "model.safetensors", metadata={"format": "pt"})
+    config = config_of("aligned", [models[0], spoilt, models[2]])
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config), "utf-8")
+    arguments = ["yaml", str(tmp_path / "config.yml"), str(tmp_path / "out"), "--quiet", "--ray", "--workers", "2"]
+    with within(LONG):
+        done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1, done.output
+    # Ray tells of killed workers from a thread of its own, which the cluster of these tests outlives the command with.
+    (line,) = [line for line in done.output.splitlines() if line.startswith("Error: ")]
+    assert line.startswith(f"Error: tensor {SPOILT} of model {spoilt}: it holds NaN")
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("nodes")
