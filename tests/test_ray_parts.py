@@ -200,7 +200,7 @@ def drawn(config: dict[str, Any], out: Path, most: int) -> tuple[dict[str, torch
     return state, any(one.strayed for one in done)
 
 
-@pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della", "aligned_dare_linear", "tokenizer"])
+@pytest.mark.parametrize("name", ["dare_linear", "della", "aligned_dare_linear", "tokenizer"])
 def test_parts_draw_the_random_numbers_of_one_process(name: str, models: list[Path], tmp_path: Path) -> None:
     config = randomly(name, models)
     one = load(merged(config, tmp_path / "one", random_seed=7))
