@@ -6,17 +6,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from chosen_numbers import choose
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mergekit_symalign.symmetry import distance
 from mergekit_symalign.symmetry.distance import squared_distance
-from mergekit_symalign.symmetry.neurons import certificate, coarse
+from mergekit_symalign.symmetry.neurons import certificate, tiles
 from mergekit_symalign.symmetry.neurons import costs as neuron_costs
 from mergekit_symalign.symmetry.neurons.certificate import nearest_neighbours
-from mergekit_symalign.symmetry.neurons.coarse import CoarseRows
 from mergekit_symalign.symmetry.neurons.costs import NeuronCosts, NeuronPairs
 from mergekit_symalign.symmetry.neurons.match import best_permutation
+from mergekit_symalign.symmetry.neurons.products import Numbers
 from mergekit_symalign.symmetry.options import NeuronScale
 from mergekit_symalign.symmetry.rows import two_lowest
 
@@ -163,8 +164,12 @@ def test_optimum_with_signed_scales(case: str) -> None:
         assert "neurons_full" not in found.routes
 
 
+@pytest.mark.parametrize("numbers", Numbers)
 @pytest.mark.parametrize("case", ["siblings", "duplicated neurons", "partly unrelated"])
-def test_same_for_any_block_size_and_number_of_threads(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_for_any_block_size_and_number_of_threads(
+    case: str, numbers: Numbers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(monkeypatch, numbers)
     pairs = _pairs(*CASES[case][0]())
     expected = best_permutation(pairs, scale=NeuronScale.none)
     before = torch.get_num_threads()
@@ -174,8 +179,9 @@ def test_same_for_any_block_size_and_number_of_threads(case: str, monkeypatch: p
             monkeypatch.setattr(distance, "_BLOCK", block)
             monkeypatch.setattr(distance, "_PIECE", max(1, block >> 5))
             monkeypatch.setattr(neuron_costs, "_ROWS", max(1, block >> 9))
-            monkeypatch.setattr(coarse, "_BLOCK", block)
-            monkeypatch.setattr(coarse, "_PIECE", max(17, block >> 5))
+            monkeypatch.setattr(tiles, "_HEIGHT", max(1, block >> 7))
+            monkeypatch.setattr(tiles, "_WIDTH", max(16, block >> 7))
+            monkeypatch.setattr(tiles, "_CHUNK", 16)
             torch.set_num_threads(threads)
             found = best_permutation(pairs, scale=NeuronScale.none)
             assert torch.equal(found.index, expected.index)
@@ -205,23 +211,6 @@ def test_a_prefix_that_misleads_proves_nothing_wrong(monkeypatch: pytest.MonkeyP
     assert torch.equal(found.index, torch.arange(60))
 
 
-@pytest.mark.parametrize("spread", [1.0, 50.0])
-def test_coarse_bound_holds(spread: float) -> None:
-    """No other row is nearer than the bound, with outlying coordinates, small rows and very large ones too."""
-    g = torch.Generator().manual_seed(0)
-    anchor, model = (torch.randn(200, 24, generator=g) for _ in range(2))
-    for x in (anchor, model):
-        x[:, 0] *= spread
-        x[:40] *= 0.02
-        x[40:50] *= spread
-    found = CoarseRows.rounded(anchor, model).nearest(torch.arange(200))
-    distance = torch.cdist(anchor.double(), model.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
-    others = distance.scatter(1, found.columns.unsqueeze(1), torch.inf).amin(1)
-    assert (found.bound <= others * (1 + 1e-5)).all()
-    if spread == 1:
-        assert (found.bound[50:] > 0.8 * others[50:]).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
 @pytest.mark.parametrize("n", [7, 300, 512, 1])
 def test_two_lowest(n: int, dtype: torch.dtype) -> None:
@@ -234,16 +223,13 @@ def test_two_lowest(n: int, dtype: torch.dtype) -> None:
 
 
 def test_a_few_open_rows_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more of them than the sample that is looked at first: nothing is quantized for them."""
-
-    def rounded(anchor: Tensor, model: Tensor) -> CoarseRows:
-        raise AssertionError("quantized")
-
-    monkeypatch.setattr(CoarseRows, "rounded", rounded)
+    """No more of them than the sample that is looked at first: nothing is rounded for them."""
+    asked = choose(monkeypatch, Numbers.bfloat16)
     costs = NeuronCosts(_pairs(*_sibling(0.1)), NeuronScale.none)
     found = certificate.Nearest.nothing(N, torch.device("cpu"))
     left = certificate._settle(costs, torch.arange(N - 20, N), 2, 0.0, found)
     assert len(left) == 0
+    assert asked == []
     assert torch.equal(found.settled, torch.arange(N - 20, N))
     assert torch.equal(found.index[N - 20 :], torch.argsort(_order())[N - 20 :])
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from chosen_numbers import choose
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from mergekit_symalign.symmetry.assignment.shortlist import Scores
 from mergekit_symalign.symmetry.neurons import quantized
 from mergekit_symalign.symmetry.neurons.costs import NeuronCosts, NeuronPairs
 from mergekit_symalign.symmetry.neurons.match import best_permutation
+from mergekit_symalign.symmetry.neurons.products import Numbers
 from mergekit_symalign.symmetry.options import NeuronScale, Pair
 
 CPU = torch.device("cpu")
@@ -25,6 +27,7 @@ def _quantize(monkeypatch: pytest.MonkeyPatch, use: bool = True) -> None:
     if not quantized.usable(CPU, torch.float32, 1):
         monkeypatch.setattr(quantized, "_LARGEST", 63)
     monkeypatch.setattr(quantized, "usable", lambda device, dtype, columns: use)
+    choose(monkeypatch, Numbers.whole)
 
 
 def _scores(*pairs: Pair) -> Scores:
@@ -106,7 +109,7 @@ def test_unrelated_models_by_quantized_scores(dtype: torch.dtype, monkeypatch: p
     found = {}
     for fast in (True, False):
         _quantize(monkeypatch, fast)
-        assert (NeuronCosts(pairs, NeuronScale.none).quantized_scores() is not None) == fast
+        assert (NeuronCosts(pairs, NeuronScale.none).rounded_scores() is not None) == fast
         found[fast] = best_permutation(pairs, scale=NeuronScale.none)
         assert found[fast].routes == {"neurons_full": 600}
     assert torch.equal(found[True].index, found[False].index)

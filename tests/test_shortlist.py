@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from chosen_numbers import choose
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from mergekit_symalign.symmetry.assignment.shortlist import Scores, shortlist_as
 from mergekit_symalign.symmetry.neurons import quantized
 from mergekit_symalign.symmetry.neurons.costs import NeuronPairs
 from mergekit_symalign.symmetry.neurons.match import best_permutation
+from mergekit_symalign.symmetry.neurons.products import Numbers
 from mergekit_symalign.symmetry.options import NeuronScale
 
 N = 400
@@ -139,14 +141,19 @@ def test_an_outlier_does_not_hide_what_the_others_gain(where: str, dtype: torch.
     assert _lost(score.double(), best_assignment(score), (*rows, *columns)) < 4  # its own rounding, twice each way
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["scores", "8 bits"])
+@pytest.mark.parametrize("numbers", Numbers)
 @pytest.mark.parametrize("where", OUTLIERS)
-def test_neurons_beside_an_outlier_get_their_optimum(where: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "usable", lambda device, dtype, columns: fast)
-    if fast and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+def test_neurons_beside_an_outlier_get_their_optimum(
+    where: str, numbers: Numbers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(monkeypatch, numbers)
+    monkeypatch.setattr(quantized, "usable", lambda device, dtype, columns: numbers is Numbers.whole)
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         monkeypatch.setattr(quantized, "_LARGEST", 63)
     rows, columns = OUTLIERS[where]
     anchor, model = _with_outliers(rows, columns, 600, 1e4)
+    if numbers is Numbers.bfloat16:
+        anchor, model = anchor.bfloat16(), model.bfloat16()
     found = best_permutation(NeuronPairs([], [(anchor, model)], []), scale=NeuronScale.none)
     score = anchor.double() @ model.double().mT
     norm = anchor.norm(dim=1).double().median() * model.norm(dim=1).double().median()

@@ -15,6 +15,8 @@ from mergekit_symalign.symmetry.fitting import require_pair, require_shape
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.threads import in_parallel
 
+_BLOCK = 1 << 16  # numbers in float64 that are worked on at once: several of these stay in the cache
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -76,9 +78,11 @@ def moments(
     number = torch.arange(heads, device=anchor.device)
 
     def of_heads(some: Pair) -> tuple[Tensor, Tensor, Tensor]:
-        x, y = (_selected(side, at).double() for side, at in zip((a, b), some, strict=True))
-        seen = _plane_products(x, y, planes) if planes else _products(x, y)
-        return seen, torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y)
+        x, y = (_selected(side, at) for side, at in zip((a, b), some, strict=True))
+        if planes:
+            return _seen_by_planes(x, y, planes)
+        x, y = x.double(), y.double()
+        return _products(x, y), _norms(x), _norms(y)
 
     few = 1 if anchor.device.type == "cpu" else heads
     beside = number if order is None else order
@@ -100,12 +104,51 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return (a.squeeze(0) @ b.squeeze(0).mT).reshape(len(a), a.shape[1], -1)
 
 
-def _plane_products(a: Tensor, b: Tensor, planes: Sequence[int]) -> Tensor:
-    """`plane_correlation` of the same, from the rows [heads, d, columns]: [heads, d/2]."""
-    order = torch.tensor(planes, device=a.device)
-    (a_i, a_j), (b_i, b_j) = (x.index_select(1, order).chunk(2, dim=1) for x in (a, b))
-    dot = torch.linalg.vecdot
-    return torch.complex(dot(a_i, b_i) + dot(a_j, b_j), dot(a_j, b_i) - dot(a_i, b_j))
+def _norms(x: Tensor) -> Tensor:
+    """Squared norm of each row [heads, d], some rows at a time."""
+    blocks = x.split(_rows_at_once(x), dim=1)
+    return torch.cat([torch.linalg.vecdot(rows, rows) for rows in blocks], dim=1)
+
+
+def _seen_by_planes(a: Tensor, b: Tensor, planes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """`plane_correlation` of ``A Bᵀ`` from the rows [heads, d, columns]: [heads, d/2]; and squared norms of both
+    [heads, d]."""
+    if a.stride(-1) != 1 or a.device.type != "cpu":
+        a, b = a.double(), b.double()
+        correlation, *_ = _of_some_planes(a, b, planes)
+        return correlation, torch.linalg.vecdot(a, a), torch.linalg.vecdot(b, b)
+    few, half = _rows_at_once(a), len(planes) // 2
+    ends = list(zip(planes[:half], planes[half:], strict=True))
+    some = [ends[at : at + few] for at in range(0, half, few)]
+    parts = [_of_some_planes(a, b, [end for side in zip(*of_few, strict=True) for end in side]) for of_few in some]
+    correlation, first, partner, other_first, other_partner = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+    place = torch.argsort(torch.tensor(planes, device=a.device))
+    own, other = (torch.cat(x, dim=1)[:, place] for x in ((first, partner), (other_first, other_partner)))
+    return correlation, own, other
+
+
+def _of_some_planes(a: Tensor, b: Tensor, planes: Sequence[int]) -> list[Tensor]:
+    """Correlations of some planes [heads, planes]; then squared norms, of the anchor's first coordinates and of their
+    partners, and of the model's."""
+    dot, half = torch.linalg.vecdot, len(planes) // 2
+    ends = (planes[:half], planes[half:])
+    (a_i, a_j), (b_i, b_j) = ([_coordinates(x, at).double() for at in ends] for x in (a, b))
+    correlation = torch.complex(dot(a_i, b_i) + dot(a_j, b_j), dot(a_j, b_i) - dot(a_i, b_j))
+    return [correlation, *(dot(x, x) for x in (a_i, a_j, b_i, b_j))]
+
+
+def _rows_at_once(heads: Tensor) -> int:
+    """Rows of each head [heads, d, columns] that are worked on together: as many as stay in the cache."""
+    if heads.device.type != "cpu":
+        return heads.shape[1]
+    return max(1, _BLOCK // max(1, len(heads) * heads.shape[2]))
+
+
+def _coordinates(heads: Tensor, at: Sequence[int]) -> Tensor:
+    """Some coordinates of each head, without a copy where they follow each other."""
+    if heads.stride(-1) == 1 and list(at) == list(range(at[0], at[0] + len(at))):
+        return heads.narrow(1, at[0], len(at))
+    return heads.index_select(1, torch.tensor(at, device=heads.device))
 
 
 def plane_correlation(cross: Tensor) -> Tensor:

@@ -8,15 +8,18 @@ own minimum (symmetry/neurons/match.py finishes what is left open).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.neurons import coarse
+from mergekit_symalign.symmetry.neurons.bfloat import BfloatRows
 from mergekit_symalign.symmetry.neurons.coarse import CoarseRows
 from mergekit_symalign.symmetry.neurons.costs import NeuronCosts
+from mergekit_symalign.symmetry.neurons.products import Numbers, fastest
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.rows import SLACK, two_lowest
 from mergekit_symalign.symmetry.threads import in_parallel
@@ -26,6 +29,9 @@ _BLOCK = 1 << 21  # prefix distances that are held at once
 _SAMPLE = 64  # rows that are asked whether prefixes can settle anything
 _RIVALS = 256  # pairs of neurons that are compared in full where no more of a prefix's pairs stay open
 _RUN = 8  # neighbouring columns that are taken together
+_TRIED = 512  # rows whose nearest are looked for in each kind of numbers, to find out which is fastest
+
+Rounding = Callable[[Tensor, Tensor], CoarseRows | BfloatRows]
 
 
 @dataclass
@@ -127,8 +133,9 @@ def _settle(costs: NeuronCosts, rows: Tensor, number: int, growth: float, found:
         return _left_by(prefix, sample, costs, number, growth, found)
     if not bool(sample.settled.any()):
         return rows if len(sample.promising_rows(growth)) else rows.narrow(0, 0, 0)
-    if coarse.usable(rows.device, prefix.anchor.shape[1]):
-        rows = _settled_by(prefix.coarse_candidates(costs, rows), number, found).open_rows
+    rounded = prefix.rounded()
+    if rounded is not None:
+        rows = _settled_by(prefix.coarse_candidates(costs, rows, rounded), number, found).open_rows
         if len(rows) == 0:
             return rows
     return _left_by(prefix, prefix.candidates(costs, rows), costs, number, growth, found)
@@ -199,9 +206,30 @@ class _Prefix:
         bound = torch.minimum((1 - SLACK) * second, floor.masked_fill(possible, torch.inf).amin(1).to(second.dtype))
         return _Candidates(rows, best, cost.gather(1, best.unsqueeze(1)).squeeze(1), bound)
 
-    def coarse_candidates(self, costs: NeuronCosts, rows: Tensor) -> _Candidates:
-        """The same from 8-bit numbers: cheaper, and fewer rows settle."""
-        found = CoarseRows.rounded(self.anchor, self.model).nearest(rows)
+    def rounded(self) -> CoarseRows | BfloatRows | None:
+        """The same in numbers whose products are faster than those in float32 here; None if there are none."""
+        device, columns = self.anchor.device, self.anchor.shape[1]
+        if device.type != "cpu":
+            return None
+        kinds: dict[Numbers, Rounding] = {Numbers.bfloat16: BfloatRows.rounded}
+        if coarse.usable(device, columns):
+            kinds[Numbers.whole] = CoarseRows.rounded
+        few = torch.arange(min(_TRIED, len(self.anchor)))
+
+        def of_kind(kind: Rounding) -> Callable[[], object]:
+            rounded = kind(self.anchor, self.model)
+            return lambda: rounded.nearest(few)
+
+        def exact() -> Callable[[], object]:
+            return lambda: [self._nearest(some) for some in few.split(self.height)]
+
+        ways = {numbers: partial(of_kind, kind) for numbers, kind in kinds.items()}
+        chosen = kinds.get(fastest("nearest neurons", columns, {Numbers.float32: exact, **ways}))
+        return chosen(self.anchor, self.model) if chosen else None
+
+    def coarse_candidates(self, costs: NeuronCosts, rows: Tensor, rounded: CoarseRows | BfloatRows) -> _Candidates:
+        """The same candidates from rounded rows: cheaper, and fewer rows settle."""
+        found = rounded.nearest(rows)
         bound = (1 - SLACK) * found.bound
         return _Candidates(rows, found.columns, costs.of_pairs(rows, found.columns), bound)
 

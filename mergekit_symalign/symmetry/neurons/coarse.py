@@ -7,18 +7,18 @@ both lengths, bounds the distance of the rows from below, and products of whole 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.rows import two_lowest
+from mergekit_symalign.symmetry.neurons.tiles import two_nearest
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _LARGEST = 63  # processors without VNNI add pairs of products in 16 bits, which larger numbers would overflow
 _RANGE = 4.5  # standard deviations that the whole numbers span to either side
-_PIECE = 1024  # rows for one thread
-_BLOCK = 1 << 19  # distances that are held at once: small enough to stay in the cache
+_FEWEST = 17  # rows that the product of 8-bit numbers wants
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class CoarseRows:
 
     Attributes:
         anchor: int8 [neurons, k].
-        model: int8 [k, neurons].
+        model: int8 [neurons, k].
         norms: int32 [neurons], squared norms of the model's.
         unit: what a whole number stands for.
         error: [neurons], how far rounding moved each of the anchor's rows, and at most each of the model's.
@@ -54,32 +54,34 @@ class CoarseRows:
         rms = torch.stack([x.square().mean() for x in (anchor, model)]).mean().sqrt().clamp_min(tiny)
         unit = rms * _RANGE / _LARGEST
         sides = in_parallel(lambda x: _rounded(x / unit), (anchor, model), anchor.device)
-        whole, errors = zip(*sides, strict=True)
-        norms = whole[1].to(torch.int32).square().sum(1, dtype=torch.int32)
-        # oneDNN's product wants the second matrix contiguous
-        return CoarseRows(whole[0], whole[1].mT.contiguous(), norms, unit, unit * (errors[0] + errors[1].max()))
+        (a, own), (b, other) = sides
+        norms = b.to(torch.int32).square().sum(1, dtype=torch.int32)
+        return CoarseRows(a, b, norms, unit, unit * (own + other.max()))
 
     def nearest(self, rows: Tensor) -> TwoNearest:
         """For some of the anchor's rows (their numbers)."""
-        parts = in_parallel(self._of_piece, rows.split(_PIECE), rows.device)
-        columns, second = (torch.cat(x) for x in zip(*parts, strict=True))
+        columns, second = two_nearest(self._tiles, rows, len(self.norms))
         own = self.anchor.index_select(0, rows).to(torch.int32).square().sum(1)
         apart = (second + own).clamp_min(0).to(self.unit.dtype).sqrt() * self.unit
         return TwoNearest(columns, (apart - self.error.index_select(0, rows)).clamp_min(0).square())
 
-    def _of_piece(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        height = max(17, _BLOCK // len(self.norms))  # the product wants more than 16 rows
-        parts = [self._of_block(block) for block in rows.split(height)]
-        columns, second = (torch.cat(x) for x in zip(*parts, strict=True))
-        return columns, second
+    def _tiles(self, rows: Tensor) -> Callable[[slice], Tensor]:
+        """Squared distances, less the anchor's own norm, which is the same for a whole row."""
+        anchor = self.anchor.index_select(0, rows)
 
-    def _of_block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        product = torch._int_mm(self.anchor.index_select(0, rows), self.model)
-        return two_lowest(torch.sub(self.norms, product, alpha=2, out=product))
+        def tile(at: slice) -> Tensor:
+            norms, model = self.norms[at], self.model[at].mT
+            if len(anchor) < _FEWEST:
+                product = (anchor.double() @ model.double()).to(torch.int32)
+            else:
+                product = torch._int_mm(anchor, model)
+            return torch.sub(norms, product, alpha=2, out=product)
+
+        return tile
 
 
 def usable(device: torch.device, columns: int) -> bool:
-    """Whether products of 8-bit numbers are fast here, and cannot overflow."""
+    """Whether products of 8-bit numbers are exact here: they are not where they may overflow."""
     capable = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     return capable and torch.backends.mkldnn.is_available() and 4 * columns * _LARGEST**2 < 2**31
 

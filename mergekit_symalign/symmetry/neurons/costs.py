@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,13 +13,17 @@ from mergekit_symalign.errors import ShapeError
 from mergekit_symalign.symmetry.assignment.shortlist import Scores
 from mergekit_symalign.symmetry.distance import squared_distance
 from mergekit_symalign.symmetry.fitting import ROWS
-from mergekit_symalign.symmetry.neurons import quantized
+from mergekit_symalign.symmetry.neurons import bfloat, quantized
+from mergekit_symalign.symmetry.neurons.bfloat import bfloat_scores
+from mergekit_symalign.symmetry.neurons.products import Numbers, fastest
+from mergekit_symalign.symmetry.neurons.quantized import quantized_scores
 from mergekit_symalign.symmetry.options import NeuronScale, Pair
 from mergekit_symalign.symmetry.rows import compute_dtype
 from mergekit_symalign.symmetry.scale import best_saving, neuron_factors
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _ROWS = 256  # of a product or a sum of squares that are taken at once
+_TRIED = (512, 1024)  # rows and columns of a product that is measured in each kind of numbers
 _PAIRS = 1 << 22  # pairs of neurons whose scales are solved at once
 
 
@@ -97,19 +102,33 @@ class NeuronCosts:
         blocks = zip(scaled.split(height), divided.split(height), strict=True)
         return fixed + torch.cat([best_saving(p, b, q, o, signed=signed) for p, q in blocks])
 
-    def quantized_scores(self) -> Scores | None:
-        """The same for all pairs from 8-bit products, exactly for some; None where that is no faster."""
-        pairs = self.pairs.all
-        columns = sum(x.shape[1] for x, _ in pairs)
-        usable = all(quantized.usable(x.device, x.dtype, columns) for x, _ in pairs)
-        if self.scale is not NeuronScale.none or not usable:
+    def rounded_scores(self) -> Scores | None:
+        """The same for all pairs from numbers that are multiplied faster than float32 here, exactly for some pairs;
+        None where there are none."""
+        pairs, numbers = self.pairs.all, self._numbers()
+        if self.scale is not NeuronScale.none or numbers is Numbers.float32:
             return None
         own, norms = _squares([(b, a) for a, b in pairs]), self.norms()
 
         def exact(rows: Tensor, columns: Tensor) -> Tensor:
             return (own[rows] + norms[columns] - self.of_pairs(rows, columns)) / 2
 
-        return quantized.quantized_scores(pairs, own.sqrt(), norms.sqrt(), exact)
+        scores = quantized_scores if numbers is Numbers.whole else bfloat_scores
+        return scores(pairs, own.sqrt(), norms.sqrt(), exact)
+
+    def _numbers(self) -> Numbers:
+        """The fastest that lose no more of the scores than their bounds say."""
+        pairs, device = self.pairs.all, self.pairs.device
+        if device.type != "cpu":
+            return Numbers.float32
+        columns, dtypes = sum(x.shape[1] for x, _ in pairs), {x.dtype for pair in pairs for x in pair}
+        size = (*_TRIED, columns)
+        ways: dict[Numbers, Callable[[], Callable[[], object]]] = {Numbers.float32: partial(_tried, *size)}
+        if dtypes == {torch.bfloat16}:
+            ways[Numbers.bfloat16] = partial(bfloat.tried, *size)
+        if all(quantized.usable(device, dtype, columns) for dtype in dtypes):
+            ways[Numbers.whole] = partial(quantized.tried, *size)
+        return fastest("all pairs of neurons", columns, ways)
 
     def norms(self) -> Tensor:
         """Squared norm of each of the model's neurons [neurons], float64."""
@@ -128,6 +147,12 @@ def factors(pairs: NeuronPairs, index: Tensor, *, signed: bool) -> Tensor:
     rows = torch.arange(len(index), device=index.device)
     (_, p, b), (_, q, o) = (_paired(side, rows, index) for side in (pairs.scaled, pairs.divided))
     return neuron_factors((p, b), (q, o), signed=signed)
+
+
+def _tried(rows: int, neurons: int, columns: int) -> Callable[[], Tensor]:
+    """The scores of some rows with some neurons in float32, to be measured."""
+    own, other = (torch.ones(n, columns) for n in (rows, neurons))
+    return lambda: own @ other.mT
 
 
 def _products(side: Sequence[Pair], rows: Tensor | None) -> Tensor:

@@ -95,7 +95,7 @@ def best_permutation(pairs: NeuronPairs, *, scale: NeuronScale) -> Assignment:
 def _full(costs: NeuronCosts) -> Assignment:
     """The optimum of the whole problem, the identity if it is as good."""
     rows = torch.arange(costs.pairs.neurons, device=costs.pairs.device)
-    scores = costs.quantized_scores() if len(rows) >= LARGE else None
+    scores = costs.rounded_scores() if len(rows) >= LARGE else None
     index = shortlist_assignment(scores, sparse_matching) if scores is not None else None
     if scores is None or index is None:
         index, may_stay = best_assignment(costs.scores()), False  # which has compared it with the identity

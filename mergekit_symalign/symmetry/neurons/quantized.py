@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment.shortlist import Scores
 from mergekit_symalign.symmetry.options import Pair
-from mergekit_symalign.symmetry.rows import SLACK
+from mergekit_symalign.symmetry.rows import SLACK, copy_rows
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _CHANCE = 1e-30  # that any score is farther from the truth than its error says
@@ -30,7 +30,6 @@ _EXACT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8")  # torch's names for w
 _SEEDS = (1, 2)  # of the dither of anchor and model
 _ROWS = 512  # of the anchor that are multiplied at once
 _PIECE = 256  # rows that are rounded together
-_TILE = 256  # rows and columns that are transposed at once
 _BLOCK = 1 << 17  # numbers that are held in float32 at once: small enough to stay in the cache
 _STORED = 2.0**-8  # of a score: how far rounding it to bfloat16 may move it
 
@@ -55,11 +54,7 @@ def quantized_scores(
         """Of some rows, whose scores are written to their block of ``values``."""
         block, rows = work
         own = _Quantized.rounded(rows, ours)
-        products = torch._int_mm(own.numbers, other.numbers.mT)
-        across = own.times(theirs)
-        for at in _blocks(len(block), neurons):
-            score = products[at].to(torch.float32).add_(along).add_(across[at].unsqueeze(1))
-            block[at] = score.mul_(other.step).mul_(own.step[at].unsqueeze(1))
+        _multiply(own, other, own.times(theirs), along, block)
         return own.step
 
     work = list(zip(values.split(_ROWS), zip(*(a.split(_ROWS) for a, _ in pairs), strict=True), strict=True))
@@ -67,8 +62,24 @@ def quantized_scores(
     return Scores(values, _errors((step, anchor), (other.step, model), columns), _STORED, exact)
 
 
+def tried(rows: int, neurons: int, columns: int) -> Callable[[], None]:
+    """The scores of some rows with some neurons, after rounding: a share of the whole work, to be measured."""
+    numbers = torch.arange(columns, dtype=torch.int8).expand(max(rows, neurons), -1).contiguous()
+    own, other = (_Quantized(numbers[:n], torch.ones(n)) for n in (rows, neurons))
+    block = torch.empty(rows, neurons, dtype=torch.bfloat16)
+    return lambda: _multiply(own, other, own.step, other.step, block)
+
+
+def _multiply(own: _Quantized, other: _Quantized, across: Tensor, along: Tensor, block: Tensor) -> None:
+    """Scores of some rows with all columns, to ``block``: products, and what the dithers add to them."""
+    products = torch._int_mm(own.numbers, other.numbers.mT)
+    for at in _blocks(len(block), block.shape[1]):
+        score = products[at].to(torch.float32).add_(along).add_(across[at].unsqueeze(1))
+        block[at] = score.mul_(other.step).mul_(own.step[at].unsqueeze(1))
+
+
 def usable(device: torch.device, dtype: torch.dtype, columns: int) -> bool:
-    """Whether products of 8-bit numbers are fast and exact here.
+    """Whether products of 8-bit numbers are exact here.
 
     Processors without VNNI add pairs of products in 16 bits, which large numbers overflow.
     """
@@ -106,7 +117,7 @@ class _Quantized:
             block, given = work
             whole = torch.empty(block.shape, dtype=dtype, device=block.device)
             for x, at in zip(given, whole.split(widths, dim=1), strict=True):
-                _copy(at, x)
+                copy_rows(at, x)
             found = []
             for at in _blocks(*block.shape):
                 x = whole[at].to(torch.float32, copy=True)
@@ -146,16 +157,6 @@ def _errors(anchor: Pair, model: Pair, columns: int) -> tuple[Tensor, Tensor]:
 def _deviations(neurons: int) -> float:
     """How many times the length of its terms the sum of a pair's rounding errors reaches at most, for all pairs."""
     return math.sqrt(math.log(4 * neurons**2 / _CHANCE) / 6)
-
-
-def _copy(to: Tensor, x: Tensor) -> None:
-    """``to.copy_(x)``; in square tiles if the rows of ``x`` are stored as columns, which is four times faster."""
-    if x.stride(0) >= x.stride(1):
-        to.copy_(x)
-        return
-    for rows, of_rows in zip(to.split(_TILE), x.split(_TILE), strict=True):
-        for at, tile in zip(rows.split(_TILE, dim=1), of_rows.split(_TILE, dim=1), strict=True):
-            at.copy_(tile.mT.contiguous().mT)
 
 
 def _blocks(rows: int, columns: int) -> list[slice]:
