@@ -9,7 +9,8 @@ INSTALL = $(PIP) install --quiet $(UPGRADE) --constraint $(CONSTRAINTS)
 SOURCES := pyproject.toml $(CONSTRAINTS) $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
 .PHONY: demo test tests test-oldest test-newest lint types suite fuzz host-names host-names-tried timings architectures methods
-.PHONY: bench bench-statistics bench-stream gpu-check gpu-page study study-again study-skills study-apart study-small docs clean
+.PHONY: bench bench-statistics bench-stream bench-ray gpu-check gpu-page study study-again study-skills study-apart
+.PHONY: study-small docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/mergekit-symalign demo --out symalign-demo
@@ -67,6 +68,10 @@ bench-statistics: $(VENV)/installed
 # docs/performance.md, the residual stream: a quarter of an hour.
 bench-stream: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/stream_cost.py $(BENCH)
+
+# docs/many-machines.md, measured: one process against Ray's workers on this machine, half an hour.
+bench-ray: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/ray_speed.py $(BENCH)
 
 # What has to be fast, by the clock of this machine
 timings: $(VENV)/installed

@@ -28,6 +28,7 @@ _ERRORS = (
     "UnalignedCallError",
     "UnknownMethodError",
     "ValueInTensorError",
+    "WorkerError",
 )
 _PUBLIC = {
     "install": "hook",

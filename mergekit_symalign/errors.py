@@ -95,3 +95,7 @@ class UnalignedCallError(SymalignError):
 
 class HostError(SymalignError):
     """The installed MergeKit is not one whose internals this package knows."""
+
+
+class WorkerError(SymalignError):
+    """A worker on another machine cannot do its part of a merge, or died too often."""

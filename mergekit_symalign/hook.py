@@ -6,6 +6,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +53,31 @@ def on_import(module: ModuleType) -> None:
             found = f"{module.__name__}: {_in_words(error)}"
     if found is not None:
         _refuse(found)
+
+
+@contextmanager
+def executed_by(executor: Callable[..., Any]) -> Iterator[None]:
+    """Let `run_merge` give its tasks to another executor than MergeKit's on one device, for a while.
+
+    Args:
+        executor: takes the arguments of MergeKit's `Executor`, and gives something that has its ``run``.
+    """
+    merge: Any = importlib.import_module("mergekit.merge")
+    original = merge.Executor
+    merge.Executor = executor
+    try:
+        yield
+    finally:
+        merge.Executor = original
+
+
+def require_known(where: str) -> None:
+    """
+    Raises:
+        HostError: if the installed MergeKit is not known.
+    """
+    if (found := problem()) is not None:
+        raise HostError(where, *host_error(found))
 
 
 def problem() -> str | None:

@@ -44,6 +44,7 @@ FINAL = {
     "StatisticsFileError",
     "HubFailureError",
     "HostError",
+    "WorkerError",
 }
 FAMILY = [
     kind

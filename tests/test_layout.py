@@ -73,11 +73,12 @@ ROOMS: dict[str, str] = {
     "symmetry/consensus symmetry/statistics symmetry/membership symmetry/residual symmetry/latent",
     "card": "hub methods graph",
     "hook": "errors host method_names aligned_methods data_methods graph card",
+    "distributed": "errors graph hook",
     "comparing": "errors whole_file activations",
     "demo": "errors console families planting whole_file comparing",
     "commands": "errors host console method_names families whole_file sealed hub statistics activations alignments "
-    "sharing learning planned_methods methods graph card hook comparing demo trial symmetry/options symmetry/element "
-    "symmetry/describe symmetry/membership symmetry/residual",
+    "sharing learning planned_methods methods graph card hook distributed comparing demo trial symmetry/options "
+    "symmetry/element symmetry/describe symmetry/membership symmetry/residual",
     "cli": "errors console hook commands",
 }
 ONE_ROOM = {"alignment_file": "alignments", "autoload": "hook"}
@@ -89,6 +90,7 @@ KNOWS_MERGEKIT = {
     "graph",
     "card",
     "hook",
+    "distributed",
     "demo",
     "commands",
     "cli",

@@ -21,6 +21,7 @@ from mergekit_symalign.errors import (
     StatisticsFileError,
     SymalignError,
     ValueInTensorError,
+    WorkerError,
 )
 
 _NOT_THE_CALL = (
@@ -30,8 +31,9 @@ _NOT_THE_CALL = (
     StatisticsFileError,
     HubFailureError,
     HostError,
+    WorkerError,
 )
-"""What another call does not help against: damaged files, no connection, and a MergeKit that is not known."""
+"""What another call does not help against: damaged files, no connection, workers that die, an unknown MergeKit."""
 _WRONG_NAME = (OtherModelsError, OtherStatisticsError)
 _PATHS = frozenset(
     (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
@@ -10,6 +9,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from transformers import PreTrainedModel
+
+from mergekit_symalign.graph.silence import without_warnings
 
 _SHOWN = 3
 
@@ -25,14 +26,12 @@ def plain_loss(model: PreTrainedModel, folder: Path) -> str:
     source = {"model": str(folder / "model"), "parameters": {"weight": 1.0}}
     config = MergeConfiguration.model_validate({"merge_method": "linear", "models": [source]})
     options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
-    logging.disable(logging.WARNING)
     try:
-        run_merge(config, str(folder / "out"), options)
-        merged = type(model).from_pretrained(folder / "out", dtype=model.dtype).state_dict()
+        with without_warnings():
+            run_merge(config, str(folder / "out"), options)
+            merged = type(model).from_pretrained(folder / "out", dtype=model.dtype).state_dict()
     except Exception as error:  # whatever it stumbles over
         return f"fails ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
-    finally:
-        logging.disable(logging.NOTSET)
     before = model.state_dict()
     lost = [
         name for name, x in before.items() if name not in merged or not torch.equal(merged[name].float(), x.float())

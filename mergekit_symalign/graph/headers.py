@@ -38,6 +38,12 @@ class Header:
     stored: str
     shape: tuple[int, ...]
 
+    @property
+    def size(self) -> int:
+        """Bytes, where a number has a byte if nothing else is known of it."""
+        bits = self.dtype.itemsize * 8 if self.dtype is not None else _BITS.get(self.stored, 8)
+        return _size(list(self.shape)) * bits // 8
+
 
 @dataclass(frozen=True)
 class Headers:

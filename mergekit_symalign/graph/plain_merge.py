@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from mergekit_symalign.graph.damaged import describe
 from mergekit_symalign.graph.headers import Header
 from mergekit_symalign.graph.names import Names, Place
 from mergekit_symalign.graph.opening import open_headers
+from mergekit_symalign.graph.silence import without_warnings
 
 _SHOWN = 3
 _OLD_BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias", "position_ids")  # where no model tells
@@ -91,7 +90,7 @@ def _architecture(config: Any, model: ModelReference) -> ModelArchitecture:
         transformers_cache=cache.hf_cache_dir,
         lora_merge_cache=cache.lora_cache_dir,
     )
-    with _in_silence():
+    with without_warnings():  # of each architecture that is inferred
         return arch_info_for_config(config) or infer_architecture_info((model,), None, options)
 
 
@@ -148,14 +147,3 @@ def _names(config: Any, model: ModelReference) -> Names | None:
         return Names(config, str(model))
     except CheckpointError:
         return None
-
-
-@contextmanager
-def _in_silence() -> Iterator[None]:
-    """MergeKit warns of each architecture that it infers."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
