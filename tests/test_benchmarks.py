@@ -2,31 +2,85 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
+import tables
 from measure import Cost
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads memory from /proc")
 def test_small_benchmark_runs(tmp_path: Path) -> None:
-    """Plain and aligned merges of siblings and of unrelated models, in fresh processes."""
+    """A plain and an aligned merge in fresh processes, and the file of results, which a second run adds to."""
     from run import main
 
-    options = ["--small", "--no-depths", "--no-growth", "--no-layer", "--cache", str(tmp_path / "cache")]
-    shown = CliRunner().invoke(main, options, catch_exceptions=False).output
-    for expected in ("siblings, 10 % noise", "prefix_1 100.0%", "heads identity", "full 100.0%"):
+    out = tmp_path / "results.json"
+    known = {"whole": [{"name": "another"}, {"name": "siblings, 10 % noise", "plain": []}], "layers": [{"name": "x"}]}
+    out.write_text(json.dumps(known), "utf-8")
+    options = ["--small", "--no-depths", "--no-growth", "--no-layer", "--only", "siblings, 10"]
+    paths = ["--cache", str(tmp_path / "cache"), "--out", str(out)]
+    shown = CliRunner().invoke(main, [*options, *paths], catch_exceptions=False).output
+    for expected in ("| siblings, 10 % noise |", "prefix 1 100.0%", "heads identity"):
         assert expected in shown, shown
     assert list((tmp_path / "cache").glob("*/model.safetensors"))
+    found = json.loads(out.read_text("utf-8"))
+    assert [x["name"] for x in found["whole"]] == ["another", "siblings, 10 % noise"]
+    (line,) = found["whole"][1:]
+    assert line["ratio"]["wall"] == pytest.approx(line["aligned"][0]["wall"] / line["plain"][0]["wall"], rel=0.01)
+    assert found["layers"] == [{"name": "x"}]
+    assert found["machine"]["torch"] == torch.__version__
+
+
+def test_large_models_are_written_in_files_and_need_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import large
+    from checkpoints import SMALL
+
+    shape = SMALL.with_layers(2)
+    large._write(tmp_path / "model", shape, 0.1, 10**6)
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text("utf-8"))
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert len(files) > 2
+    assert sorted(set(index["weight_map"].values())) == [file.name for file in files]
+    stored = {name: x for file in files for name, x in load_file(file).items()}
+    assert {name: x.shape for name, x in stored.items()} == large._sizes(shape)
+    assert sum(2 * x.numel() for x in stored.values()) == index["metadata"]["total_size"]
+    large._write(tmp_path / "base", shape, 0.0, 10**6)
+    name = "model.layers.1.mlp.up_proj.weight"
+    base = load_file(tmp_path / "base" / index["weight_map"][name])[name].float()
+    assert float((stored[name].float() - base).norm() / base.norm()) == pytest.approx(0.1, rel=0.05)
+    monkeypatch.setattr("large.shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
+    done = CliRunner().invoke(large.main, ["--cache", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "has 1 GB free, and this needs 50" in done.output
+
+
+def test_tables_of_the_page(tmp_path: Path) -> None:
+    """Each processor's tables, from its file; the page in the repository is the one that is written today."""
+    import write_page
+
+    page = write_page.PAGE.read_text("utf-8")
+    assert write_page.page(page, write_page.section(write_page.RESULTS)) == page
+    assert "Not yet measured" in write_page.section(tmp_path)
+    cost = {"wall": 10.0, "cpu": 20.0, "peak_rss": 2.0**30, "peak_own": 1.0}
+    ratio = {"wall": 1.0, "cpu": 1.0, "peak_rss": 1.0, "peak_own": 1.0}
+    line = {"name": "siblings", "plain": [cost], "aligned": [cost], "ratio": ratio, "settled_by": {"heads_identity": 3}}
+    machine = {"processor": "A", "units": ["avx2"], "threads": 2, "memory_gib": 8, "torch": "2.13"}
+    (tmp_path / "a.json").write_text(json.dumps({"machine": machine, "whole": [line]}), "utf-8")
+    written = write_page.section(tmp_path)
+    assert "| siblings | 10.0 → 10.0 | 1.00 | 20.0 → 20.0 | 1.00 | 1.00 → 1.00 | 1.00 | heads identity 3 |" in written
+    assert "2 threads" in written
 
 
 def test_depths_and_growth_are_differences_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,14 +92,19 @@ def test_depths_and_growth_are_differences_of_what_was_measured(monkeypatch: pyt
     )
     monkeypatch.setattr(run, "_measured", lambda workload, *_: run.Line(workload, [plain], [aligned]))
     shape, layers = shapes(True)
-    assert run._depth(depths(shape, layers)[0], Path(), 1) == ["2 layers", "1", "2", "1", "3", "3"]
-    assert run._growth(growth(shape)[0], Path(), 1) == ["3 layers", "4.0", "1.0", "3.0", "0.50"]
+    depth, more = run._depth(depths(shape, layers)[0], Path(), 1), run._growth(growth(shape)[0], Path(), 1)
+    assert tables.cells("depth", depth) == "| 2 layers | 1 | 2 | 1 | 3 | 3 |"
+    assert tables.cells("growth", more) == "| 3 layers | 4.0 | 1.0 | 3.0 | 0.50 |"
 
 
-@pytest.mark.parametrize(("name", "expected"), [("layer", "| yes |"), ("shapes", "| small |")])
-def test_one_layer_alone(name: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import_module(name).main(True)
-    assert expected in capsys.readouterr().out
+def test_one_layer_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import_module("layer").main(True)
+    assert "| yes |" in capsys.readouterr().out
+    out = tmp_path / "results.json"
+    done = CliRunner().invoke(import_module("shapes").main, ["--small", "--out", str(out)], catch_exceptions=False)
+    found = json.loads(out.read_text("utf-8"))["layers"]
+    assert [x["model"] for x in found] == ["sibling, 10 % noise", "the same, permuted, rotated, rescaled", "unrelated"]
+    assert all(tables.cells("layers", x) in done.output for x in found)
 
 
 def test_growth_varies_one_thing_at_a_time(tmp_path: Path) -> None:

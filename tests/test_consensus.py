@@ -56,12 +56,11 @@ def test_never_worse_than_any_single_anchor(family: str, kind: BlockKind, noise:
     found = find_consensus(models, best)
     assert all(after <= before for before, after in itertools.pairwise(found.spread))
     assert found.elements[0].actions == {}
-    for order in itertools.permutations(range(3)):  # the best single anchor, whichever model that is
+    for order in ((0, 1, 2), (0, 2, 1)):  # in the coordinates of the first: scales change what distances are worth
         alone = find_consensus([models[i] for i in order], best, rounds=0)
-        if order[0] == 0:
-            assert found.spread[-1] <= alone.spread[0] * (1 + 1e-9)
-            again = find_consensus([models[i] for i in order], best)
-            assert again.spread[-1] == pytest.approx(found.spread[-1], rel=1e-6)
+        assert found.spread[-1] <= alone.spread[0] * (1 + 1e-9)
+        again = find_consensus([models[i] for i in order], best)
+        assert again.spread[-1] == pytest.approx(found.spread[-1], rel=1e-6)
     if noise == 0.6 and kind is BlockKind.attention:
         assert found.spread[-1] < found.spread[0]  # the mean is another anchor than any of the models
 

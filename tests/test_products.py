@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from chosen_numbers import choose
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from mergekit_symalign.graph import solve
 from mergekit_symalign.symmetry.assignment.shortlist import Scores
 from mergekit_symalign.symmetry.neurons import products, tiles
 from mergekit_symalign.symmetry.neurons.bfloat import BfloatRows, bfloat_scores
@@ -65,6 +67,19 @@ def test_a_single_possibility_is_not_measured() -> None:
 
     assert fastest("a test", 100, {Numbers.float32: never}) is Numbers.float32
     assert measured() == {}
+
+
+@pytest.mark.usefixtures("nothing_measured")
+def test_a_merge_logs_what_was_measured(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve, "_LOGGED", set())
+    fastest(
+        "a test", 100, {Numbers.whole: lambda: time.perf_counter, Numbers.float32: lambda: lambda: time.sleep(0.01)}
+    )
+    with caplog.at_level("INFO"):
+        solve._log_products()
+        solve._log_products()
+    (line,) = caplog.messages
+    assert re.fullmatch(r"products for a test, 64 to 127 coordinates are taken in 8-bit \(8-bit 0.0 ms, .* ms\)", line)
 
 
 @pytest.mark.usefixtures("nothing_measured")

@@ -11,16 +11,15 @@ from conftest import State, load, merged
 from mergekit_symalign.demo import evaluate
 from mergekit_symalign.demo.data import arithmetic_problems
 from mergekit_symalign.demo.run import adapted, write_twin
-from mergekit_symalign.demo.source import unpack_smollm2
 
 PROBLEMS = arithmetic_problems(60, seed=5)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("smollm2")
-    anchor = unpack_smollm2(out / "anchor")
-    folders = {"anchor": anchor, "target": adapted(anchor, "style", out), "skill": adapted(anchor, "arithmetic", out)}
+    adapters = {"target": "style", "skill": "arithmetic"}
+    folders = {"anchor": smollm2} | {name: adapted(smollm2, adapter, out) for name, adapter in adapters.items()}
     return folders | {"twin": write_twin(folders["target"], out / "twin", seed=7)}
 
 

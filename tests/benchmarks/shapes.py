@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
+import click
+import tables
 import torch
 from checkpoints import LLAMA_1B, LLAMA_8B, LLAMA_70B, SMALL, Recipe, Shape, foreign, weights
+from results import machine, save
 from transformers import LlamaForCausalLM
 
 from mergekit_symalign.families.resolve import resolve
 from mergekit_symalign.families.schema import BlockKind
 from mergekit_symalign.graph.solve import block_rows
+from mergekit_symalign.symmetry.neurons.products import measured
 from mergekit_symalign.symmetry.options import BlockShape, Sides, Symmetries
 from mergekit_symalign.symmetry.solve import align_block
 from mergekit_symalign.symmetry.threads import one_thread
@@ -28,18 +32,23 @@ CASES = {
 LARGE = ("8B", "70B")  # unrelated models of these shapes take minutes for a layer
 
 
-def main(small: bool) -> None:
+@click.command(help=__doc__)
+@click.option("--small", is_flag=True, help="A tiny shape: checks that it runs, not how fast.")
+@click.option("--out", type=Path, default=Path(".cache/benchmarks/results.json"), help="The file of results.")
+def main(small: bool, out: Path) -> None:
     shapes = {"small": SMALL} if small else {"1B": LLAMA_1B, "8B": LLAMA_8B, "70B": LLAMA_70B}
-    print(f"\nOne layer of one model, {torch.get_num_threads()} threads, seconds, medians of {RUNS}\n")
-    print("| shape | model | MLP | attention |\n|---|---|---:|---:|")
+    click.echo(f"\nOne layer of one model, {torch.get_num_threads()} threads, medians of {RUNS}\n")
+    click.echo(tables.HEADS["layers"])
     for name, shape in shapes.items():
         for case, recipe in CASES.items():
             if name in LARGE and recipe.noise is None:
                 continue
-            seconds = layer(replace(shape, layers=1, vocabulary=64), recipe)
-            print(
-                f"| {name} | {case} | {seconds[BlockKind.mlp]:.2f} | {seconds[BlockKind.attention]:.2f} |", flush=True
-            )
+            with torch.inference_mode():
+                seconds = layer(replace(shape, layers=1, vocabulary=64), recipe)
+            times = {"mlp": seconds[BlockKind.mlp], "attention": seconds[BlockKind.attention]}
+            line = {"name": f"{name}, {case}", "shape": name, "model": case, **times}
+            save(out, {"machine": machine(), "layers": [line], "products": measured()})
+            click.echo(tables.cells("layers", line))
 
 
 def layer(shape: Shape, recipe: Recipe) -> dict[BlockKind, float]:
@@ -77,5 +86,4 @@ def _seconds(sides: Sides, shape: BlockShape) -> float:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main("--small" in sys.argv)
+    main()

@@ -260,7 +260,7 @@ def spread_columns(rows: Tensor, share: float) -> Tensor:
     width = rows.shape[1]
     runs = max(1, round(share * width / _RUN))
     length = min(_RUN, width)
-    starts = torch.linspace(0, width - length, runs).round().long().unique().tolist()
+    starts = torch.linspace(0, width - length, runs, device="cpu").round().long().unique().tolist()
     ends = [*starts[1:], width]
     parts = [rows.narrow(1, at, min(length, end - at)).float() for at, end in zip(starts, ends, strict=True)]
     return torch.cat(parts, dim=1)

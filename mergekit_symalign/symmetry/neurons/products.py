@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from enum import Enum
+from threading import Lock
 
 from mergekit_symalign.symmetry.threads import one_thread
 
@@ -28,6 +29,7 @@ class Numbers(Enum):
 Ways = Mapping[Numbers, Callable[[], Callable[[], object]]]
 """For each kind of numbers that is possible: what prepares a part of the work, and gives what is measured of it."""
 
+_MEASURING = Lock()
 _MEASURED: dict[tuple[str, int, frozenset[Numbers]], Mapping[Numbers, float]] = {}
 
 
@@ -42,9 +44,10 @@ def fastest(purpose: str, coordinates: int, ways: Ways) -> Numbers:
     if len(ways) == 1:
         return next(iter(ways))
     key = (purpose, coordinates.bit_length(), frozenset(ways))
-    if key not in _MEASURED:
-        with one_thread():
-            _MEASURED[key] = {numbers: _seconds(way()) for numbers, way in ways.items()}
+    with _MEASURING:  # never two at a time: they would slow each other down
+        if key not in _MEASURED:
+            with one_thread():
+                _MEASURED[key] = {numbers: _seconds(way()) for numbers, way in ways.items()}
     times = _MEASURED[key]
     return min(times, key=times.__getitem__)
 
