@@ -72,7 +72,7 @@ def growth(shape: Shape) -> Sequence[Workload]:
             for n in (1, 2, 4)
         ),
         *(Workload(f"hidden {x.hidden}", tuple(more[:2]), shape=x) for x in (few.scaled(1, 2), few, few.scaled(2, 1))),
-        *(Workload(f"{n} models", tuple(more[:n]), shape=few) for n in (1, 2, 3)),
+        *(Workload(f"{n} model{'s' * (n > 1)}", tuple(more[:n]), shape=few) for n in (1, 2, 3)),
         *(Workload(f"-j {n}", tuple(more[:2]), shape=few, options=("-j", str(n))) for n in (1, 2, 4)),
     ]
 
