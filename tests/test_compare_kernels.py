@@ -404,14 +404,17 @@ def test_results_that_are_not_ours_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_process_tells_its_cost_and_what_it_said(tmp_path: Path) -> None:
-    code = "import sys; x = b'x' * 2**26; print('words'); sys.exit('Error: the last')"
+    """Its own memory, whatever the process that started it has taken."""
+    held = torch.ones(2**28)  # 1 GiB
+    del held
+    code = "import sys, time; x = b'x' * 2**26; time.sleep(0.3); print('words'); sys.exit('Error: the last')"
     cost = merging.run_alone([sys.executable, "-c", code], tmp_path / "log")
     assert cost.exit_code == 1
     assert cost.seconds > 0
     assert merging.last_words(tmp_path / "log") == "the last"
     if hasattr(os, "wait4"):
         assert cost.peak_mib is not None
-        assert 64 < cost.peak_mib < 1024
+        assert 64 < cost.peak_mib < (512 if sys.platform == "linux" else 2**20)
 
 
 def test_a_process_ends_with_the_one_that_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

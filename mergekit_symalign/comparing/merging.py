@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+_NO_HANG = getattr(os, "WNOHANG", 0)  # Windows has none
+_POLL = 0.02  # seconds between two looks at the memory
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,31 @@ def last_words(log: Path) -> str:
 
 
 def _peak_mib(process: subprocess.Popen[bytes]) -> float | None:
-    """Wait for a process; its peak resident memory in MiB, where the operating system says it."""
+    """Wait for a process; its peak resident memory in MiB, where the operating system says it.
+
+    What `wait4` tells holds the peak of this process too, from which the other was forked. Linux shows the process' own
+    while it runs, so it is asked again and again.
+    """
     if not hasattr(os, "wait4"):
         process.wait()
         return None
-    _, status, usage = os.wait4(process.pid, 0)
+    own = 0.0
+    while True:
+        ended, status, usage = os.wait4(process.pid, _NO_HANG)
+        if ended:
+            break
+        own = max(own, _shown_mib(process.pid))
+        time.sleep(_POLL)
     process.returncode = os.waitstatus_to_exitcode(status)
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
-    return usage.ru_maxrss / unit
+    return own or usage.ru_maxrss / unit
+
+
+def _shown_mib(process: int) -> float:
+    """The largest resident memory so far, in MiB; 0 where the operating system does not show it."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text("utf-8")
+    except OSError:
+        return 0.0
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) / 2**10 if found else 0.0
