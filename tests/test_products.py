@@ -169,7 +169,7 @@ def test_scores_in_bfloat16_are_as_near_as_they_say() -> None:
 
 
 def _side(dtype: torch.dtype, *sizes: Tensor) -> list[Pair]:
-    """Rows of anchor and model; down is stored with its neurons last."""
+    """Rows of anchor and model."""
     a, b = (x.to(dtype) for x in sizes)
     return [(a, b)]
 

@@ -116,8 +116,7 @@ def _seen_by_planes(a: Tensor, b: Tensor, planes: Sequence[int]) -> tuple[Tensor
     [heads, d]."""
     if a.stride(-1) != 1 or not devices.on_cpu(a.device):
         a, b = a.double(), b.double()
-        correlation, *_ = _of_some_planes(a, b, planes)
-        return correlation, torch.linalg.vecdot(a, a), torch.linalg.vecdot(b, b)
+        return _correlation(*_ends(a, b, planes)), torch.linalg.vecdot(a, a), torch.linalg.vecdot(b, b)
     few, half = _rows_at_once(a), len(planes) // 2
     ends = list(zip(planes[:half], planes[half:], strict=True))
     some = [ends[at : at + few] for at in range(0, half, few)]
@@ -131,11 +130,19 @@ def _seen_by_planes(a: Tensor, b: Tensor, planes: Sequence[int]) -> tuple[Tensor
 def _of_some_planes(a: Tensor, b: Tensor, planes: Sequence[int]) -> list[Tensor]:
     """Correlations of some planes [heads, planes]; then squared norms, of the anchor's first coordinates and of their
     partners, and of the model's."""
-    dot, half = torch.linalg.vecdot, len(planes) // 2
-    ends = (planes[:half], planes[half:])
-    (a_i, a_j), (b_i, b_j) = ([_coordinates(x, at).double() for at in ends] for x in (a, b))
-    correlation = torch.complex(dot(a_i, b_i) + dot(a_j, b_j), dot(a_j, b_i) - dot(a_i, b_j))
-    return [correlation, *(dot(x, x) for x in (a_i, a_j, b_i, b_j))]
+    ends = _ends(a, b, planes)
+    return [_correlation(*ends), *(torch.linalg.vecdot(x, x) for x in ends)]
+
+
+def _ends(a: Tensor, b: Tensor, planes: Sequence[int]) -> list[Tensor]:
+    """The first coordinates of some planes and their partners, of anchor and then of model [heads, planes, columns]."""
+    half = len(planes) // 2
+    return [_coordinates(x, at).double() for x in (a, b) for at in (planes[:half], planes[half:])]
+
+
+def _correlation(a_i: Tensor, a_j: Tensor, b_i: Tensor, b_j: Tensor) -> Tensor:
+    dot = torch.linalg.vecdot
+    return torch.complex(dot(a_i, b_i) + dot(a_j, b_j), dot(a_j, b_i) - dot(a_i, b_j))
 
 
 def _rows_at_once(heads: Tensor) -> int:

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.neurons import coarse
 from mergekit_symalign.symmetry.neurons.bfloat import BfloatRows
 from mergekit_symalign.symmetry.neurons.coarse import CoarseRows
@@ -209,7 +210,7 @@ class _Prefix:
     def rounded(self) -> CoarseRows | BfloatRows | None:
         """The same in numbers whose products are faster than those in float32 here; None if there are none."""
         device, columns = self.anchor.device, self.anchor.shape[1]
-        if device.type != "cpu":
+        if not devices.on_cpu(device):
             return None
         kinds: dict[Numbers, Rounding] = {Numbers.bfloat16: BfloatRows.rounded}
         if coarse.usable(device, columns):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.errors import ShapeError
+from mergekit_symalign.symmetry import devices
 from mergekit_symalign.symmetry.assignment.shortlist import Scores
 from mergekit_symalign.symmetry.distance import squared_distance
 from mergekit_symalign.symmetry.fitting import ROWS
@@ -119,7 +120,7 @@ class NeuronCosts:
     def _numbers(self) -> Numbers:
         """The fastest that lose no more of the scores than their bounds say."""
         pairs, device = self.pairs.all, self.pairs.device
-        if device.type != "cpu":
+        if not devices.on_cpu(device):
             return Numbers.float32
         columns, dtypes = sum(x.shape[1] for x, _ in pairs), {x.dtype for pair in pairs for x in pair}
         size = (*_TRIED, columns)
