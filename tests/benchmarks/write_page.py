@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tables
+from pages import PAGE, between, of_files
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parent.parent.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- on processors: written by make bench-page -->\n", "<!-- end of what processors took -->"
+MARKS = ("<!-- on processors: written by make bench-page -->\n", "<!-- end of what processors took -->")
 NOTHING = "Not yet measured: no results are in `tests/benchmarks/results/`.\n"
 TITLES = {
     "whole": "Whole merges: plain → aligned, lower is better.",
@@ -23,15 +22,12 @@ TITLES = {
 
 def section(results: Path) -> str:
     """Every file's tables, or that there are none."""
-    files = sorted(results.glob("*.json"))
-    return "\n".join(_of_file(json.loads(file.read_text("utf-8")), file.name) for file in files) or NOTHING
+    return of_files(results, _of_file) or NOTHING
 
 
 def page(text: str, written: str) -> str:
     """The page with the tables of today."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + written + END + after
+    return between(MARKS, text, written)
 
 
 def _of_file(found: Mapping[str, Any], file: str) -> str:

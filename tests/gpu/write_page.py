@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gpu.results import table
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from pages import PAGE, between, of_files
+
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parent.parent.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- on a GPU: written by make gpu-page -->\n", "<!-- end of what GPUs took -->"
+MARKS = ("<!-- on a GPU: written by make gpu-page -->\n", "<!-- end of what GPUs took -->")
 NOTHING = "Not yet measured: no results of a GPU are in `tests/gpu/results/`.\n"
 
 
 def section() -> str:
     """Every card's tables, or that there are none."""
-    files = sorted(RESULTS.glob("*.json"))
-    return "\n".join(_of_card(json.loads(file.read_text("utf-8")), file.name) for file in files) or NOTHING
+    return of_files(RESULTS, _of_card) or NOTHING
 
 
 def page(text: str, written: str) -> str:
     """The page with the tables of today."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + written + END + after
+    return between(MARKS, text, written)
 
 
 def _of_card(found: Mapping[str, Any], file: str) -> str:
