@@ -14,6 +14,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 import mergekit_symalign
 from mergekit_symalign.errors import ArchitectureError
+from mergekit_symalign.families import known
 from mergekit_symalign.families.known import wrappers
 from mergekit_symalign.families.resolve import families, is_block_tensor, resolve, supported_architectures
 from mergekit_symalign.families.schema import BlockKind, Positions
@@ -172,3 +173,8 @@ def test_the_page_of_architectures_lists_every_family() -> None:
     assert all(measured & set(family.architectures) for family in families().values() if family.architectures)
     assert all(measured & set(wrapper.architectures) for wrapper in wrappers().values())
     assert all(float(row[5]) < 1e-9 and float(row[6].rstrip(" |")) <= 1 for row in rows)
+
+
+def test_a_class_alone_is_read_as_among_all():
+    for name in known._listed():
+        assert known._of_class(name, "model", name) == known._by_class()[name], name

@@ -25,6 +25,11 @@ def classes_of(family: Family) -> dict[str, Family]:
     return {name: with_head(family, ending) for name, ending in {**known, **listed}.items()}
 
 
+def class_of(family: Family, name: str) -> Family:
+    """A family with the tensors of the head of one class that it lists."""
+    return with_head(family, _ending(name, family)) if family.heads else family
+
+
 def with_head(family: Family, ending: str) -> Family:
     """A family's model with the head of the classes that end so; the bare model's names have no prefix."""
     head, bare = family.heads[ending], ending == BARE

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mergekit_symalign.errors import ArchitectureError
-from mergekit_symalign.families.classes import LANGUAGE, classes_of, with_head
+from mergekit_symalign.families.classes import LANGUAGE, class_of, classes_of, with_head
 from mergekit_symalign.families.combinations import require_known
 from mergekit_symalign.families.named import named_architecture
 from mergekit_symalign.families.readers import with_readers
@@ -34,7 +34,13 @@ Model = TypeVar("Model", bound=BaseModel)
 @cache
 def families() -> dict[str, Family]:
     """All families of the files that ship with the package, by name."""
-    return families_of({name: raw for name, raw in _files().items() if not _is_wrapper(raw)})
+    return {name: family_named(name) for name in _titled(_of_package())}
+
+
+@cache
+def family_named(name: str) -> Family:
+    """One family of the files that ship with the package: to read and check all of them takes half a second."""
+    return _checked(name, _inherit(_of_package(), name))
 
 
 @cache
@@ -52,12 +58,8 @@ def families_of(raw: Mapping[str, Raw]) -> dict[str, Family]:
     Raises:
         ArchitectureError: naming the family that does not fit the schema, or that combines what no solver knows.
     """
-    every = dict(item for name, own in raw.items() for item in _apart(name, own))
-    whole = {name: _inherit(every, name) for name in sorted(every) if _TITLE in every[name]}
-    found = {name: _validated(Family, with_readers(own), name) for name, own in whole.items()}
-    for family in found.values():
-        require_known(family)
-    return found
+    every = _every(raw)
+    return {name: _checked(name, _inherit(every, name)) for name in _titled(every)}
 
 
 def classes_in(path: Path) -> dict[str, Family | Wrapper]:
@@ -100,8 +102,7 @@ def family_of(config: Any, model: str) -> Family:
     Raises:
         ArchitectureError: no family has this architecture.
     """
-    supported = supported_architectures()
-    name = named_architecture(config, model=model, supported=supported)
+    name = named_architecture(config, model=model, supported=supported_architectures)
     wrapper = _wrapper_by_class().get(name)
     return _of_class(name, model, name) if wrapper is None else family_around(wrapper, config, model)
 
@@ -126,7 +127,7 @@ def family_inside(outer: Any, config: Any, model: str) -> Family | None:
     Returns:
         None if the text model is of another kind than the one inside.
     """
-    wrapper = _wrapper_by_class()[named_architecture(outer, model=model, supported=supported_architectures())]
+    wrapper = _wrapper_by_class()[named_architecture(outer, model=model, supported=supported_architectures)]
     inside, own = _text_family(wrapper, outer, model), family_of(config, model)
     return wrapped(without_pictures(wrapper), inside) if own == inside else None
 
@@ -134,7 +135,7 @@ def family_inside(outer: Any, config: Any, model: str) -> Family | None:
 def _text_family(wrapper: Wrapper, config: Any, model: str) -> Family:
     part = lookup(config, wrapper.config)
     known = wrapper.text_families.get(str(getattr(part, "model_type", None)))
-    return _of_class(text_class(part), model, wrapper.name) if known is None else with_head(families()[known], LANGUAGE)
+    return _of_class(text_class(part), model, wrapper.name) if known is None else with_head(family_named(known), LANGUAGE)
 
 
 def lookup(config: Any, key: str) -> Any:
@@ -147,6 +148,9 @@ def lookup(config: Any, key: str) -> Any:
 
 
 def _of_class(name: str, model: str, shown: str) -> Family:
+    listed = _listed().get(name)
+    if listed is not None:
+        return class_of(family_named(listed), name)
     known = _by_class()
     if name not in known:
         what = f"architecture {name}" if name == shown else f"text model {name} inside a {shown} model"
@@ -167,6 +171,34 @@ def _nearest(name: str) -> str:
 @cache
 def _by_class() -> dict[str, Family]:
     return {arch: of for family in families().values() for arch, of in classes_of(family).items()}
+
+
+@cache
+def _listed() -> dict[str, str]:
+    """The name of the family of each class that a file names itself."""
+    every = _of_package()
+    return {arch: name for name in _titled(every) for arch in every[name].get("architectures", ())}
+
+
+@cache
+def _of_package() -> dict[str, Raw]:
+    return _every({name: raw for name, raw in _files().items() if not _is_wrapper(raw)})
+
+
+def _every(raw: Mapping[str, Raw]) -> dict[str, Raw]:
+    """The families of some files, and the parts that they extend, as they are written."""
+    return dict(item for name, own in raw.items() for item in _apart(name, own))
+
+
+def _titled(every: Mapping[str, Raw]) -> list[str]:
+    """The names of those that are families."""
+    return [name for name in sorted(every) if _TITLE in every[name]]
+
+
+def _checked(name: str, raw: Raw) -> Family:
+    family = _validated(Family, with_readers(raw), name)
+    require_known(family)
+    return family
 
 
 @cache

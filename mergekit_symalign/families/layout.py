@@ -125,12 +125,26 @@ class ModelLayout:
     def claim(self, name: str) -> Claim | None:
         """The one rule that claims this tensor, or None if the family does not know it."""
         name = self.canonical(name)
+        own = self._claim_of(name)
+        return own if own is not None or not self._passes(name) else Claim(None, name, _PASSES)
+
+    def has(self, name: str) -> bool:
+        """Whether the main stack has a tensor of exactly this name."""
+        return self._claim_of(name) is not None
+
+    @property
+    def has_other_names(self) -> bool:
+        """Whether checkpoints may have a tensor of the main stack under another name."""
+        return any(spec.stored_as for spec in (*self.outside.values(), *self.inside.values()))
+
+    def _claim_of(self, name: str) -> Claim | None:
+        """The claim of a tensor of the main stack."""
         if name in self.outside:
             return Claim(None, name, self.outside[name])
         match = self._layer_name.fullmatch(name)
         if match and match[2] in self.inside and self._has(int(match[1]), self.inside[match[2]]):
             return Claim(int(match[1]), match[2], self.inside[match[2]])
-        return Claim(None, name, _PASSES) if self._passes(name) else None
+        return None
 
     def placed(self, name: str) -> Placed | None:
         """A tensor in its own stack of layers; None if no family knows it."""

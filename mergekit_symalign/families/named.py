@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from mergekit_symalign.errors import ArchitectureError
 
 
-def named_architecture(config: Any, *, model: str, supported: Collection[str]) -> str:
+def named_architecture(config: Any, *, model: str, supported: Callable[[], Collection[str]]) -> str:
     """The one transformers class that a config names as the model's.
 
     Args:
         config: a transformers config.
         model: the model's name, for errors.
-        supported: classes to suggest where none is named.
+        supported: gives the classes to suggest where none is named.
 
     Raises:
         ArchitectureError: if none is named, or several are.
@@ -23,10 +23,11 @@ def named_architecture(config: Any, *, model: str, supported: Collection[str]) -
     names = [name for name in given if isinstance(name, str) and name] if isinstance(given, (list, tuple)) else []
     if len(names) == 1:
         return names[0]
-    candidates = _candidates(config, supported)
+    possible = supported()
+    candidates = _candidates(config, possible)
     if names:
         reason = f"its config.json names {len(names)} architectures ({', '.join(map(str, names))}), but a model has one"
-        candidates = [name for name in names if name in supported] or candidates
+        candidates = [name for name in names if name in possible] or candidates
     else:
         reason = "its config.json names no architecture, so nothing says which tensors it has"
     shown = candidates or ["LlamaForCausalLM"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit_symalign.errors import ArchitectureError
 from mergekit_symalign.families.geometry import Geometry, geometry_of
-from mergekit_symalign.families.known import OTHERWISE, families, family_of, lookup, supported_architectures
+from mergekit_symalign.families.known import OTHERWISE, families, family_named, family_of, lookup, supported_architectures
 from mergekit_symalign.families.layers import layers_where
 from mergekit_symalign.families.layout import Claim, ModelLayout, Placed
 from mergekit_symalign.families.rope import is_interleaved, rotary_of, values_of
@@ -107,7 +107,7 @@ def _family_of_tower(config: Any, tower: Tower) -> Family | None:
     part = lookup(config, tower.config) if tower.config else config
     name = tower.family or tower.families.get(str(getattr(part, "model_type", None)))
     changes = {"config": tower.config, "prefix": tower.prefix, "passes_through": (f"{tower.prefix}*",)}
-    return None if name is None else families()[name].model_copy(update=changes)
+    return None if name is None else family_named(name).model_copy(update=changes)
 
 
 def _present(config: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

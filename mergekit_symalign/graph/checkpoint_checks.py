@@ -123,8 +123,19 @@ class Checkpoint:
         return [stored for other in tied for stored in self._stored_at(other, piece=False)]
 
     def _stored_at(self, name: str, *, piece: bool) -> list[str]:
+        if self._plainly_named and self.layout.has(name):
+            return [name] if name in self.headers and not piece else []
         place = self.names.place(name)
         return [] if place is None else self._stored_by_place.get((place.name, piece), [])
+
+    @cached_property
+    def _plainly_named(self) -> bool:
+        """Whether every stored tensor has the name that the family gives it: none then stands for another.
+
+        transformers need not be asked, which takes longer to tell than all else in the plan of a small merge.
+        """
+        plain = self.own_layout is None and not self.layout.has_other_names
+        return plain and all(self.layout.has(name) for name in self.headers)
 
     @cached_property
     def _stored_by_place(self) -> dict[tuple[str, bool], list[str]]:

@@ -29,7 +29,6 @@ from mergekit_symalign.graph.alignments import Alignments
 from mergekit_symalign.graph.apply import ApplyBlock
 from mergekit_symalign.graph.block import Block
 from mergekit_symalign.graph.config_differences import Functions, compare_functions
-from mergekit_symalign.graph.data_plans import plan_with_data
 from mergekit_symalign.graph.leftovers import shortened
 from mergekit_symalign.graph.merge_report import Reports
 from mergekit_symalign.graph.models import Models
@@ -204,6 +203,8 @@ class AlignedPlan:
         inner = self.method.inner
         if not isinstance(inner, DataMethod):
             return DataPlan([(one.weight, self._merge_task(one)) for one in tensors])
+        from mergekit_symalign.graph.data_plans import plan_with_data  # which no other merge has to wait for
+
         return plan_with_data(Context(inner, tensors, self._models.checkpoints, self.config, self.options))
 
     def _blocks(self, planned: list[Planned]) -> list[Block]:
