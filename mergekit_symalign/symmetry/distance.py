@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry import devices
+from mergekit_symalign.symmetry.compiled import bits, loops_for
 from mergekit_symalign.symmetry.groups import AxisAction, Permutation
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.rows import compute_dtype, select_last
@@ -25,6 +27,10 @@ def squared_distance(pair: Pair, rows: Tensor, columns: Tensor) -> Tensor:
     Works through the tensors in the order in which they are stored, a block at a time.
     """
     anchor, model = pair
+    if (loops := loops_for(*pair)) is not None:
+        return _rows_by_loops(loops, pair, rows, columns)
+    if (loops := loops_for(anchor.mT, model.mT)) is not None:
+        return _columns_by_loops(loops, (anchor.mT, model.mT), rows, columns)
     piece = _PIECE if devices.on_cpu(rows.device) else max(1, *anchor.shape, len(rows))
     if anchor.stride(0) < anchor.stride(1):  # stored with the neurons last
         at, to = _selection(rows), _selection(columns)
@@ -32,6 +38,38 @@ def squared_distance(pair: Pair, rows: Tensor, columns: Tensor) -> Tensor:
         return torch.stack(in_parallel(lambda piece: _of_columns(piece, at, to, len(rows)), pieces, rows.device)).sum(0)
     pieces = list(zip(rows.split(piece), columns.split(piece), strict=True))
     return torch.cat(in_parallel(lambda piece: _of_rows(pair, *piece), pieces, rows.device))
+
+
+def _rows_by_loops(loops: ModuleType, pair: Pair, rows: Tensor, columns: Tensor) -> Tensor:
+    """The same by compiled loops, for matrices that are stored by rows."""
+    anchor, model = map(bits, pair)
+    found = torch.empty(len(rows))
+
+    def distances(piece: tuple[Tensor, Tensor, Tensor]) -> None:
+        at, to, out = (x.numpy() for x in piece)
+        loops.distances_of_rows(anchor, model, at, to, out)
+
+    pieces = zip(*(x.split(_PIECE) for x in (rows, columns, found)), strict=True)
+    in_parallel(distances, list(pieces), rows.device)
+    return found
+
+
+def _columns_by_loops(loops: ModuleType, pair: Pair, rows: Tensor, columns: Tensor) -> Tensor:
+    """The same for matrices that are stored by columns [coordinates, neurons]."""
+    at, to = rows.numpy(), columns.numpy()
+    through = len(rows) == pair[0].shape[1] and all(isinstance(_selection(x), slice) for x in (rows, columns))
+
+    def distances(piece: Pair) -> Tensor:
+        anchor, model = map(bits, piece)
+        out = torch.zeros(len(rows), dtype=torch.float64)
+        if through:
+            loops.distances_of_all_columns(anchor, model, out.numpy())
+        else:
+            loops.distances_of_columns(anchor, model, at, to, out.numpy())
+        return out
+
+    pieces = list(zip(*(x.split(_PIECE) for x in pair), strict=True))
+    return torch.stack(in_parallel(distances, pieces, rows.device)).sum(0).float()
 
 
 def _of_rows(pair: Pair, rows: Tensor, columns: Tensor) -> Tensor:

@@ -78,6 +78,9 @@ def two_at_a_time(
         return [work(piece) for piece in pieces]
     with one_thread(), ThreadPoolExecutor(_AT_ONCE, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         contexts, run = [copy_context() for _ in pieces], _as_here(work, stream)
+        if _threads() == _AT_ONCE:  # nothing is gained where each has a thread of its own, and both wait for the lock
+            for context in contexts:
+                context.run(_SHARED.set, 1)
         return list(pool.map(lambda context, piece: context.run(run, piece), contexts, pieces))
 
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry import devices
+from mergekit_symalign.symmetry.compiled import bits, loops_for
 from mergekit_symalign.symmetry.fitting import require_pair, require_shape
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.threads import in_parallel
 
+_PLANES = 128  # that one thread takes together
 _BLOCK = 1 << 16  # numbers in float64 that are worked on at once: several of these stay in the cache
 
 
@@ -75,8 +78,11 @@ def moments(
     """
     require_pair("rows of heads", (anchor, model))
     require_shape("rows of heads", anchor, (len(anchor) // heads * heads, anchor.shape[1]))
-    a, b = (x.unflatten(0, (heads, -1)) for x in (anchor, model))
     number = torch.arange(heads, device=anchor.device)
+    if planes and (loops := loops_for(anchor, model)) is not None:
+        correlation, own, norms = _planes_by_loops(loops, (anchor, model), number, order, planes)
+        return Moments(of_planes(correlation, planes), norms), own
+    a, b = (x.unflatten(0, (heads, -1)) for x in (anchor, model))
 
     def of_heads(some: Pair) -> tuple[Tensor, Tensor, Tensor]:
         x, y = (_selected(side, at) for side, at in zip((a, b), some, strict=True))
@@ -90,6 +96,26 @@ def moments(
     parts = in_parallel(of_heads, list(zip(number.split(few), beside.split(few), strict=True)), anchor.device)
     seen, own, norms = (torch.cat(x) for x in zip(*parts, strict=True))
     return Moments(of_planes(seen, planes) if planes else seen, norms), own
+
+
+def _planes_by_loops(
+    loops: ModuleType, pair: Pair, number: Tensor, order: Tensor | None, planes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_seen_by_planes` of all heads by compiled loops, some planes for each thread."""
+    anchor, model = map(bits, pair)
+    size, half = len(anchor) // len(number), len(planes) // 2
+    ends = torch.tensor([planes[:half], planes[half:]]).mT  # [planes, 2]
+    own, other = ((size * x.view(-1, 1, 1) + ends).flatten(0, 1) for x in (number, number if order is None else order))
+    found = torch.empty(len(own), 6, dtype=torch.float64)
+
+    def see(piece: tuple[Tensor, Tensor, Tensor]) -> None:
+        loops.planes(anchor, model, *(x.numpy() for x in piece))
+
+    in_parallel(see, list(zip(*(x.split(_PLANES) for x in (own, other, found)), strict=True)))
+    real, imaginary, *norms = found.unflatten(0, (len(number), half)).unbind(-1)
+    place = torch.argsort(devices.whole_numbers(planes, found.device))
+    of_anchor, of_model = (torch.cat(x, dim=1)[:, place] for x in (norms[:2], norms[2:]))
+    return torch.complex(real, imaginary), of_anchor, of_model
 
 
 def _selected(heads: Tensor, at: Tensor) -> Tensor:
