@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mergekit_symalign"
 NAME = "mergekit_symalign"
-GROUND = "symmetry/options symmetry/rows symmetry/devices symmetry/threads"
+GROUND = "symmetry/options symmetry/rows symmetry/devices symmetry/threads symmetry/compiled"
 ELEMENTS = f"{GROUND} symmetry/fitting symmetry/groups symmetry/element"
 
 # From the ground up: each room, and what it may import.
@@ -27,6 +27,8 @@ ROOMS: dict[str, str] = {
     "symmetry/options": "",
     "symmetry/devices": "",
     "symmetry/threads": "symmetry/devices",
+    "symmetry/loops": "",
+    "symmetry/compiled": "symmetry/devices symmetry/loops",
     "symmetry/rows": "",
     "symmetry/fitting": "errors symmetry/options symmetry/rows",
     "symmetry/groups": "errors symmetry/rows",

@@ -135,7 +135,9 @@ def family_inside(outer: Any, config: Any, model: str) -> Family | None:
 def _text_family(wrapper: Wrapper, config: Any, model: str) -> Family:
     part = lookup(config, wrapper.config)
     known = wrapper.text_families.get(str(getattr(part, "model_type", None)))
-    return _of_class(text_class(part), model, wrapper.name) if known is None else with_head(family_named(known), LANGUAGE)
+    return (
+        _of_class(text_class(part), model, wrapper.name) if known is None else with_head(family_named(known), LANGUAGE)
+    )
 
 
 def lookup(config: Any, key: str) -> Any:

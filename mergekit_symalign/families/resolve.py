@@ -9,7 +9,14 @@ from typing import Any
 
 from mergekit_symalign.errors import ArchitectureError
 from mergekit_symalign.families.geometry import Geometry, geometry_of
-from mergekit_symalign.families.known import OTHERWISE, families, family_named, family_of, lookup, supported_architectures
+from mergekit_symalign.families.known import (
+    OTHERWISE,
+    families,
+    family_named,
+    family_of,
+    lookup,
+    supported_architectures,
+)
 from mergekit_symalign.families.layers import layers_where
 from mergekit_symalign.families.layout import Claim, ModelLayout, Placed
 from mergekit_symalign.families.rope import is_interleaved, rotary_of, values_of

@@ -27,15 +27,23 @@ def loops_for(*matrices: Tensor) -> ModuleType | None:
     return _loops() if all(map(_is_fit, matrices)) else None
 
 
+def loops_for_many(numbers: int, x: Tensor) -> ModuleType | None:
+    """The loops for so many numbers in all, of which ``x`` holds some."""
+    return _loops() if numbers >= _LEAST and _is_plain(x) else None
+
+
 def bits(matrix: Tensor) -> NDArray[np.uint16]:
     """A matrix in bfloat16 as the whole numbers that have its bits; it shares its memory."""
-    found: NDArray[np.uint16] = matrix.detach().view(torch.uint16).numpy()
-    return found
+    return matrix.detach().view(torch.int16).numpy().view(np.uint16)
 
 
 def _is_fit(x: Tensor) -> bool:
+    return _is_plain(x) and x.ndim == 2 and x.numel() >= _LEAST
+
+
+def _is_plain(x: Tensor) -> bool:
     plain = type(x) is Tensor and devices.on_cpu(x.device) and not x.requires_grad
-    return plain and x.dtype is torch.bfloat16 and x.ndim == 2 and x.is_contiguous() and x.numel() >= _LEAST
+    return plain and x.dtype is torch.bfloat16 and x.is_contiguous()
 
 
 @cache

@@ -3,7 +3,7 @@
 All take bfloat16 as the whole numbers that have its bits, hold no lock of Python's, and do not know of threads.
 """
 
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator,call-arg"
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 Bits = NDArray[np.uint16]
 Index = NDArray[np.int64]
 
+_LARGEST = 127  # of the whole numbers that products are taken of
+_TINY = np.finfo(np.float32).tiny
 _BLOCK = 4096  # numbers in float32 that are held at once
 _TOGETHER = 64  # summands in float32, before they are added in float64
 
@@ -151,3 +153,34 @@ def add_task_vectors(
             strange |= uint32(found != found)
             to[k] = _nearest(found)
     return strange == 0
+
+
+@njit(nogil=True, cache=True)
+def whole_numbers(rows: Bits, dither: NDArray[np.float32], out: NDArray[np.int8], step: NDArray[np.float32]) -> None:
+    """Each row in steps of its own, of which ``_LARGEST`` reach its largest number, less a dither and rounded."""
+    for i in range(len(rows)):
+        row, to = rows[i], out[i]
+        largest = uint16(0)
+        for k in range(len(row)):
+            largest = max(largest, uint16(row[k] & uint16(0x7FFF)))  # bits without a sign are in the numbers' order
+        unit = max(_number(largest) / np.float32(_LARGEST), _TINY)
+        step[i] = unit
+        for k in range(len(row)):
+            found = np.rint(_number(row[k]) / unit - dither[k])
+            to[k] = np.int8(min(max(found, np.float32(-_LARGEST)), np.float32(_LARGEST)))
+
+
+@njit(nogil=True, cache=True)
+def scores(
+    products: NDArray[np.int32],
+    across: NDArray[np.float32],
+    along: NDArray[np.float32],
+    own: NDArray[np.float32],
+    other: NDArray[np.float32],
+    out: Bits,
+) -> None:
+    """``out = (products + along + across) · other · own`` in bfloat16, with one of own and across for each row."""
+    for i in range(len(products)):
+        row, to = products[i], out[i]
+        for j in range(len(row)):
+            to[j] = _nearest((np.float32(row[j]) + along[j] + across[i]) * other[j] * own[i])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment.shortlist import Scores
+from mergekit_symalign.symmetry.compiled import bits, loops_for_many
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.rows import SLACK, copy_rows
 from mergekit_symalign.symmetry.threads import in_parallel
@@ -73,6 +74,9 @@ def tried(rows: int, neurons: int, columns: int) -> Callable[[], None]:
 def _multiply(own: _Quantized, other: _Quantized, across: Tensor, along: Tensor, block: Tensor) -> None:
     """Scores of some rows with all columns, to ``block``: products, and what the dithers add to them."""
     products = torch._int_mm(own.numbers, other.numbers.mT)
+    if (loops := loops_for_many(len(other.numbers) ** 2, block)) is not None:
+        loops.scores(*(x.numpy() for x in (products, across, along, own.step, other.step)), bits(block))
+        return
     for at in _blocks(len(block), block.shape[1]):
         score = products[at].to(torch.float32).add_(along).add_(across[at].unsqueeze(1))
         block[at] = score.mul_(other.step).mul_(own.step[at].unsqueeze(1))
@@ -118,6 +122,10 @@ class _Quantized:
             whole = torch.empty(block.shape, dtype=dtype, device=block.device)
             for x, at in zip(given, whole.split(widths, dim=1), strict=True):
                 copy_rows(at, x)
+            if (loops := loops_for_many(numbers.numel(), whole)) is not None:
+                step = torch.empty(len(whole))
+                loops.whole_numbers(bits(whole), *(x.numpy() for x in (dither, block, step)))
+                return step
             found = []
             for at in _blocks(*block.shape):
                 x = whole[at].to(torch.float32, copy=True)
