@@ -7,6 +7,8 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +23,7 @@ UNITS = ("avx2", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")  # what d
 
 
 def machine() -> dict[str, Any]:
-    """Processor, what it has for products, threads and torch."""
+    """Processor, what it has for products, threads, torch, and numba if the extra ``fast`` is installed."""
     name, flags = _cpu()
     units = [unit for unit in UNITS if unit in flags]
     return {
@@ -30,6 +32,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB),
         "torch": torch.__version__,
+        "numba": version("numba") if find_spec("numba") else None,
     }
 
 

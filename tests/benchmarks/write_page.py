@@ -33,7 +33,8 @@ def page(text: str, written: str) -> str:
 def _of_file(found: Mapping[str, Any], file: str) -> str:
     machine = found["machine"]
     units = f" ({', '.join(machine['units'])})" if machine["units"] else ""
-    where = f"{machine['threads']} threads, {machine['memory_gib']} GiB, torch {machine['torch']}"
+    numba = f"numba {machine['numba']}" if machine.get("numba") else "no numba"
+    where = f"{machine['threads']} threads, {machine['memory_gib']} GiB, torch {machine['torch']}, {numba}"
     size = found.get("bytes_of_a_model")
     of_models = f" Each model has {size / 1e9:.1f} GB." if size else ""
     lines = [f"**{machine['processor']}**{units}, {where}.{of_models} From `tests/benchmarks/results/{file}`.\n"]
