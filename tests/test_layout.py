@@ -39,7 +39,7 @@ ROOMS: dict[str, str] = {
     "symmetry/quartic": "symmetry/devices symmetry/scale",
     "symmetry/distance": f"{GROUND} symmetry/groups",
     "symmetry/assignment": "errors symmetry/rows symmetry/devices symmetry/threads symmetry/fitting",
-    "symmetry/neurons": f"errors {ELEMENTS} symmetry/scale symmetry/distance symmetry/assignment",
+    "symmetry/neurons": f"errors {ELEMENTS} symmetry/scale symmetry/quartic symmetry/distance symmetry/assignment",
     "symmetry/heads": f"errors {ELEMENTS} symmetry/scale symmetry/quartic symmetry/distance symmetry/assignment",
     "symmetry/by_activations": f"errors {ELEMENTS} symmetry/solved symmetry/assignment symmetry/neurons symmetry/heads",
     "symmetry/blocks": f"{ELEMENTS} symmetry/solved symmetry/distance symmetry/neurons symmetry/heads",

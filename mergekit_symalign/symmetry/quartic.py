@@ -1,4 +1,4 @@
-"""The best scale for a rotation that is already chosen, in a way that suits the device.
+"""The best scale for a rotation, or for a pair of neurons, that is already chosen, in a way that suits the device.
 
 On the CPU it comes from the eigenvalues of companion matrices (`quartic_scale`). On a GPU torch moves general matrices
 to the CPU for those, and takes them one after the other. So elsewhere the roots are found by bisection, all at once and
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry import devices
-from mergekit_symalign.symmetry.scale import newton_step, quartic_scale
+from mergekit_symalign.symmetry.scale import joint_log_scale, newton_step, quartic_scale
 
 _HALVINGS = 16  # of a bracket of the logarithm of a root
 _POLISH = 3  # of Newton's steps behind them
@@ -53,6 +53,29 @@ def bisected_scale(b: Tensor, o: Tensor, p: Tensor, q: Tensor) -> Tensor:
     objective = up**2 * b + down**2 * o - 2 * (up * p + down * q)
     best = t.gather(-1, objective.argmin(-1, keepdim=True)).squeeze(-1)
     return torch.where(usable, torch.exp(best), 1.0)
+
+
+def neuron_factors(scaled: tuple[Tensor, Tensor], divided: tuple[Tensor, Tensor], *, signed: bool) -> Tensor:
+    """The best factor of each pair: minimises ``c² b + o / c² − 2 (c p + q / c)`` over ``c ≠ 0``, or ``c > 0``.
+
+    Args:
+        scaled: ``p`` (inner products of anchor and model) and ``b`` (squared norms of the model) of what is multiplied.
+        divided: the same, ``q`` and ``o``, of what is divided.
+        signed: whether ``c`` may be negative.
+    """
+    (p, b), (q, o) = scaled, divided
+    p, b, q, o = torch.broadcast_tensors(p.double(), b.double(), q.double(), o.double())
+    if not signed:
+        return best_scale(b, o, p, q)
+
+    def g(t: Tensor) -> Tensor:
+        return (torch.exp(t) * p.unsqueeze(-1) + torch.exp(-t) * q.unsqueeze(-1)).abs()
+
+    s = torch.exp(joint_log_scale(b, o, (p.abs(), q.abs()), g).log_scale)
+    sign = torch.where(s * p + q / s < 0, -1.0, 1.0)
+    s = best_scale(b, o, sign * p, sign * q)
+    factor: Tensor = sign * s
+    return factor
 
 
 def _log_roots(c: Tensor, linear: Tensor) -> Tensor:

@@ -161,29 +161,6 @@ def quartic_scale(b: Tensor, o: Tensor, p: Tensor, q: Tensor) -> Tensor:
     return torch.where(usable, torch.exp(best), 1.0)
 
 
-def neuron_factors(scaled: tuple[Tensor, Tensor], divided: tuple[Tensor, Tensor], *, signed: bool) -> Tensor:
-    """The best factor of each pair: minimises ``c² b + o / c² − 2 (c p + q / c)`` over ``c ≠ 0``, or ``c > 0``.
-
-    Args:
-        scaled: ``p`` (inner products of anchor and model) and ``b`` (squared norms of the model) of what is multiplied.
-        divided: the same, ``q`` and ``o``, of what is divided.
-        signed: whether ``c`` may be negative.
-    """
-    (p, b), (q, o) = scaled, divided
-    p, b, q, o = torch.broadcast_tensors(p.double(), b.double(), q.double(), o.double())
-    if not signed:
-        return quartic_scale(b, o, p, q)
-
-    def g(t: Tensor) -> Tensor:
-        return (torch.exp(t) * p.unsqueeze(-1) + torch.exp(-t) * q.unsqueeze(-1)).abs()
-
-    s = torch.exp(joint_log_scale(b, o, (p.abs(), q.abs()), g).log_scale)
-    sign = torch.where(s * p + q / s < 0, -1.0, 1.0)
-    s = quartic_scale(b, o, sign * p, sign * q)
-    factor: Tensor = sign * s
-    return factor
-
-
 def best_saving(p: Tensor, b: Tensor, q: Tensor, o: Tensor, *, signed: bool) -> Tensor:
     """``max_c c p + q/c − (c² b + o/c²) / 2`` for every pair, plus ``(b + o) / 2``, which no permutation changes.
 

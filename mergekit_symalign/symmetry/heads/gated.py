@@ -15,8 +15,8 @@ from mergekit_symalign.symmetry.assignment.linear import best_assignments
 from mergekit_symalign.symmetry.groups import AxisAction, Chain, Permutation, Scaling
 from mergekit_symalign.symmetry.heads.coordinates import within_heads
 from mergekit_symalign.symmetry.heads.moments import Moments
-from mergekit_symalign.symmetry.quartic import best_scale
-from mergekit_symalign.symmetry.scale import best_saving, neuron_factors
+from mergekit_symalign.symmetry.quartic import best_scale, neuron_factors
+from mergekit_symalign.symmetry.scale import best_saving
 
 GATE = "attended_gate"
 

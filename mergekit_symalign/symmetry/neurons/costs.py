@@ -19,8 +19,9 @@ from mergekit_symalign.symmetry.neurons.bfloat import bfloat_scores
 from mergekit_symalign.symmetry.neurons.products import Numbers, fastest
 from mergekit_symalign.symmetry.neurons.quantized import quantized_scores
 from mergekit_symalign.symmetry.options import NeuronScale, Pair
+from mergekit_symalign.symmetry.quartic import neuron_factors
 from mergekit_symalign.symmetry.rows import compute_dtype
-from mergekit_symalign.symmetry.scale import best_saving, neuron_factors
+from mergekit_symalign.symmetry.scale import best_saving
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _ROWS = 256  # of a product or a sum of squares that are taken at once
