@@ -76,11 +76,11 @@ def test_tables_of_the_page(tmp_path: Path) -> None:
     cost = {"wall": 10.0, "cpu": 20.0, "peak_rss": 2.0**30, "peak_own": 1.0}
     ratio = {"wall": 1.0, "cpu": 1.0, "peak_rss": 1.0, "peak_own": 1.0}
     line = {"name": "siblings", "plain": [cost], "aligned": [cost], "ratio": ratio, "settled_by": {"heads_identity": 3}}
-    machine = {"processor": "A", "units": ["avx2"], "threads": 2, "memory_gib": 8, "torch": "2.13"}
+    machine = {"processor": "A", "units": ["avx2"], "threads": 2, "memory_gib": 8, "torch": "2.13", "numba": "0.68"}
     (tmp_path / "a.json").write_text(json.dumps({"machine": machine, "whole": [line]}), "utf-8")
     written = write_page.section(tmp_path)
     assert "| siblings | 10.0 → 10.0 | 1.00 | 20.0 → 20.0 | 1.00 | 1.00 → 1.00 | 1.00 | heads identity 3 |" in written
-    assert "2 threads" in written
+    assert "2 threads, 8 GiB, torch 2.13, numba 0.68" in written
 
 
 def test_depths_and_growth_are_differences_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

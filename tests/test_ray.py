@@ -170,19 +170,13 @@ def when_there(marker: Path, act: Callable[[], object]) -> threading.Thread:
 
 @contextmanager
 def interrupted(marker: Path) -> Iterator[None]:
-    """Ctrl-C as soon as a file is there. Pressed again after half a minute: a finaliser may swallow one."""
-    over = threading.Event()
-
-    def press() -> None:
-        _thread.interrupt_main()
-        while not over.wait(30):
-            _thread.interrupt_main()
-
-    when_there(marker, press)
+    """Ctrl-C as soon as a file is there; also in a process that a shell has started to ignore it, in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    when_there(marker, _thread.interrupt_main)
     try:
         yield
     finally:
-        over.set()
+        signal.signal(signal.SIGINT, before)
 
 
 def soon(happened: Callable[[], bool]) -> bool:

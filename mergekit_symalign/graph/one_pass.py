@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_symalign.symmetry.compiled import bits, loops_for
+from mergekit_symalign.symmetry.compiled import arrays, bits, loops_for
 from mergekit_symalign.symmetry.threads import in_parallel
 
 _NUMBERS = 1 << 20  # of all models together that are merged at once
@@ -39,13 +38,13 @@ def add_task_vectors(
         return None
     weight = torch.tensor(weights, dtype=base.dtype)
     divisor = float(weight.sum()) if normalize else 1.0
-    factors = np.float32(1.0 if abs(divisor) < _NONE else divisor), np.float32(factor)
+    factors = arrays(weight.float(), torch.tensor([1.0 if abs(divisor) < _NONE else divisor, factor]))
     output = torch.empty_like(base)
     step = max(1, _NUMBERS // ((1 + len(models)) * base.shape[1]))
 
     def merged(piece: tuple[Tensor, ...]) -> bool:
         out, own, *others = (bits(x.to(base.dtype)).reshape(-1) for x in piece)
-        ordinary: bool = loops.add_task_vectors(own, tuple(others), weight.float().numpy(), *factors, out)
+        ordinary: bool = loops.add_task_vectors(own, tuple(others), *factors, out)
         return ordinary
 
     pieces = zip(*(x.split(step) for x in (output, base, *models)), strict=True)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mergekit_symalign.symmetry import devices
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 LOG = logging.getLogger(__name__)
 
@@ -32,9 +34,14 @@ def loops_for_many(numbers: int, x: Tensor) -> ModuleType | None:
     return _loops() if numbers >= _LEAST and _is_plain(x) else None
 
 
-def bits(matrix: Tensor) -> NDArray[np.uint16]:
-    """A matrix in bfloat16 as the whole numbers that have its bits; it shares its memory."""
-    return matrix.detach().view(torch.int16).numpy().view(np.uint16)
+def bits(matrix: Tensor) -> NDArray[Any]:
+    """A matrix in bfloat16 as the whole numbers that have its bits [uint16]; it shares its memory."""
+    return matrix.detach().view(torch.int16).numpy().view("uint16")
+
+
+def arrays(*tensors: Tensor) -> list[NDArray[Any]]:
+    """Other tensors for a loop; they share their memory."""
+    return [x.numpy() for x in tensors]
 
 
 def _is_fit(x: Tensor) -> bool:

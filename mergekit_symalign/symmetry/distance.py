@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry import devices
-from mergekit_symalign.symmetry.compiled import bits, loops_for
+from mergekit_symalign.symmetry.compiled import arrays, bits, loops_for
 from mergekit_symalign.symmetry.groups import AxisAction, Permutation
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.rows import compute_dtype, select_last
@@ -46,7 +46,7 @@ def _rows_by_loops(loops: ModuleType, pair: Pair, rows: Tensor, columns: Tensor)
     found = torch.empty(len(rows))
 
     def distances(piece: tuple[Tensor, Tensor, Tensor]) -> None:
-        at, to, out = (x.numpy() for x in piece)
+        at, to, out = arrays(*piece)
         loops.distances_of_rows(anchor, model, at, to, out)
 
     pieces = zip(*(x.split(_PIECE) for x in (rows, columns, found)), strict=True)
@@ -56,16 +56,16 @@ def _rows_by_loops(loops: ModuleType, pair: Pair, rows: Tensor, columns: Tensor)
 
 def _columns_by_loops(loops: ModuleType, pair: Pair, rows: Tensor, columns: Tensor) -> Tensor:
     """The same for matrices that are stored by columns [coordinates, neurons]."""
-    at, to = rows.numpy(), columns.numpy()
+    at, to = arrays(rows, columns)
     through = len(rows) == pair[0].shape[1] and all(isinstance(_selection(x), slice) for x in (rows, columns))
 
     def distances(piece: Pair) -> Tensor:
         anchor, model = map(bits, piece)
         out = torch.zeros(len(rows), dtype=torch.float64)
         if through:
-            loops.distances_of_all_columns(anchor, model, out.numpy())
+            loops.distances_of_all_columns(anchor, model, *arrays(out))
         else:
-            loops.distances_of_columns(anchor, model, at, to, out.numpy())
+            loops.distances_of_columns(anchor, model, at, to, *arrays(out))
         return out
 
     pieces = list(zip(*(x.split(_PIECE) for x in pair), strict=True))

@@ -125,16 +125,16 @@ def add_task_vectors(
     base: Bits,
     models: tuple[Bits, ...],
     weights: NDArray[np.float32],
-    divisor: np.float32,
-    factor: np.float32,
+    over: NDArray[np.float32],
     out: Bits,
 ) -> bool:
-    """``out = base + factor · Σ weights[m] (models[m] − base) / divisor`` of flat tensors, every step rounded to
+    """``out = base + over[1] · Σ weights[m] (models[m] − base) / over[0]`` of flat tensors, every step rounded to
     bfloat16 as torch rounds it.
 
     Returns:
         Whether all numbers are numbers: what infinities leave is left to torch.
     """
+    divisor, factor = over
     total, strange = np.empty(_BLOCK, np.float32), uint32(0)
     for start in range(0, len(base), _BLOCK):
         length = min(_BLOCK, len(base) - start)

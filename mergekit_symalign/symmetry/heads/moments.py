@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry import devices
-from mergekit_symalign.symmetry.compiled import bits, loops_for
+from mergekit_symalign.symmetry.compiled import arrays, bits, loops_for
 from mergekit_symalign.symmetry.fitting import require_pair, require_shape
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.threads import in_parallel
@@ -109,7 +109,7 @@ def _planes_by_loops(
     found = torch.empty(len(own), 6, dtype=torch.float64)
 
     def see(piece: tuple[Tensor, Tensor, Tensor]) -> None:
-        loops.planes(anchor, model, *(x.numpy() for x in piece))
+        loops.planes(anchor, model, *arrays(*piece))
 
     in_parallel(see, list(zip(*(x.split(_PLANES) for x in (own, other, found)), strict=True)))
     real, imaginary, *norms = found.unflatten(0, (len(number), half)).unbind(-1)

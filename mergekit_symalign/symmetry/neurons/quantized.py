@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mergekit_symalign.symmetry.assignment.shortlist import Scores
-from mergekit_symalign.symmetry.compiled import bits, loops_for_many
+from mergekit_symalign.symmetry.compiled import arrays, bits, loops_for_many
 from mergekit_symalign.symmetry.options import Pair
 from mergekit_symalign.symmetry.rows import SLACK, copy_rows
 from mergekit_symalign.symmetry.threads import in_parallel
@@ -75,7 +75,7 @@ def _multiply(own: _Quantized, other: _Quantized, across: Tensor, along: Tensor,
     """Scores of some rows with all columns, to ``block``: products, and what the dithers add to them."""
     products = torch._int_mm(own.numbers, other.numbers.mT)
     if (loops := loops_for_many(len(other.numbers) ** 2, block)) is not None:
-        loops.scores(*(x.numpy() for x in (products, across, along, own.step, other.step)), bits(block))
+        loops.scores(*arrays(products, across, along, own.step, other.step), bits(block))
         return
     for at in _blocks(len(block), block.shape[1]):
         score = products[at].to(torch.float32).add_(along).add_(across[at].unsqueeze(1))
@@ -124,7 +124,7 @@ class _Quantized:
                 copy_rows(at, x)
             if (loops := loops_for_many(numbers.numel(), whole)) is not None:
                 step = torch.empty(len(whole))
-                loops.whole_numbers(bits(whole), *(x.numpy() for x in (dither, block, step)))
+                loops.whole_numbers(bits(whole), *arrays(dither, block, step))
                 return step
             found = []
             for at in _blocks(*block.shape):
