@@ -57,8 +57,8 @@ def _is_plain(x: Tensor) -> bool:
 def _loops() -> ModuleType | None:
     try:
         from mergekit_symalign.symmetry import loops
-    except ImportError:
-        LOG.info("numba is not installed: distances and moments are taken by torch, which takes longer")
+    except ImportError as error:
+        LOG.info("numba is not there (%s): distances and moments are taken by torch, which takes longer", error)
         return None
     except RuntimeError as error:  # numba finds no folder where it can keep what it has compiled
         LOG.warning("numba cannot be used (%s): distances and moments are taken by torch, which takes longer", error)
