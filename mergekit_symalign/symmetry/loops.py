@@ -3,9 +3,11 @@
 All take bfloat16 as the whole numbers that have its bits, hold no lock of Python's, and do not know of threads.
 """
 
-# mypy: disable-error-code="untyped-decorator,call-arg"
+# mypy: disable-error-code="untyped-decorator"
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numba import njit, types, uint16, uint32
@@ -15,35 +17,30 @@ from numpy.typing import NDArray
 Bits = NDArray[np.uint16]
 Index = NDArray[np.int64]
 
-_LARGEST = 127  # of the whole numbers that products are taken of
 _TINY = np.finfo(np.float32).tiny
 _BLOCK = 4096  # numbers in float32 that are held at once
 _TOGETHER = 64  # summands in float32, before they are added in float64
 
 
-@intrinsic
-def _as_float(context, bits):  # type: ignore[no-untyped-def]
-    """The number in float32 that has these bits."""
+def _same_bits(given: Any, wanted: Any) -> Any:
+    """A function from a number of one type to the number of another that has the same bits."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+    def convert(context, number):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            return builder.bitcast(arguments[0], context.get_value_type(wanted))
 
-    return types.float32(types.uint32), generate
+        return wanted(given), generate
+
+    return intrinsic(convert)
+
+
+_as_float = _same_bits(types.uint32, types.float32)
+_bits_of = _same_bits(types.float32, types.uint32)
 
 
 @njit(inline="always")
 def _number(bits):  # type: ignore[no-untyped-def]
     return _as_float(uint32(uint32(bits) << uint32(uint16(16))))
-
-
-@intrinsic
-def _bits_of(context, number):  # type: ignore[no-untyped-def]
-    """The bits of a number in float32."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
-
-    return types.uint32(types.float32), generate
 
 
 @njit(inline="always")
@@ -156,18 +153,21 @@ def add_task_vectors(
 
 
 @njit(nogil=True, cache=True)
-def whole_numbers(rows: Bits, dither: NDArray[np.float32], out: NDArray[np.int8], step: NDArray[np.float32]) -> None:
-    """Each row in steps of its own, of which ``_LARGEST`` reach its largest number, less a dither and rounded."""
+def whole_numbers(
+    rows: Bits, dither: NDArray[np.float32], out: NDArray[np.int8], step: NDArray[np.float32], steps: int
+) -> None:
+    """Each row in steps of its own, so many of which reach its largest number, less a dither and rounded."""
+    most = np.float32(steps)
     for i in range(len(rows)):
         row, to = rows[i], out[i]
         largest = uint16(0)
         for k in range(len(row)):
             largest = max(largest, uint16(row[k] & uint16(0x7FFF)))  # bits without a sign are in the numbers' order
-        unit = max(_number(largest) / np.float32(_LARGEST), _TINY)
+        unit = max(_number(largest) / most, _TINY)
         step[i] = unit
         for k in range(len(row)):
             found = np.rint(_number(row[k]) / unit - dither[k])
-            to[k] = np.int8(min(max(found, np.float32(-_LARGEST)), np.float32(_LARGEST)))
+            to[k] = np.int8(min(max(found, -most), most))
 
 
 @njit(nogil=True, cache=True)

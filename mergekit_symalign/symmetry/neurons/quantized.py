@@ -124,7 +124,7 @@ class _Quantized:
                 copy_rows(at, x)
             if (loops := loops_for_many(numbers.numel(), whole)) is not None:
                 step = torch.empty(len(whole))
-                loops.whole_numbers(bits(whole), *arrays(dither, block, step))
+                loops.whole_numbers(bits(whole), *arrays(dither, block, step), _LARGEST)
                 return step
             found = []
             for at in _blocks(*block.shape):
