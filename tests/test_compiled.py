@@ -108,7 +108,7 @@ def _by_mergekit(base: Tensor, models: list[Tensor], weights: list[float], norma
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e30])
 def test_task_arithmetic_has_the_bits_of_mergekit(count: int, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_pass, "_NUMBERS", 5000)  # several pieces
+    monkeypatch.setattr(one_pass, "MERGED", 5000)  # several pieces
     base = _random(61, 173) * size
     base[:7], base[:, ::10] = 0, -0.0
     models = [base + 0.1 * size * _random(61, 173, seed=1 + i) for i in range(count)]

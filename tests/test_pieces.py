@@ -25,7 +25,7 @@ MODELS = [ModelReference.model_validate(f"model_{i}") for i in range(24)]
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((pieces, "PIECE"), (apply, "PIECE"), (merge, "_NUMBERS")):
+    for module, name in ((pieces, "PIECE"), (apply, "PIECE"), (merge, "MERGED")):
         monkeypatch.setattr(module, name, 64)
 
 

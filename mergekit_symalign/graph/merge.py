@@ -6,14 +6,13 @@ import math
 from typing import Any, Dict, Optional
 
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.merge_methods.base import MergeMethod
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_symalign.graph.one_pass import add_task_vectors
-from mergekit_symalign.graph.pieces import in_pieces, is_large
+from mergekit_symalign.graph.pieces import MERGED, in_pieces, is_large
 
-_NUMBERS = 1 << 20  # of all models together that are merged at once
 _ELEMENTWISE = {"linear": math.inf, "task_arithmetic": 5}
 """MergeKit's methods that take every number by itself (no norm, rank or random draw), and of how many models at most.
 
@@ -45,14 +44,13 @@ class MergeInPieces(ExecuteMergeMethodTask):
             return result
 
         shape = next(iter(tensors.values())).shape
-        return in_pieces(merged, shape, 0, most=_NUMBERS // len(tensors))
+        return in_pieces(merged, shape, 0, most=MERGED // len(tensors))
 
     def _in_one_pass(self, tensors: Dict[ModelReference, torch.Tensor]) -> Optional[torch.Tensor]:
         """The same bits from a compiled loop; None where there is none."""
-        computed_in = (
-            {self.dtype} if self.dtype is not None else {str(x.dtype).removeprefix("torch.") for x in tensors.values()}
-        )
-        if self.method_name != "task_arithmetic" or {*computed_in, self.out_dtype} - {None} != {"bfloat16"}:
+        dtypes = {dtype_from_name(name) for name in (self.dtype, self.out_dtype) if name is not None}
+        dtypes |= {x.dtype for x in tensors.values()} if self.dtype is None else set()
+        if self.method_name != "task_arithmetic" or dtypes != {torch.bfloat16}:
             return None
         models = [m for m in self.model_order if m != self.base_model]
         return add_task_vectors(

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergekit_symalign.graph.pieces import MERGED
 from mergekit_symalign.symmetry.compiled import arrays, bits, loops_for
 from mergekit_symalign.symmetry.threads import in_parallel
 
-_NUMBERS = 1 << 20  # of all models together that are merged at once
 _NONE = 1e-8  # a sum of weights that MergeKit does not divide by
 
 
@@ -40,7 +40,7 @@ def add_task_vectors(
     divisor = float(weight.sum()) if normalize else 1.0
     factors = arrays(weight.float(), torch.tensor([1.0 if abs(divisor) < _NONE else divisor, factor]))
     output = torch.empty_like(base)
-    step = max(1, _NUMBERS // ((1 + len(models)) * base.shape[1]))
+    step = max(1, MERGED // ((1 + len(models)) * base.shape[1]))
 
     def merged(piece: tuple[Tensor, ...]) -> bool:
         out, own, *others = (bits(x.to(base.dtype)).reshape(-1) for x in piece)

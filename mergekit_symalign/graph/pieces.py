@@ -14,6 +14,7 @@ from torch import Tensor
 from mergekit_symalign.symmetry.threads import in_parallel
 
 PIECE = 1 << 19  # numbers of a tensor that are worked on at once
+MERGED = 1 << 20  # numbers of all models together that are merged at once
 
 
 def is_large(x: Tensor) -> bool:
